@@ -1,0 +1,1 @@
+//! Helpers for the tests: what builds images, drives the daemon and boots guests.
