@@ -1,1 +1,43 @@
-//! VirtualBox VDI disk images: where the bytes of a virtual disk are, and in which order a file must be written.
+//! VirtualBox VDI disk images: where the bytes of a virtual disk are, and in
+//! which order a file must be written so that no crash loses an answered write.
+//!
+//! The library moves no guest data and knows no guest, ring or thread. It
+//! answers questions; the caller does the I/O in between:
+//!
+//! ```text
+//! read    Disk::map ─► extents ─► the caller reads them
+//! write   Disk::reserve ─► extents ─► the caller writes them ─► Disk::commit
+//! flush   Disk::begin_flush ─► the caller syncs ─► Disk::end_flush
+//! ```
+//!
+//! [`Disk::read_at`], [`Disk::write_at`] and [`Disk::flush`] do all of it for
+//! programs that are content with blocking calls.
+//!
+//! Inside, dependencies point one way: `units ← format ← header, block_map ←
+//! image ← disk ← check, convert`.
+
+#![forbid(unsafe_code)]
+
+pub mod block_map;
+mod chores;
+pub mod create;
+pub mod disk;
+pub mod format;
+pub mod header;
+mod image;
+mod lock;
+mod room;
+pub mod storage;
+pub mod units;
+mod writer;
+
+pub use create::{CreateError, CreateOptions, NewKind, create};
+pub use disk::{
+    Disk, Extent, Extents, Flush, ReadError, Reservation, Reserve, Source, WriteError, WriteExtent,
+};
+pub use header::{Header, HeaderError, ImageKind, Warning};
+pub use image::OpenError;
+pub use storage::{Access, FileError, HostFile, Locking, Storage};
+pub use units::{
+    BlockSize, Capacity, DiskBlock, FileBlock, FileOffset, SECTOR_SIZE, Sector, SectorRange,
+};

@@ -1,0 +1,500 @@
+//! A header that makes sense.
+//!
+//! Invariants, established by [`Header::check`]:
+//!
+//! - **H1** The map ends at or before the data area, and begins behind the header's
+//!   first 456 bytes.
+//! - **H2** `blocks_in_image` blocks hold the whole disk.
+//! - **H3** In an image opened for writing no UUID is null and `blocks_allocated` is
+//!   not above `blocks_in_image`.
+//!
+//! The checks are VirtualBox's, in its order (`VDI.cpp`, `vdiValidateHeader`), so that
+//! what it opens is opened and what it rejects is rejected; H3 alone is softer for
+//! reading, because nothing of the contents depends on it.
+
+use std::fmt;
+
+use uuid::Uuid;
+
+use crate::format::{self, RawHeader};
+use crate::storage::Access;
+use crate::units::{BlockSize, Capacity, DataArea, FileOffset};
+
+/// What kind of image it is, as far as its use depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageKind {
+    /// Blocks get storage when they are first written.
+    Dynamic,
+    /// All blocks had their storage from the start.
+    Fixed,
+}
+
+impl fmt::Display for ImageKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Dynamic => "dynamic",
+            Self::Fixed => "fixed",
+        })
+    }
+}
+
+/// A header of which every invariant holds.
+#[derive(Clone, Debug)]
+pub struct Header {
+    raw: RawHeader,
+    kind: ImageKind,
+    block_size: BlockSize,
+}
+
+impl Header {
+    /// Judges a header for a use.
+    ///
+    /// # Errors
+    /// The first rule that it breaks.
+    pub fn check(raw: RawHeader, access: Access) -> Result<Self, HeaderError> {
+        check_version(&raw)?;
+        check_places(&raw)?;
+        let kind = check_type(&raw)?;
+        let block_size = check_sizes(&raw)?;
+        if let (Access::Writable, Some(flaw)) = (access, flaws(&raw).next()) {
+            return Err(HeaderError::Flaw { flaw });
+        }
+        Ok(Self {
+            raw,
+            kind,
+            block_size,
+        })
+    }
+
+    /// What is wrong with the header without a harm to readers (H3).
+    pub fn warnings(&self) -> impl Iterator<Item = Warning> {
+        flaws(&self.raw)
+    }
+
+    /// The fields as the file has them.
+    pub const fn raw(&self) -> &RawHeader {
+        &self.raw
+    }
+
+    /// Dynamic or fixed.
+    pub const fn kind(&self) -> ImageKind {
+        self.kind
+    }
+
+    /// The virtual size: `disk_size` without a partial last sector, as VirtualBox shows it.
+    pub const fn capacity(&self) -> Capacity {
+        Capacity::from_bytes_rounded_down(self.raw.disk_size.get())
+    }
+
+    /// Bytes of disk contents in a block.
+    pub const fn block_size(&self) -> BlockSize {
+        self.block_size
+    }
+
+    /// Entries in the map.
+    pub const fn blocks_in_image(&self) -> u32 {
+        self.raw.blocks_in_image.get()
+    }
+
+    /// The count of blocks in use, as the file had it when it was opened.
+    pub const fn blocks_allocated(&self) -> u32 {
+        self.raw.blocks_allocated.get()
+    }
+
+    /// Where the map begins.
+    pub fn map_start(&self) -> FileOffset {
+        FileOffset(u64::from(self.raw.offset_bmap.get()))
+    }
+
+    /// Where the blocks lie.
+    pub fn data_area(&self) -> DataArea {
+        DataArea::new(
+            self.raw.offset_data.get(),
+            self.raw.block_extra.get(),
+            self.block_size,
+        )
+    }
+
+    /// What names this image.
+    pub const fn uuid_image(&self) -> Uuid {
+        self.raw.uuid_image.get()
+    }
+}
+
+fn check_version(raw: &RawHeader) -> Result<(), HeaderError> {
+    if !raw.is_vdi() {
+        return Err(HeaderError::Signature {
+            found: raw.signature.get(),
+        });
+    }
+    let version = raw.version.get();
+    match version >> 16 {
+        1 => Ok(()),
+        _ => Err(HeaderError::Version {
+            major: version >> 16,
+            minor: version & 0xFFFF,
+        }),
+    }
+}
+
+fn check_places(raw: &RawHeader) -> Result<(), HeaderError> {
+    let header_size = raw.header_size.get();
+    if header_size < format::HEADER_SIZE_SHORT {
+        return Err(HeaderError::HeaderSize {
+            found: header_size,
+            least: format::HEADER_SIZE_SHORT,
+        });
+    }
+    let offset_bmap = raw.offset_bmap.get();
+    if offset_bmap < format::HEADER_END_SHORT {
+        return Err(HeaderError::MapOffset {
+            found: offset_bmap,
+            least: format::HEADER_END_SHORT,
+        });
+    }
+    let (offset_data, map_end) = (raw.offset_data.get(), raw.map_end());
+    if u64::from(offset_data) < map_end {
+        return Err(HeaderError::DataOffset {
+            found: offset_data,
+            blocks_in_image: raw.blocks_in_image.get(),
+            map_end,
+        });
+    }
+    Ok(())
+}
+
+fn check_type(raw: &RawHeader) -> Result<ImageKind, HeaderError> {
+    let kind = match raw.image_type.get() {
+        format::TYPE_DYNAMIC | format::TYPE_UNDO => ImageKind::Dynamic,
+        format::TYPE_FIXED => ImageKind::Fixed,
+        format::TYPE_DIFFERENCING => {
+            return Err(HeaderError::Differencing {
+                parent: raw.uuid_parent.get(),
+            });
+        }
+        found => return Err(HeaderError::ImageType { found }),
+    };
+    let refused = raw.image_flags.get() & !format::FLAGS_ACCEPTED;
+    if refused != 0 {
+        return Err(HeaderError::ImageFlags {
+            found: raw.image_flags.get(),
+            refused,
+        });
+    }
+    let lchs_sector_size = raw.lchs_sector_size.get();
+    let has_lchs = raw.has_lchs() && raw.version.get() == format::VERSION_1_1;
+    if has_lchs && lchs_sector_size != 512 {
+        return Err(HeaderError::LchsSectorSize {
+            found: lchs_sector_size,
+        });
+    }
+    if !raw.uuid_parent.get().is_nil() {
+        // VirtualBox treats any image that names a parent as its child.
+        return Err(HeaderError::Differencing {
+            parent: raw.uuid_parent.get(),
+        });
+    }
+    Ok(kind)
+}
+
+fn check_sizes(raw: &RawHeader) -> Result<BlockSize, HeaderError> {
+    let disk_size = raw.disk_size.get();
+    if disk_size == 0 {
+        return Err(HeaderError::DiskSizeZero);
+    }
+    let found = raw.block_size.get();
+    let block_size = BlockSize::new(found).ok_or(HeaderError::BlockSize { found })?;
+    let block_extra = raw.block_extra.get();
+    if block_extra == 1 || !(block_extra == 0 || block_extra.is_power_of_two()) {
+        return Err(HeaderError::BlockExtra { found: block_extra });
+    }
+    let blocks_in_image = raw.blocks_in_image.get();
+    let needed = block_size.blocks_for(disk_size);
+    if u64::from(blocks_in_image) < needed {
+        return Err(HeaderError::TooFewBlocks {
+            blocks_in_image,
+            disk_size,
+            block_size: found,
+            needed,
+        });
+    }
+    Ok(block_size)
+}
+
+fn flaws(raw: &RawHeader) -> impl Iterator<Item = Warning> + use<> {
+    let (blocks_allocated, blocks_in_image) =
+        (raw.blocks_allocated.get(), raw.blocks_in_image.get());
+    [
+        (blocks_allocated > blocks_in_image).then_some(Warning::CountTooLarge {
+            blocks_allocated,
+            blocks_in_image,
+        }),
+        raw.uuid_image.get().is_nil().then_some(Warning::NullUuid {
+            field: "uuid_image",
+        }),
+        raw.uuid_modify.get().is_nil().then_some(Warning::NullUuid {
+            field: "uuid_modify",
+        }),
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// Something wrong with an image that may still be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Warning {
+    /// VirtualBox refuses such an image.
+    #[error(
+        "blocks_allocated is {blocks_allocated}, more than the {blocks_in_image} of blocks_in_image"
+    )]
+    CountTooLarge {
+        /// What was found.
+        blocks_allocated: u32,
+        /// The limit.
+        blocks_in_image: u32,
+    },
+    /// VirtualBox refuses such an image.
+    #[error("{field} is null")]
+    NullUuid {
+        /// Which of the UUIDs.
+        field: &'static str,
+    },
+}
+
+/// The rule that a header breaks. Field names are VirtualBox's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(
+    missing_docs,
+    reason = "the messages are the documentation; the fields are the values in them"
+)]
+pub enum HeaderError {
+    #[error(
+        "signature is {found:#010x}, but a VDI image has {:#010x} at byte 64; \
+         is it another format? (`vdi convert -f raw` imports a raw image)",
+        format::SIGNATURE
+    )]
+    Signature { found: u32 },
+    #[error("version is {major}.{minor}, but only versions 1.x are supported")]
+    Version { major: u32, minor: u32 },
+    #[error("header_size is {found}, less than the {least} of the shortest header")]
+    HeaderSize { found: u32, least: u32 },
+    #[error("offset_bmap is {found}, inside the header, which ends at {least}")]
+    MapOffset { found: u32, least: u32 },
+    #[error(
+        "offset_data is {found}, but the map with its {blocks_in_image} entries \
+         (blocks_in_image) ends at {map_end}; header, map and data must not overlap"
+    )]
+    DataOffset {
+        found: u32,
+        blocks_in_image: u32,
+        map_end: u64,
+    },
+    #[error(
+        "image_type is {found}, but only 1 (dynamic), 2 (fixed), 3 (undo) and 4 (differencing) exist"
+    )]
+    ImageType { found: u32 },
+    #[error("image_flags is {found:#x}, of which the bits {refused:#x} have no meaning")]
+    ImageFlags { found: u32, refused: u32 },
+    #[error("the LCHS sector size is {found}, but must be 512")]
+    LchsSectorSize { found: u32 },
+    #[error(
+        "this is a differencing image on the parent {parent}; differencing images are not supported yet"
+    )]
+    Differencing { parent: Uuid },
+    #[error("disk_size is 0")]
+    DiskSizeZero,
+    #[error(
+        "block_size is {found}, but must be a power of two from {} (128 KiB) to {} (128 MiB)",
+        BlockSize::MIN,
+        BlockSize::MAX
+    )]
+    BlockSize { found: u32 },
+    #[error("block_extra is {found}, but must be 0 or a power of two from 2 on")]
+    BlockExtra { found: u32 },
+    #[error(
+        "blocks_in_image is {blocks_in_image}, but disk_size {disk_size} needs {needed} blocks \
+         of {block_size} bytes"
+    )]
+    TooFewBlocks {
+        blocks_in_image: u32,
+        disk_size: u64,
+        block_size: u32,
+        needed: u64,
+    },
+    #[error("{flaw}; open it read-only, or run `vdi check`")]
+    Flaw { flaw: Warning },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::create::{CreateOptions, NewKind, new_header};
+
+    fn good() -> RawHeader {
+        let options = CreateOptions {
+            capacity_bytes: 10 << 20,
+            block_size: 1 << 20,
+            kind: NewKind::Dynamic,
+            uuid: None,
+        };
+        new_header(&options).unwrap()
+    }
+
+    fn error_of(change: impl FnOnce(&mut RawHeader)) -> HeaderError {
+        let mut raw = good();
+        change(&mut raw);
+        Header::check(raw, Access::Writable).unwrap_err()
+    }
+
+    #[test]
+    fn each_rule_of_virtualbox_is_checked() {
+        assert!(Header::check(good(), Access::Writable).is_ok());
+        assert_eq!(
+            error_of(|h| h.signature = 1.into()),
+            HeaderError::Signature { found: 1 }
+        );
+        assert_eq!(
+            error_of(|h| h.version = 0x0002_0003.into()),
+            HeaderError::Version { major: 2, minor: 3 }
+        );
+        assert_eq!(
+            error_of(|h| h.header_size = 0x17F.into()),
+            HeaderError::HeaderSize {
+                found: 0x17F,
+                least: 0x180
+            }
+        );
+        assert_eq!(
+            error_of(|h| h.offset_bmap = 455.into()),
+            HeaderError::MapOffset {
+                found: 455,
+                least: 456
+            }
+        );
+        assert!(matches!(
+            error_of(|h| h.offset_data = ((1 << 20) + 39).into()),
+            HeaderError::DataOffset { .. }
+        ));
+        assert!(matches!(
+            error_of(|h| h.blocks_in_image = u32::MAX.into()),
+            HeaderError::DataOffset { .. }
+        ));
+        for found in [0, 5, u32::MAX] {
+            assert_eq!(
+                error_of(|h| h.image_type = found.into()),
+                HeaderError::ImageType { found }
+            );
+        }
+        assert!(matches!(
+            error_of(|h| h.image_flags = 2.into()),
+            HeaderError::ImageFlags { refused: 2, .. }
+        ));
+        assert_eq!(
+            error_of(|h| h.lchs_sector_size = 0.into()),
+            HeaderError::LchsSectorSize { found: 0 }
+        );
+        assert_eq!(
+            error_of(|h| h.disk_size = 0.into()),
+            HeaderError::DiskSizeZero
+        );
+    }
+
+    #[test]
+    fn each_rule_about_sizes_is_checked() {
+        for found in [0, 1, 3, 64 << 10, 256 << 20] {
+            assert_eq!(
+                error_of(|h| h.block_size = found.into()),
+                HeaderError::BlockSize { found }
+            );
+        }
+        for found in [1, 3, 513] {
+            assert_eq!(
+                error_of(|h| h.block_extra = found.into()),
+                HeaderError::BlockExtra { found }
+            );
+        }
+        assert!(matches!(
+            error_of(|h| h.blocks_in_image = 0.into()),
+            HeaderError::TooFewBlocks { needed: 10, .. }
+        ));
+        assert!(matches!(
+            error_of(|h| h.disk_size = ((10 << 20) + 1).into()),
+            HeaderError::TooFewBlocks { .. }
+        ));
+        assert!(matches!(
+            error_of(|h| h.disk_size = u64::MAX.into()),
+            HeaderError::TooFewBlocks { .. }
+        ));
+        assert!(matches!(
+            error_of(|h| h.image_type = 4.into()),
+            HeaderError::Differencing { .. }
+        ));
+        assert!(matches!(
+            error_of(|h| h.uuid_parent = Uuid::max().into()),
+            HeaderError::Differencing { .. }
+        ));
+    }
+
+    #[test]
+    fn what_virtualbox_accepts_is_accepted() {
+        let accepted: [fn(&mut RawHeader); 7] = [
+            |h| h.version = 0x0001_0000.into(),
+            |h| h.version = 0x0001_0002.into(),
+            |h| h.header_size = u32::MAX.into(),
+            |h| h.image_type = 3.into(),
+            |h| h.image_flags = 0xFF00_0301.into(),
+            |h| h.disk_size = ((10 << 20) - 1).into(),
+            |h| h.legacy_sector_size = 0.into(),
+        ];
+        for change in accepted {
+            let mut raw = good();
+            change(&mut raw);
+            assert!(Header::check(raw, Access::Writable).is_ok(), "{raw:?}");
+        }
+    }
+
+    #[test]
+    fn the_short_header_has_no_lchs_sector_size() {
+        let mut raw = good();
+        raw.header_size = 0x180.into();
+        raw.lchs_sector_size = 77.into();
+        assert!(Header::check(raw, Access::Writable).is_ok());
+    }
+
+    #[test]
+    fn a_flaw_that_harms_no_reader_is_a_warning_to_readers_only() {
+        let flawed: [fn(&mut RawHeader); 3] = [
+            |h| h.uuid_image = Uuid::nil().into(),
+            |h| h.uuid_modify = Uuid::nil().into(),
+            |h| h.blocks_allocated = 11.into(),
+        ];
+        for change in flawed {
+            let mut raw = good();
+            change(&mut raw);
+            assert!(matches!(
+                Header::check(raw, Access::Writable),
+                Err(HeaderError::Flaw { .. })
+            ));
+            assert_eq!(
+                Header::check(raw, Access::ReadOnly)
+                    .unwrap()
+                    .warnings()
+                    .count(),
+                1
+            );
+        }
+    }
+
+    #[test]
+    fn an_odd_disk_size_is_rounded_down() {
+        let mut raw = good();
+        raw.disk_size = (5 * 512 + 300).into();
+        assert_eq!(
+            Header::check(raw, Access::Writable)
+                .unwrap()
+                .capacity()
+                .sectors(),
+            5
+        );
+    }
+}

@@ -1,0 +1,123 @@
+//! The locks by which programs that open one image see each other.
+//!
+//! They are QEMU's: open-file-description locks on single bytes of the image, at 100 + n
+//! for a permission that the holder has, at 200 + n for one that it shares with
+//! nobody. All are read locks, so holders of the same one do not meet; a conflict is
+//! found by asking who holds the byte opposite.
+//!
+//! Source: QEMU `block/file-posix.c`, `RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE`;
+//! `include/block/block-common.h`, `BLK_PERM_*`. Facts only.
+
+use std::fs::File;
+use std::io;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+use crate::storage::Access;
+
+/// `RAW_LOCK_PERM_BASE`: byte of the first permission held.
+const HELD_BASE: i64 = 100;
+/// `RAW_LOCK_SHARED_BASE`: byte of the first permission not shared.
+const UNSHARED_BASE: i64 = 200;
+
+/// `BLK_PERM_*` by bit number.
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+/// What nobody else may do meanwhile, whether we read or write.
+const UNSHARED: [i64; 2] = [WRITE, RESIZE];
+
+/// How often a conflict is looked at again: the locks of a process that was just
+/// killed go when the kernel has ended its last I/O.
+const ATTEMPTS: u32 = 20;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(5);
+
+/// Whether the locks were had.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Held,
+    /// Another program has the image open in a way that excludes us.
+    Conflict,
+}
+
+/// Takes the locks for `access` and keeps them until `file` is closed.
+pub(crate) fn acquire(file: &File, access: Access) -> io::Result<Outcome> {
+    let held: &[i64] = match access {
+        Access::ReadOnly => &[CONSISTENT_READ],
+        Access::Writable => &[CONSISTENT_READ, WRITE, RESIZE],
+    };
+    // First take, then look: of two that come at once at least one sees the other.
+    for byte in bytes(held, HELD_BASE).chain(bytes(&UNSHARED, UNSHARED_BASE)) {
+        fcntl(file, FcntlArg::F_OFD_SETLK(&one_byte(byte, libc::F_RDLCK)))?;
+    }
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            std::thread::sleep(ATTEMPT_PAUSE);
+        }
+        if !conflicts(file, held)? {
+            return Ok(Outcome::Held);
+        }
+    }
+    Ok(Outcome::Conflict)
+}
+
+fn conflicts(file: &File, held: &[i64]) -> io::Result<bool> {
+    for byte in bytes(held, UNSHARED_BASE).chain(bytes(&UNSHARED, HELD_BASE)) {
+        let mut lock = one_byte(byte, libc::F_WRLCK);
+        match fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)) {
+            Ok(_) if i32::from(lock.l_type) == libc::F_UNLCK => {}
+            Ok(_) => return Ok(true),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(false)
+}
+
+fn bytes(permissions: &[i64], base: i64) -> impl Iterator<Item = i64> {
+    permissions.iter().map(move |permission| base + permission)
+}
+
+fn one_byte(at: i64, kind: i32) -> libc::flock {
+    let short = |value: i32| i16::try_from(value).expect("lock constants are small");
+    libc::flock {
+        l_type: short(kind),
+        l_whence: short(libc::SEEK_SET),
+        l_start: at,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(file: &tempfile::NamedTempFile) -> File {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(file.path())
+            .unwrap()
+    }
+
+    #[test]
+    fn readers_share_and_a_writer_excludes_everybody() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (a, b, c) = (open(&file), open(&file), open(&file));
+        assert_eq!(acquire(&a, Access::ReadOnly).unwrap(), Outcome::Held);
+        assert_eq!(acquire(&b, Access::ReadOnly).unwrap(), Outcome::Held);
+        assert_eq!(acquire(&c, Access::Writable).unwrap(), Outcome::Conflict);
+        drop((a, b, c));
+        let (a, b) = (open(&file), open(&file));
+        assert_eq!(acquire(&a, Access::Writable).unwrap(), Outcome::Held);
+        assert_eq!(acquire(&b, Access::ReadOnly).unwrap(), Outcome::Conflict);
+        drop(b);
+        assert_eq!(
+            acquire(&open(&file), Access::Writable).unwrap(),
+            Outcome::Conflict
+        );
+    }
+}

@@ -1,0 +1,191 @@
+//! The one room where the library touches an image's file.
+//!
+//! Everything goes through [`Storage`], so that a test can record or fail it.
+//! [`HostFile`] is the real thing: a regular file, locked against other programs (P5).
+//! Guest data do not pass here; whoever serves a guest moves them on its own.
+
+use std::fmt::Debug;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::libc;
+
+use crate::lock::{self, Outcome};
+use crate::units::FileOffset;
+
+/// What an image's file can do.
+pub trait Storage: Send + Sync + Debug {
+    /// Fills `buf` from the position `at`.
+    ///
+    /// # Errors
+    /// The host's; `UnexpectedEof` where the file ends before `buf` is full.
+    fn read_exact_at(&self, buf: &mut [u8], at: FileOffset) -> io::Result<()>;
+
+    /// Writes all of `buf` at the position `at`.
+    ///
+    /// # Errors
+    /// The host's; then any part of `buf` may have been written.
+    fn write_all_at(&self, buf: &[u8], at: FileOffset) -> io::Result<()>;
+
+    /// The length of the file in bytes.
+    ///
+    /// # Errors
+    /// The host's.
+    fn len_bytes(&self) -> io::Result<u64>;
+
+    /// Cuts or lengthens the file; new bytes read as zeros and take no space.
+    ///
+    /// # Errors
+    /// The host's.
+    fn set_len(&self, len_bytes: u64) -> io::Result<()>;
+
+    /// Gives the space of a range back; it reads as zeros afterwards.
+    ///
+    /// # Errors
+    /// The host's.
+    fn punch(&self, at: FileOffset, len_bytes: u64) -> io::Result<()>;
+
+    /// Makes all that was written before durable (`fdatasync`).
+    ///
+    /// # Errors
+    /// The host's; what was written since the last success may then be lost.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Not a byte of the file changes.
+    ReadOnly,
+    /// Reads and writes; nobody else may have the image open.
+    Writable,
+}
+
+/// Whether other programs are heeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locking {
+    /// Locks are taken, and another program's respected.
+    Locked,
+    /// No locks, for looking at an image that is in use (qemu-img's `--force-share`).
+    /// What is read may be half changed.
+    ForceShare,
+}
+
+/// An image's file on the host.
+#[derive(Debug)]
+pub struct HostFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl HostFile {
+    /// Opens a file and locks it.
+    ///
+    /// # Errors
+    /// If there is no such file, it is no regular file, or another program has it.
+    pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self, FileError> {
+        let path = path.to_owned();
+        let opened = File::options()
+            .read(true)
+            .write(access == Access::Writable)
+            // A FIFO would wait for its other end.
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(&path);
+        let file = match opened {
+            Ok(file) => file,
+            Err(source) => return Err(FileError::Open { path, source }),
+        };
+        let is_file = file.metadata().map(|metadata| metadata.is_file());
+        match is_file {
+            Ok(true) => {}
+            Ok(false) => return Err(FileError::NotAFile { path }),
+            Err(source) => return Err(FileError::Open { path, source }),
+        }
+        let outcome = match locking {
+            Locking::Locked => lock::acquire(&file, access),
+            Locking::ForceShare => Ok(Outcome::Held),
+        };
+        match outcome {
+            Ok(Outcome::Held) => Ok(Self { file, path }),
+            Ok(Outcome::Conflict) => Err(FileError::Locked { path }),
+            Err(source) => Err(FileError::Lock { path, source }),
+        }
+    }
+
+    /// The open file; its locks last as long as any copy of the descriptor.
+    pub const fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Storage for HostFile {
+    fn read_exact_at(&self, buf: &mut [u8], at: FileOffset) -> io::Result<()> {
+        self.file.read_exact_at(buf, at.0)
+    }
+
+    fn write_all_at(&self, buf: &[u8], at: FileOffset) -> io::Result<()> {
+        self.file.write_all_at(buf, at.0)
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len_bytes: u64) -> io::Result<()> {
+        self.file.set_len(len_bytes)
+    }
+
+    fn punch(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let signed = |value: u64| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
+        match fallocate(&self.file, mode, signed(at.0)?, signed(len_bytes)?) {
+            Err(Errno::EOPNOTSUPP) => self.write_zeros(at, len_bytes),
+            other => Ok(other?),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+impl HostFile {
+    /// Punching where the file system cannot: reads as zeros, but keeps its space.
+    fn write_zeros(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        let mut done = 0;
+        while done < len_bytes {
+            let left = usize::try_from(len_bytes - done).unwrap_or(usize::MAX);
+            let piece = &ZEROS[..left.min(ZEROS.len())];
+            self.write_all_at(piece, at.plus(done))?;
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Why a file could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[expect(
+    missing_docs,
+    reason = "the messages are the documentation; the fields are the values in them"
+)]
+pub enum FileError {
+    #[error("cannot open {}", path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error("{} is not a regular file; images on devices or pipes are not served", path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{} is in use by another program, which holds QEMU-style locks on it; stop that program first", path.display())]
+    Locked { path: PathBuf },
+    #[error("cannot lock {}", path.display())]
+    Lock { path: PathBuf, source: io::Error },
+}
