@@ -225,7 +225,8 @@ impl Disk {
     fn park_until_marked(&self, writer: &Writer, waker: &Waker) -> Reserve {
         let mut state = lock(&writer.state);
         let parked = state.park(waker);
-        if writer.marked.load(Ordering::Acquire) {
+        // What was true without the lock may have changed; then nobody would wake it.
+        if writer.marked.load(Ordering::Acquire) || writer.check_status().is_err() {
             wake(&mut state.parked);
         } else {
             state.wants_mark = true;
