@@ -13,7 +13,7 @@ use uuid::Uuid;
 use zerocopy::IntoBytes;
 
 use crate::disk::Disk;
-use crate::format::{AT_BLOCKS_ALLOCATED, AT_UUID_MODIFY, RawUuid};
+use crate::format::RawUuid;
 use crate::room::Plan;
 use crate::writer::{CLOSED, NoRoom, OPEN, WriteError, Writer, lock, wake};
 
@@ -46,17 +46,18 @@ impl Disk {
     /// W6: children notice that their parent changed.
     fn mark(&self, writer: &Writer) -> Result<(), WriteError> {
         if !writer.marked.load(Ordering::Acquire) {
-            let owned_end = self.image.map.owned_end().max(writer.hidden_end);
+            let owned_end = self.top().map.owned_end().max(writer.hidden_end);
             self.final_io(writer, || {
                 // An image whose count is too small has blocks that others would overwrite.
-                if self.image.header.blocks_allocated() < owned_end {
+                if self.top().header.blocks_allocated() < owned_end {
                     self.write_count(owned_end)?;
                 }
                 let uuid = RawUuid::from(Uuid::new_v4());
-                self.image
-                    .storage
-                    .write_all_at(uuid.as_bytes(), AT_UUID_MODIFY)?;
-                self.image.storage.sync()
+                self.top().storage.write_all_at(
+                    uuid.as_bytes(),
+                    self.top().header.raw().places().uuid_modify,
+                )?;
+                self.top().storage.sync()
             })?;
         }
         let mut state = lock(&writer.state);
@@ -106,12 +107,12 @@ impl Disk {
     /// Makes blocks without an owner read as zeros. The first sync is for the entries that once
     /// named them: none of those may come back.
     fn recycle(&self, writer: &Writer, ranges: &[Range<u32>]) -> Result<(), WriteError> {
-        let storage = &self.image.storage;
+        let storage = &self.top().storage;
         self.final_io(writer, || storage.sync())?;
         for range in ranges {
             let (start, end) = (
-                self.image.area.end_of(range.start),
-                self.image.area.end_of(range.end),
+                self.top().area.end_of(range.start),
+                self.top().area.end_of(range.end),
             );
             storage
                 .punch(start, end.0 - start.0)
@@ -121,8 +122,8 @@ impl Disk {
     }
 
     fn extend(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
-        let storage = &self.image.storage;
-        let end = self.image.area.end_of(blocks).0;
+        let storage = &self.top().storage;
+        let end = self.top().area.end_of(blocks).0;
         let lengthen = || {
             if storage.len_bytes()? < end {
                 storage.set_len(end)
@@ -138,9 +139,10 @@ impl Disk {
     }
 
     fn write_count(&self, blocks_allocated: u32) -> io::Result<()> {
-        self.image
-            .storage
-            .write_all_at(&blocks_allocated.to_le_bytes(), AT_BLOCKS_ALLOCATED)
+        self.top().storage.write_all_at(
+            &blocks_allocated.to_le_bytes(),
+            self.top().header.raw().places().blocks_allocated,
+        )
     }
 
     /// Metadata writes and syncs, whose failure is final (W5).
@@ -183,9 +185,9 @@ impl Disk {
     }
 
     fn trim(&self, writer: &Writer) -> Result<(), WriteError> {
-        let exact = self.image.map.owned_end().max(writer.hidden_end);
-        let end = self.image.area.end_of(exact).0;
-        let storage = &self.image.storage;
+        let exact = self.top().map.owned_end().max(writer.hidden_end);
+        let end = self.top().area.end_of(exact).0;
+        let storage = &self.top().storage;
         self.final_io(writer, || {
             storage.sync()?;
             self.write_count(exact)?;

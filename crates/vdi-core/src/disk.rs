@@ -13,44 +13,92 @@ use std::sync::Arc;
 use std::task::{Wake, Waker};
 use std::thread::Thread;
 
-use crate::header::{Header, Warning};
+use crate::header::{Header, ImageKind, Warning};
 use crate::image::{Image, OpenError, Place};
 use crate::storage::{Access, Storage};
-use crate::units::{Capacity, DataArea, FileOffset, SectorRange, Spans};
+use crate::units::{Capacity, DataArea, DiskBlock, FileOffset, SectorRange};
 use crate::writer::Writer;
 
-pub use crate::writer::{Flush, Reservation, Reserve, WriteError, WriteExtent};
+pub use crate::writer::{Fill, Flush, Reservation, Reserve, WriteError, WriteExtent};
 
-/// An open disk.
+/// An open disk: a top image and the parents that show through it.
 #[derive(Debug)]
 pub struct Disk {
-    pub(crate) image: Image,
+    /// The top image first, the base last.
+    images: Vec<Image>,
     pub(crate) writer: Option<Writer>,
 }
 
+/// How many images a disk may have: each costs a descriptor and a map in memory, and a read of
+/// what none of them has asks all of them.
+pub const MOST_IMAGES: usize = 256;
+
+/// What to do about a parent that was changed after its child was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModifiedParent {
+    /// Refuse: the child's contents are most likely nonsense.
+    Refuse,
+    /// Use it all the same, as VirtualBox does.
+    Allow,
+}
+
 impl Disk {
-    /// Opens the disk that an image file holds.
+    /// Opens the disk that one image file holds.
     ///
     /// # Errors
-    /// If the image breaks a rule of the format; see [`OpenError`].
+    /// If the image breaks a rule of the format or has a parent; see [`OpenError`].
     pub fn open(storage: Arc<dyn Storage>, access: Access) -> Result<Self, OpenError> {
-        let (image, owners) = Image::open(storage, access)?;
-        let writer = match access {
-            Access::ReadOnly => None,
-            Access::Writable => {
-                let file_len = image
-                    .storage
-                    .len_bytes()
-                    .map_err(|source| OpenError::Read { source })?;
-                Some(Writer::new(&image, &owners, file_len))
-            }
-        };
-        Ok(Self { image, writer })
+        Self::open_chain(vec![storage], access, ModifiedParent::Refuse)
     }
 
-    /// The virtual size.
-    pub const fn capacity(&self) -> Capacity {
-        self.image.header.capacity()
+    /// Opens the disk that a chain of image files holds: the top image first, each one's parent
+    /// behind it. Parents are only read.
+    ///
+    /// # Errors
+    /// If an image breaks a rule of the format or is not the parent of the one before it.
+    pub fn open_chain(
+        storages: Vec<Arc<dyn Storage>>,
+        access: Access,
+        modified: ModifiedParent,
+    ) -> Result<Self, OpenError> {
+        if storages.len() > MOST_IMAGES {
+            return Err(OpenError::TooManyImages { most: MOST_IMAGES });
+        }
+        let mut images: Vec<Image> = Vec::with_capacity(storages.len());
+        let mut writer = None;
+        for storage in storages {
+            let is_top = images.is_empty();
+            let access = if is_top { access } else { Access::ReadOnly };
+            let (image, owners) = Image::open(storage, access)?;
+            if let Some(child) = images.last() {
+                check_link(child, &image, modified)?;
+            }
+            if access == Access::Writable {
+                writer = Some(Writer::new(&image, &owners)?);
+            }
+            images.push(image);
+        }
+        match images.last().map(|last| last.header.kind()) {
+            None => Err(OpenError::NoImage),
+            Some(ImageKind::Differencing(link)) => Err(OpenError::NoParent {
+                parent: link.uuid_image,
+            }),
+            Some(ImageKind::Dynamic | ImageKind::Fixed) => Ok(Self { images, writer }),
+        }
+    }
+
+    pub(crate) fn top(&self) -> &Image {
+        &self.images[0]
+    }
+
+    /// The headers of the images, the top one's first, as they were at open.
+    pub fn headers(&self) -> impl ExactSizeIterator<Item = &Header> {
+        self.images.iter().map(|image| &image.header)
+    }
+
+    /// The virtual size: the top image's, whatever its parents have.
+    pub fn capacity(&self) -> Capacity {
+        self.top().header.capacity()
     }
 
     /// What the disk was opened for.
@@ -61,26 +109,40 @@ impl Disk {
         }
     }
 
-    /// The header as it was at open.
-    pub const fn header(&self) -> &Header {
-        &self.image.header
+    /// The top image's header as it was at open.
+    pub fn header(&self) -> &Header {
+        &self.top().header
     }
 
-    /// What is wrong with the image without harm to its readers.
+    /// What is wrong with the images without harm to their readers.
     pub fn warnings(&self) -> impl Iterator<Item = Warning> {
-        self.image.header.warnings()
+        self.images.iter().flat_map(|image| image.header.warnings())
     }
 
-    /// Where the blocks lie in the file.
-    pub const fn data_area(&self) -> DataArea {
-        self.image.area
+    /// Where the blocks lie in the top image's file.
+    pub fn data_area(&self) -> DataArea {
+        self.top().area
     }
 
     /// Where the bytes of a range are now, in order, neighbours merged.
     pub fn map(&self, range: SectorRange) -> Extents<'_> {
         Extents {
-            image: &self.image,
-            spans: range.spans(self.image.header.block_size()),
+            images: &self.images,
+            at: range.start_bytes(),
+            end: range.end_bytes(),
+            next: None,
+        }
+    }
+
+    /// What the parents have where the top image's `block` is; depth 0 is the first parent.
+    pub(crate) fn parents_of(&self, block: DiskBlock) -> Extents<'_> {
+        let size = self.header().block_size();
+        let start = size.start_of(block);
+        let end = self.capacity().bytes().min(start + u64::from(size.bytes()));
+        Extents {
+            images: &self.images[1..],
+            at: start,
+            end,
             next: None,
         }
     }
@@ -103,9 +165,9 @@ impl Disk {
             let len = usize::try_from(extent.len_bytes).expect("an extent is inside the buffer");
             let (piece, behind) = rest.split_at_mut(len);
             match extent.source {
-                Source::Unallocated | Source::Zero => piece.fill(0),
-                Source::Stored { at } => {
-                    self.image
+                Source::Unallocated | Source::Zero { .. } => piece.fill(0),
+                Source::Stored { depth, at } => {
+                    self.images[depth]
                         .storage
                         .read_exact_at(piece, at)
                         .map_err(|source| ReadError { at, source })?;
@@ -144,13 +206,33 @@ impl Disk {
         for extent in reservation.extents() {
             let len = usize::try_from(extent.len_bytes).expect("an extent is inside the buffer");
             let (piece, behind) = rest.split_at(len);
-            self.image
+            self.top()
                 .storage
                 .write_all_at(piece, extent.at)
                 .map_err(|source| WriteError::Data { source })?;
             rest = behind;
         }
-        self.commit(&mut vec![reservation])
+        self.fill_from_parents(&reservation)?;
+        let mut written = vec![reservation];
+        if written[0].needs_sync() {
+            let flush = self.begin_data_sync();
+            self.end_data_sync(flush, self.top().storage.sync(), &mut written)?;
+        }
+        self.commit(&mut written)
+    }
+
+    fn fill_from_parents(&self, reservation: &Reservation) -> Result<(), WriteError> {
+        let mut buf = Vec::new();
+        for fill in reservation.fills() {
+            let len = usize::try_from(fill.len_bytes).expect("a block fits in memory");
+            buf.resize(len, 0);
+            let from = &self.images[fill.depth].storage;
+            let copied = from
+                .read_exact_at(&mut buf, fill.from)
+                .and_then(|()| self.top().storage.write_all_at(&buf, fill.to));
+            copied.map_err(|source| WriteError::Data { source })?;
+        }
+        Ok(())
     }
 
     /// Makes all that was written durable.
@@ -160,7 +242,7 @@ impl Disk {
     pub fn flush(&self) -> Result<(), WriteError> {
         match self.begin_flush()? {
             None => Ok(()),
-            Some(flush) => self.end_flush(flush, self.image.storage.sync()),
+            Some(flush) => self.end_flush(flush, self.top().storage.sync()),
         }
     }
 }
@@ -186,12 +268,17 @@ pub struct Extent {
 /// Where an extent's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// Nowhere: never written, reads as zeros.
+    /// Nowhere: no image has it, so it reads as zeros.
     Unallocated,
-    /// Nowhere: written as zeros.
-    Zero,
-    /// In the image's file.
+    /// Nowhere: written as zeros in the image of this depth.
+    Zero {
+        /// 0 for the top image, 1 for its parent, and so on.
+        depth: usize,
+    },
+    /// In the file of the image of this depth.
     Stored {
+        /// 0 for the top image, 1 for its parent, and so on.
+        depth: usize,
         /// The first byte.
         at: FileOffset,
     },
@@ -200,43 +287,54 @@ pub enum Source {
 /// The extents of a range, found as they are asked for.
 #[derive(Debug)]
 pub struct Extents<'d> {
-    image: &'d Image,
-    spans: Spans,
+    images: &'d [Image],
+    at: u64,
+    end: u64,
     /// The start of the extent to give next, if the map was read that far.
     next: Option<Extent>,
+}
+
+impl Extents<'_> {
+    /// The longest run from here that every image answers as one.
+    ///
+    /// The first image that has something counts. A parent that is smaller than its child
+    /// has nothing beyond its end.
+    fn step(&mut self) -> Option<Extent> {
+        if self.at >= self.end {
+            return None;
+        }
+        let mut len_bytes = self.end - self.at;
+        let mut source = Source::Unallocated;
+        for (depth, image) in self.images.iter().enumerate() {
+            let Some(span) = image.span(self.at, len_bytes) else {
+                break;
+            };
+            len_bytes = span.len_bytes;
+            source = match image.locate(span) {
+                Place::Unallocated => continue,
+                Place::Zero => Source::Zero { depth },
+                Place::Stored(at) => Source::Stored { depth, at },
+            };
+            break;
+        }
+        self.at += len_bytes;
+        Some(Extent { len_bytes, source })
+    }
 }
 
 impl Iterator for Extents<'_> {
     type Item = Extent;
 
     fn next(&mut self) -> Option<Extent> {
-        let mut extent = self.next.take();
-        for span in self.spans.by_ref() {
-            let source = match self.image.locate(span) {
-                Place::Unallocated => Source::Unallocated,
-                Place::Zero => Source::Zero,
-                Place::Stored(at) => Source::Stored { at },
-            };
-            match &mut extent {
-                None => {
-                    extent = Some(Extent {
-                        len_bytes: span.len_bytes,
-                        source,
-                    });
-                }
-                Some(before) if before.source.goes_on_as(before.len_bytes, source) => {
-                    before.len_bytes += span.len_bytes;
-                }
-                Some(_) => {
-                    self.next = Some(Extent {
-                        len_bytes: span.len_bytes,
-                        source,
-                    });
-                    break;
-                }
+        let mut extent = self.next.take().or_else(|| self.step())?;
+        while let Some(behind) = self.step() {
+            if !extent.source.goes_on_as(extent.len_bytes, behind.source) {
+                self.next = Some(behind);
+                break;
             }
+            extent.len_bytes += behind.len_bytes;
         }
-        extent
+        Some(extent)
     }
 }
 
@@ -244,11 +342,42 @@ impl Source {
     /// Whether `behind` is where this goes on after `len_bytes`.
     fn goes_on_as(self, len_bytes: u64, behind: Self) -> bool {
         match (self, behind) {
-            (Self::Unallocated, Self::Unallocated) | (Self::Zero, Self::Zero) => true,
-            (Self::Stored { at }, Self::Stored { at: next }) => at.plus(len_bytes) == next,
-            (Self::Unallocated | Self::Zero | Self::Stored { .. }, _) => false,
+            (Self::Unallocated, Self::Unallocated) => true,
+            (Self::Zero { depth }, Self::Zero { depth: next }) => depth == next,
+            (
+                Self::Stored { depth, at },
+                Self::Stored {
+                    depth: next,
+                    at: next_at,
+                },
+            ) => depth == next && at.plus(len_bytes) == next_at,
+            (Self::Unallocated | Self::Zero { .. } | Self::Stored { .. }, _) => false,
         }
     }
+}
+
+/// A child and its parent know each other by UUID; VirtualBox never looks at the second one.
+fn check_link(child: &Image, parent: &Image, modified: ModifiedParent) -> Result<(), OpenError> {
+    let ImageKind::Differencing(link) = child.header.kind() else {
+        return Err(OpenError::NotAChild);
+    };
+    let found = parent.header.uuid_image();
+    if found != link.uuid_image {
+        return Err(OpenError::WrongParent {
+            wanted: link.uuid_image,
+            found,
+        });
+    }
+    let found = parent.header.raw().uuid_modify.get();
+    let known = link.uuid_modify;
+    if modified == ModifiedParent::Refuse && !known.is_nil() && found != known {
+        return Err(OpenError::ParentModified {
+            parent: link.uuid_image,
+            known,
+            found,
+        });
+    }
+    Ok(())
 }
 
 /// The host could not read what the map names.
@@ -311,6 +440,7 @@ mod tests {
             .map(|extent| (extent.len_bytes, extent.source))
             .collect();
         let stored = Source::Stored {
+            depth: 0,
             at: FileOffset(2 << 20),
         };
         assert_eq!(extents, [(3 << 20, stored), (2 << 20, Source::Unallocated)]);

@@ -52,10 +52,26 @@ pub const TYPE_DIFFERENCING: u32 = 4;
 /// 8, so that bits 24-31 fall out, and knows what then are bits 8, 16 and 17.
 pub const FLAGS_ACCEPTED: u32 = 0xFF00_0301;
 
-/// Where `blocks_allocated` (`cBlocksAllocated`) lies in a header of version 1.
-pub const AT_BLOCKS_ALLOCATED: FileOffset = FileOffset(0x184);
-/// Where `uuid_modify` (`uuidModify`) lies in a header of version 1.
-pub const AT_UUID_MODIFY: FileOffset = FileOffset(0x198);
+/// Where version 0 has its map: right behind its header.
+pub const VERSION_0_MAP: u32 = 0x1A4;
+
+/// Where the fields lie that change while an image is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// `cBlocksAllocated`.
+    pub blocks_allocated: FileOffset,
+    /// `uuidModify`.
+    pub uuid_modify: FileOffset,
+}
+
+const PLACES_1: Places = Places {
+    blocks_allocated: FileOffset(0x184),
+    uuid_modify: FileOffset(0x198),
+};
+const PLACES_0: Places = Places {
+    blocks_allocated: FileOffset(0x170),
+    uuid_modify: FileOffset(0x184),
+};
 
 /// A UUID as the file has it: the first three groups little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -75,7 +91,8 @@ impl From<Uuid> for RawUuid {
     }
 }
 
-/// The pre-header and the longest header known of version 1, as they are in the file.
+/// The pre-header and the longest header known of version 1, as they are in the file
+/// ([`RawHeader::read`] gives a header of version 0 the same form).
 ///
 /// The last four fields exist only where `header_size` says so; in an image
 /// with the short header they are whatever lies there.
@@ -131,9 +148,73 @@ pub struct RawHeader {
 }
 
 const _: () = assert!(size_of::<RawHeader>() == (HEADER_START + HEADER_SIZE_LONG) as usize);
+const _: () = assert!(
+    std::mem::offset_of!(RawHeader, blocks_allocated) as u64 == PLACES_1.blocks_allocated.0
+);
 const _: () =
-    assert!(std::mem::offset_of!(RawHeader, blocks_allocated) as u64 == AT_BLOCKS_ALLOCATED.0);
-const _: () = assert!(std::mem::offset_of!(RawHeader, uuid_modify) as u64 == AT_UUID_MODIFY.0);
+    assert!(std::mem::offset_of!(RawHeader, uuid_modify) as u64 == PLACES_1.uuid_modify.0);
+
+/// `VDIHEADER0` behind its pre-header, as it is in the file.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct RawHeader0 {
+    text: [u8; 64],
+    signature: U32,
+    version: U32,
+    image_type: U32,
+    image_flags: U32,
+    comment: [u8; 256],
+    legacy_geometry: [U32; 3],
+    legacy_sector_size: U32,
+    disk_size: U64,
+    block_size: U32,
+    blocks_in_image: U32,
+    blocks_allocated: U32,
+    uuid_image: RawUuid,
+    uuid_modify: RawUuid,
+    uuid_parent: RawUuid,
+}
+
+const _: () = assert!(size_of::<RawHeader0>() == VERSION_0_MAP as usize);
+const _: () = assert!(
+    std::mem::offset_of!(RawHeader0, blocks_allocated) as u64 == PLACES_0.blocks_allocated.0
+);
+const _: () =
+    assert!(std::mem::offset_of!(RawHeader0, uuid_modify) as u64 == PLACES_0.uuid_modify.0);
+
+impl RawHeader0 {
+    /// The same in the words of version 1: what version 0 fixes is filled in.
+    fn as_version_1(&self) -> RawHeader {
+        let map_end =
+            u64::from(VERSION_0_MAP) + u64::from(self.blocks_in_image.get()) * ENTRY_BYTES;
+        RawHeader {
+            text: self.text,
+            signature: self.signature,
+            version: self.version,
+            header_size: (VERSION_0_MAP - HEADER_START).into(),
+            image_type: self.image_type,
+            image_flags: self.image_flags,
+            comment: self.comment,
+            offset_bmap: VERSION_0_MAP.into(),
+            // Where it does not fit it is below the map's end, which no header may have.
+            offset_data: u32::try_from(map_end).unwrap_or(0).into(),
+            legacy_geometry: self.legacy_geometry,
+            legacy_sector_size: self.legacy_sector_size,
+            unused: 0.into(),
+            disk_size: self.disk_size,
+            block_size: self.block_size,
+            block_extra: 0.into(),
+            blocks_in_image: self.blocks_in_image,
+            blocks_allocated: self.blocks_allocated,
+            uuid_image: self.uuid_image,
+            uuid_modify: self.uuid_modify,
+            uuid_parent: self.uuid_parent,
+            uuid_parent_modify: RawUuid::new_zeroed(),
+            lchs_geometry: [0.into(); 3],
+            lchs_sector_size: 0.into(),
+        }
+    }
+}
 
 impl RawHeader {
     /// Reads what a file has at its start; behind the end of a short file are zeros.
@@ -141,13 +222,42 @@ impl RawHeader {
     /// # Errors
     /// If the file cannot be read.
     pub fn read(storage: &dyn Storage) -> io::Result<Self> {
+        Self::read_with(storage.len_bytes()?, |buf, at| {
+            storage.read_exact_at(buf, at)
+        })
+    }
+
+    /// The same for a file of `len_bytes` that only `read` can read.
+    pub(crate) fn read_with(
+        len_bytes: u64,
+        read: impl FnOnce(&mut [u8], FileOffset) -> io::Result<()>,
+    ) -> io::Result<Self> {
         let mut raw = Self::new_zeroed();
         let bytes = raw.as_mut_bytes();
-        let len = usize::try_from(storage.len_bytes()?)
+        let len = usize::try_from(len_bytes)
             .unwrap_or(usize::MAX)
             .min(bytes.len());
-        storage.read_exact_at(&mut bytes[..len], FileOffset(0))?;
+        read(&mut bytes[..len], FileOffset(0))?;
+        if raw.is_vdi() && raw.is_version_0() {
+            let (old, _) =
+                RawHeader0::read_from_prefix(raw.as_bytes()).expect("it is the shorter one");
+            return Ok(old.as_version_1());
+        }
         Ok(raw)
+    }
+
+    /// Whether it has the oldest header, here in the words of version 1.
+    pub const fn is_version_0(&self) -> bool {
+        self.version.get() == VERSION_0
+    }
+
+    /// Where the fields lie that change while the image is written.
+    pub const fn places(&self) -> Places {
+        if self.is_version_0() {
+            PLACES_0
+        } else {
+            PLACES_1
+        }
     }
 
     /// Whether the file begins as a VDI does.

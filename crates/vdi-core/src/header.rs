@@ -27,6 +27,17 @@ pub enum ImageKind {
     Dynamic,
     /// All blocks had their storage from the start.
     Fixed,
+    /// What it does not have shows through from its parent.
+    Differencing(ParentLink),
+}
+
+/// How a child names its parent: nothing but UUIDs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParentLink {
+    /// The parent's `uuid_image`.
+    pub uuid_image: Uuid,
+    /// The parent's `uuid_modify` when the child was made; null if the child does not know.
+    pub uuid_modify: Uuid,
 }
 
 impl fmt::Display for ImageKind {
@@ -34,6 +45,7 @@ impl fmt::Display for ImageKind {
         f.write_str(match self {
             Self::Dynamic => "dynamic",
             Self::Fixed => "fixed",
+            Self::Differencing(_) => "differencing",
         })
     }
 }
@@ -130,6 +142,7 @@ fn check_version(raw: &RawHeader) -> Result<(), HeaderError> {
     let version = raw.version.get();
     match version >> 16 {
         1 => Ok(()),
+        0 if raw.is_version_0() => Ok(()),
         _ => Err(HeaderError::Version {
             major: version >> 16,
             minor: version & 0xFFFF,
@@ -139,14 +152,14 @@ fn check_version(raw: &RawHeader) -> Result<(), HeaderError> {
 
 fn check_places(raw: &RawHeader) -> Result<(), HeaderError> {
     let header_size = raw.header_size.get();
-    if header_size < format::HEADER_SIZE_SHORT {
+    if header_size < format::HEADER_SIZE_SHORT && !raw.is_version_0() {
         return Err(HeaderError::HeaderSize {
             found: header_size,
             least: format::HEADER_SIZE_SHORT,
         });
     }
     let offset_bmap = raw.offset_bmap.get();
-    if offset_bmap < format::HEADER_END_SHORT {
+    if offset_bmap < format::HEADER_END_SHORT && !raw.is_version_0() {
         return Err(HeaderError::MapOffset {
             found: offset_bmap,
             least: format::HEADER_END_SHORT,
@@ -164,35 +177,32 @@ fn check_places(raw: &RawHeader) -> Result<(), HeaderError> {
 }
 
 fn check_type(raw: &RawHeader) -> Result<ImageKind, HeaderError> {
-    let kind = match raw.image_type.get() {
-        format::TYPE_DYNAMIC | format::TYPE_UNDO => ImageKind::Dynamic,
-        format::TYPE_FIXED => ImageKind::Fixed,
-        format::TYPE_DIFFERENCING => {
-            return Err(HeaderError::Differencing {
-                parent: raw.uuid_parent.get(),
-            });
+    let link = ParentLink {
+        uuid_image: raw.uuid_parent.get(),
+        uuid_modify: raw.uuid_parent_modify.get(),
+    };
+    // VirtualBox treats any image that names a parent as its child.
+    let kind = match (raw.image_type.get(), link.uuid_image.is_nil()) {
+        (format::TYPE_DYNAMIC | format::TYPE_UNDO, true) => ImageKind::Dynamic,
+        (format::TYPE_FIXED, true) => ImageKind::Fixed,
+        (format::TYPE_FIXED, false) => {
+            let parent = link.uuid_image;
+            return Err(HeaderError::FixedChild { parent });
         }
-        found => return Err(HeaderError::ImageType { found }),
+        (format::TYPE_DIFFERENCING, true) => return Err(HeaderError::NoParentNamed),
+        (format::TYPE_DYNAMIC | format::TYPE_UNDO | format::TYPE_DIFFERENCING, false) => {
+            ImageKind::Differencing(link)
+        }
+        (found, _) => return Err(HeaderError::ImageType { found }),
     };
     let refused = raw.image_flags.get() & !format::FLAGS_ACCEPTED;
     if refused != 0 {
-        return Err(HeaderError::ImageFlags {
-            found: raw.image_flags.get(),
-            refused,
-        });
+        let found = raw.image_flags.get();
+        return Err(HeaderError::ImageFlags { found, refused });
     }
-    let lchs_sector_size = raw.lchs_sector_size.get();
-    let has_lchs = raw.has_lchs() && raw.version.get() == format::VERSION_1_1;
-    if has_lchs && lchs_sector_size != 512 {
-        return Err(HeaderError::LchsSectorSize {
-            found: lchs_sector_size,
-        });
-    }
-    if !raw.uuid_parent.get().is_nil() {
-        // VirtualBox treats any image that names a parent as its child.
-        return Err(HeaderError::Differencing {
-            parent: raw.uuid_parent.get(),
-        });
+    let found = raw.lchs_sector_size.get();
+    if raw.has_lchs() && raw.version.get() == format::VERSION_1_1 && found != 512 {
+        return Err(HeaderError::LchsSectorSize { found });
     }
     Ok(kind)
 }
@@ -274,7 +284,7 @@ pub enum HeaderError {
         format::SIGNATURE
     )]
     Signature { found: u32 },
-    #[error("version is {major}.{minor}, but only versions 1.x are supported")]
+    #[error("version is {major}.{minor}, but only 1.x and 0.2 exist")]
     Version { major: u32, minor: u32 },
     #[error("header_size is {found}, less than the {least} of the shortest header")]
     HeaderSize { found: u32, least: u32 },
@@ -298,9 +308,11 @@ pub enum HeaderError {
     #[error("the LCHS sector size is {found}, but must be 512")]
     LchsSectorSize { found: u32 },
     #[error(
-        "this is a differencing image on the parent {parent}; differencing images are not supported yet"
+        "image_type is 2 (fixed), but uuid_parent names the parent {parent}; a fixed image has no parent"
     )]
-    Differencing { parent: Uuid },
+    FixedChild { parent: Uuid },
+    #[error("image_type is 4 (differencing), but uuid_parent is null, so no parent can be found")]
+    NoParentNamed,
     #[error("disk_size is 0")]
     DiskSizeZero,
     #[error(
@@ -425,14 +437,33 @@ mod tests {
             error_of(|h| h.disk_size = u64::MAX.into()),
             HeaderError::TooFewBlocks { .. }
         ));
-        assert!(matches!(
+        assert_eq!(
             error_of(|h| h.image_type = 4.into()),
-            HeaderError::Differencing { .. }
-        ));
-        assert!(matches!(
-            error_of(|h| h.uuid_parent = Uuid::max().into()),
-            HeaderError::Differencing { .. }
-        ));
+            HeaderError::NoParentNamed
+        );
+    }
+
+    #[test]
+    fn an_image_that_names_a_parent_is_its_child_unless_it_is_fixed() {
+        for image_type in [1, 3, 4] {
+            let mut raw = good();
+            raw.image_type = image_type.into();
+            raw.uuid_parent = Uuid::max().into();
+            let header = Header::check(raw, Access::Writable).unwrap();
+            assert!(
+                matches!(header.kind(), ImageKind::Differencing(link) if link.uuid_image == Uuid::max())
+            );
+        }
+        let error = error_of(|h| {
+            h.image_type = 2.into();
+            h.uuid_parent = Uuid::max().into();
+        });
+        assert_eq!(
+            error,
+            HeaderError::FixedChild {
+                parent: Uuid::max()
+            }
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::format::RawHeader;
 use crate::header::{Header, HeaderError};
 use crate::storage::{Access, Storage};
 use crate::units::{DataArea, FileOffset, Span};
+use uuid::Uuid;
 
 /// An image that keeps the invariants of [`Header`] and [`BlockMap`].
 #[derive(Debug)]
@@ -36,6 +37,16 @@ impl Image {
             },
             owners,
         ))
+    }
+
+    /// The part of one block from the disk's byte `at` on, of at most `most_bytes`; `None`
+    /// beyond the end of this image.
+    pub(crate) fn span(&self, at: u64, most_bytes: u64) -> Option<Span> {
+        let left = self.header.capacity().bytes().checked_sub(at)?;
+        let len_bytes = most_bytes.min(left);
+        let span = self.header.block_size().span_at(at)?;
+        let len_bytes = len_bytes.min(span.len_bytes);
+        (len_bytes > 0).then_some(Span { len_bytes, ..span })
     }
 
     /// What the map says of a span, and where its bytes lie if it has storage.
@@ -73,4 +84,43 @@ pub enum OpenError {
     /// Its map breaks a rule.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// An empty chain.
+    #[error("a disk needs at least one image")]
+    NoImage,
+    /// More images than [`crate::disk::MOST_IMAGES`].
+    #[error("the chain has more than {most} images; merge some of them first")]
+    TooManyImages {
+        /// The limit.
+        most: usize,
+    },
+    /// The last image of the chain is a child.
+    #[error("the image is a child of {parent}, which was not given")]
+    NoParent {
+        /// The parent's `uuid_image`.
+        parent: Uuid,
+    },
+    /// An image was given behind one that has no parent.
+    #[error("a parent was given for an image that has none")]
+    NotAChild,
+    /// An image was given that is not the parent of the one before it.
+    #[error("the child's uuid_parent is {wanted}, but the parent given has the uuid_image {found}")]
+    WrongParent {
+        /// The child's `uuid_parent`.
+        wanted: Uuid,
+        /// The `uuid_image` found.
+        found: Uuid,
+    },
+    /// The parent was written after its child was made.
+    #[error(
+        "the parent {parent} was modified after its child was made (its uuid_modify is {found}, the child \
+         knows {known}), so the child's contents are unreliable; use --allow-modified-parent to take it as it is"
+    )]
+    ParentModified {
+        /// The parent's `uuid_image`.
+        parent: Uuid,
+        /// The child's `uuid_parent_modify`.
+        known: Uuid,
+        /// The parent's `uuid_modify`.
+        found: Uuid,
+    },
 }

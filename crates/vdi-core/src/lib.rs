@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod block_map;
+pub mod chain;
 mod chores;
 pub mod create;
 pub mod disk;
@@ -31,11 +32,13 @@ pub mod storage;
 pub mod units;
 mod writer;
 
+pub use chain::{ChainError, ChainOptions, find_chain};
 pub use create::{CreateError, CreateOptions, NewKind, create};
 pub use disk::{
-    Disk, Extent, Extents, Flush, ReadError, Reservation, Reserve, Source, WriteError, WriteExtent,
+    Disk, Extent, Extents, Fill, Flush, ModifiedParent, ReadError, Reservation, Reserve, Source,
+    WriteError, WriteExtent,
 };
-pub use header::{Header, HeaderError, ImageKind, Warning};
+pub use header::{Header, HeaderError, ImageKind, ParentLink, Warning};
 pub use image::OpenError;
 pub use storage::{Access, FileError, HostFile, Locking, Storage};
 pub use units::{

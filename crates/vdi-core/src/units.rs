@@ -90,6 +90,11 @@ impl SectorRange {
         self.count * SECTOR_SIZE
     }
 
+    /// Where the range ends, in bytes from the start of the disk.
+    pub const fn end_bytes(self) -> u64 {
+        self.start_bytes() + self.len_bytes()
+    }
+
     /// Whether there is no sector in it.
     pub const fn is_empty(self) -> bool {
         self.count == 0
@@ -231,6 +236,18 @@ impl BlockSize {
         (block.0 as u64) << self.shift
     }
 
+    /// From the disk's byte `at_bytes` to the end of its block, if the block's index fits.
+    pub fn span_at(self, at_bytes: u64) -> Option<Span> {
+        let block = self.block_of(at_bytes)?;
+        let skip_bytes = at_bytes - self.start_of(block);
+        let len_bytes = u64::from(self.bytes()) - skip_bytes;
+        Some(Span {
+            block,
+            skip_bytes,
+            len_bytes,
+        })
+    }
+
     /// How many blocks it takes to hold `bytes`.
     pub const fn blocks_for(self, bytes: u64) -> u64 {
         bytes.div_ceil(1 << self.shift)
@@ -263,19 +280,13 @@ impl Iterator for Spans {
         if self.at >= self.end {
             return None;
         }
-        let block = self
+        let span = self
             .block_size
-            .block_of(self.at)
+            .span_at(self.at)
             .expect("U1: the range lies on the disk");
-        let skip_bytes = self.at - self.block_size.start_of(block);
-        let left_bytes = u64::from(self.block_size.bytes()) - skip_bytes;
-        let len_bytes = left_bytes.min(self.end - self.at);
+        let len_bytes = span.len_bytes.min(self.end - self.at);
         self.at += len_bytes;
-        Some(Span {
-            block,
-            skip_bytes,
-            len_bytes,
-        })
+        Some(Span { len_bytes, ..span })
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! - **W1** Room first: blocks come from [`Room`], whose blocks are durable before they
 //!   are handed out. Making room is a chore, off the request path.
-//! - **W2** Publish when it reads right: all blocks handed out read as zeros, as the disk did,
-//!   so an entry may be written as soon as its data are, without a sync.
+//! - **W2** Publish when it reads right: all blocks handed out read as zeros. Where the disk did too,
+//!   an entry may be written as soon as its data are, without a sync. Where a parent's data
+//!   showed through, data and copies of the rest (fills) are synced first; many share one sync.
 //! - **W3** Answer after publish: [`Disk::commit`] has written the entries to the file
 //!   when it returns; neighbours go in one write. A flush is one sync, or none if
 //!   nothing was written since the last.
@@ -25,10 +26,10 @@ use std::task::Waker;
 use smallvec::SmallVec;
 
 use crate::block_map::{BlockMapEntry, Owners};
-use crate::disk::Disk;
-use crate::image::{Image, Place};
+use crate::disk::{Disk, Source};
+use crate::image::{Image, OpenError, Place};
 use crate::room::{Counts, Room};
-use crate::units::{DiskBlock, FileBlock, FileOffset, SectorRange};
+use crate::units::{DiskBlock, FileBlock, FileOffset, SectorRange, Span};
 
 /// What a writable disk has beyond its image.
 #[derive(Debug)]
@@ -74,7 +75,11 @@ pub(crate) enum NoRoom {
 }
 
 impl Writer {
-    pub(crate) fn new(image: &Image, owners: &Owners, file_len: u64) -> Self {
+    pub(crate) fn new(image: &Image, owners: &Owners) -> Result<Self, OpenError> {
+        let file_len = image
+            .storage
+            .len_bytes()
+            .map_err(|source| OpenError::Read { source })?;
         let counts = Counts {
             in_image: image.header.blocks_in_image(),
             allocated: image.header.blocks_allocated(),
@@ -89,7 +94,7 @@ impl Writer {
             no_room: None,
             housekeeper: None,
         };
-        Self {
+        Ok(Self {
             state: Mutex::new(state),
             chores: Mutex::new(()),
             status: AtomicU8::new(OPEN),
@@ -97,7 +102,7 @@ impl Writer {
             written: AtomicU64::new(0),
             synced: AtomicU64::new(0),
             hidden_end: owners.hidden_end(),
-        }
+        })
     }
 
     pub(crate) fn check_status(&self) -> Result<(), WriteError> {
@@ -150,13 +155,35 @@ type WriteExtents = SmallVec<[WriteExtent; 2]>;
 #[must_use = "a reservation that is dropped undoes the write"]
 pub struct Reservation {
     extents: WriteExtents,
+    fills: Vec<Fill>,
     new: Option<(Arc<Disk>, NewBlocks)>,
+    publish: Publish,
+}
+
+/// When the entries of a reservation may be written (W2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Publish {
+    /// At once: the disk read zeros where its new blocks are, as they do.
+    WhenWritten,
+    /// A parent's data showed there, so the whole blocks must be durable first.
+    WhenSynced,
 }
 
 impl Reservation {
     /// Where the data go, in the order of the disk, neighbours merged.
     pub fn extents(&self) -> &[WriteExtent] {
         &self.extents
+    }
+
+    /// What is to be copied from parents, around the data (copy-on-write). No fill overlaps an
+    /// extent or another fill, so the order does not matter.
+    pub fn fills(&self) -> &[Fill] {
+        &self.fills
+    }
+
+    /// Whether data and fills must be synced before [`Disk::commit`], see [`Disk::begin_data_sync`].
+    pub const fn needs_sync(&self) -> bool {
+        matches!(self.publish, Publish::WhenSynced)
     }
 }
 
@@ -180,6 +207,19 @@ impl Drop for Reservation {
 pub struct WriteExtent {
     /// The first byte in the image's file.
     pub at: FileOffset,
+    /// How many.
+    pub len_bytes: u64,
+}
+
+/// A run of bytes to copy from a parent into the top image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Which image has them: 1 for the top image's parent, and so on.
+    pub depth: usize,
+    /// The first byte in that image's file.
+    pub from: FileOffset,
+    /// Where it goes in the top image's file.
+    pub to: FileOffset,
     /// How many.
     pub len_bytes: u64,
 }
@@ -217,7 +257,12 @@ impl Disk {
             return Ok(self.park_until_marked(writer, waker));
         }
         match self.extents_in_place(range) {
-            Some(extents) => Ok(Reserve::Ready(Reservation { extents, new: None })),
+            Some(extents) => Ok(Reserve::Ready(Reservation {
+                extents,
+                fills: Vec::new(),
+                new: None,
+                publish: Publish::WhenWritten,
+            })),
             None => self.reserve_blocks(writer, range, waker),
         }
     }
@@ -238,8 +283,8 @@ impl Disk {
     /// The extents of a range of which every block is allocated.
     fn extents_in_place(&self, range: SectorRange) -> Option<WriteExtents> {
         let mut extents = WriteExtents::new();
-        for span in range.spans(self.image.header.block_size()) {
-            match self.image.locate(span) {
+        for span in range.spans(self.top().header.block_size()) {
+            match self.top().locate(span) {
                 Place::Stored(at) => push_merged(
                     &mut extents,
                     WriteExtent {
@@ -261,11 +306,11 @@ impl Disk {
     ) -> Result<Reserve, WriteError> {
         let mut state = lock(&writer.state);
         writer.check_status()?;
-        let spans = || range.spans(self.image.header.block_size());
+        let spans = || range.spans(self.top().header.block_size());
         let mut missing = 0;
         for span in spans() {
             // Entries change only under this lock, so what is seen here stays true.
-            if matches!(self.image.locate(span), Place::Stored(_)) {
+            if matches!(self.top().locate(span), Place::Stored(_)) {
                 continue;
             }
             if state.in_transition.contains(&span.block) {
@@ -276,34 +321,72 @@ impl Disk {
         if !state.room.has(missing) {
             return state.ask_for_room(missing, waker);
         }
+        let reservation = self.take_blocks(&mut state, range);
+        if state.room.is_low() && !state.wants_more {
+            state.wants_more = true;
+            state.call_housekeeper();
+        }
+        Ok(Reserve::Ready(reservation))
+    }
+
+    /// Takes the blocks that a range lacks. There is room for them, and none is in transition.
+    fn take_blocks(self: &Arc<Self>, state: &mut State, range: SectorRange) -> Reservation {
         let (mut extents, mut new) = (WriteExtents::new(), NewBlocks::new());
-        for span in spans() {
-            let at = match self.image.locate(span) {
+        let (mut fills, mut publish) = (Vec::new(), Publish::WhenWritten);
+        let top = self.top();
+        for span in range.spans(top.header.block_size()) {
+            let place = top.locate(span);
+            let at = match place {
                 Place::Stored(at) => at,
                 Place::Unallocated | Place::Zero => {
                     let file_block = state.room.take().expect("the room was counted");
                     state.in_transition.insert(span.block);
                     new.push((span.block, file_block));
-                    self.image
-                        .area
-                        .contents_of(file_block)
-                        .plus(span.skip_bytes)
+                    let contents = top.area.contents_of(file_block);
+                    if place == Place::Unallocated && self.fill_around(span, contents, &mut fills) {
+                        publish = Publish::WhenSynced;
+                    }
+                    contents.plus(span.skip_bytes)
                 }
             };
-            push_merged(
-                &mut extents,
-                WriteExtent {
-                    at,
-                    len_bytes: span.len_bytes,
-                },
-            );
-        }
-        if state.room.is_low() && !state.wants_more {
-            state.wants_more = true;
-            state.call_housekeeper();
+            let len_bytes = span.len_bytes;
+            push_merged(&mut extents, WriteExtent { at, len_bytes });
         }
         let new = (!new.is_empty()).then(|| (Arc::clone(self), new));
-        Ok(Reserve::Ready(Reservation { extents, new }))
+        Reservation {
+            extents,
+            fills,
+            new,
+            publish,
+        }
+    }
+
+    /// Adds what the parents have of `span`'s block outside of `span`. Says whether they have
+    /// anything of that block at all.
+    fn fill_around(&self, span: Span, contents: FileOffset, fills: &mut Vec<Fill>) -> bool {
+        let mut has_data = false;
+        let mut at = 0;
+        for extent in self.parents_of(span.block) {
+            let (start, end) = (at, at + extent.len_bytes);
+            at = end;
+            let Source::Stored { depth, at: from } = extent.source else {
+                continue;
+            };
+            has_data = true;
+            let before = (start, end.min(span.skip_bytes));
+            let behind = (start.max(span.skip_bytes + span.len_bytes), end);
+            for (first, last) in [before, behind] {
+                if first < last {
+                    fills.push(Fill {
+                        depth: depth + 1,
+                        from: from.plus(first - start),
+                        to: contents.plus(first),
+                        len_bytes: last - first,
+                    });
+                }
+            }
+        }
+        has_data
     }
 
     /// Makes writes visible whose data are written: their entries go to the file, then to
@@ -315,6 +398,11 @@ impl Disk {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
         // Dropped at the end, so on failure the blocks are given back.
         let mut written = std::mem::take(written);
+        let early = written.iter().any(Reservation::needs_sync);
+        assert!(
+            !early,
+            "W2: blocks over a parent's data are synced before they are published"
+        );
         let mut new: NewBlocks = written
             .iter()
             .filter_map(|one| one.new.as_ref())
@@ -328,7 +416,7 @@ impl Disk {
             })?;
             let mut state = lock(&writer.state);
             for &(disk_block, file_block) in &new {
-                self.image
+                self.top()
                     .map
                     .publish(disk_block, BlockMapEntry::Allocated(file_block));
                 state.in_transition.remove(&disk_block);
@@ -349,9 +437,36 @@ impl Disk {
                 .iter()
                 .flat_map(|(_, file_block)| file_block.get().to_le_bytes())
                 .collect();
-            self.image
+            self.top()
                 .storage
-                .write_all_at(&bytes, self.image.map.entry_at(run[0].0))?;
+                .write_all_at(&bytes, self.top().map.entry_at(run[0].0))?;
+        }
+        Ok(())
+    }
+
+    /// Begins the sync that reservations need whose [`Reservation::needs_sync`] says so: the caller
+    /// syncs the top image's file after their data and fills are written. One serves many.
+    pub fn begin_data_sync(&self) -> Flush {
+        let covers = self
+            .writer
+            .as_ref()
+            .map_or(0, |writer| writer.written.load(Ordering::Acquire));
+        Flush { covers }
+    }
+
+    /// Ends it with what the sync returned; then the reservations may be committed.
+    ///
+    /// # Errors
+    /// If the sync failed.
+    pub fn end_data_sync(
+        &self,
+        flush: Flush,
+        result: io::Result<()>,
+        reservations: &mut [Reservation],
+    ) -> Result<(), WriteError> {
+        self.end_flush(flush, result)?;
+        for reservation in reservations {
+            reservation.publish = Publish::WhenWritten;
         }
         Ok(())
     }

@@ -1,0 +1,200 @@
+//! Finding the parents of a differencing image.
+//!
+//! An image names its parent by UUID only. The file is looked for among those that the
+//! user names, then among the images beside the child and in the directories that the
+//! user names. More than one answer is an error, since a copy of a parent has its UUID and
+//! may have other contents.
+//!
+//! Only headers are read here; whether the links hold is judged by
+//! [`crate::disk::Disk::open_chain`].
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::libc;
+use uuid::Uuid;
+
+use crate::disk::MOST_IMAGES;
+use crate::format::RawHeader;
+use crate::storage::{Access, FileError, HostFile, Locking};
+use crate::units::FileOffset;
+
+/// How many directory entries are looked at for one parent: a directory with more is no place for
+/// images, and reading it would take minutes.
+pub const MOST_CANDIDATES: usize = 100_000;
+
+/// Where parents may be.
+#[derive(Clone, Debug)]
+pub struct ChainOptions {
+    /// Files that are looked at first.
+    pub parents: Vec<PathBuf>,
+    /// Directories whose images are looked at, besides each child's own.
+    pub image_dirs: Vec<PathBuf>,
+    /// Whether the files are locked.
+    pub locking: Locking,
+}
+
+/// Opens an image and all its parents, the image first. Parents are opened read-only.
+///
+/// # Errors
+/// If a file cannot be opened, or a parent is missing, found twice, or its own ancestor.
+pub fn find_chain(
+    path: &Path,
+    access: Access,
+    options: &ChainOptions,
+) -> Result<Vec<HostFile>, ChainError> {
+    let mut chain = vec![HostFile::open(path, access, options.locking)?];
+    let mut seen = HashSet::new();
+    loop {
+        let child = chain.last().expect("it begins with one");
+        let header = read_header(child.file(), child.path())?;
+        let parent = header.uuid_parent.get();
+        if !header.is_vdi() || parent.is_nil() {
+            return Ok(chain);
+        }
+        if chain.len() == MOST_IMAGES {
+            return Err(ChainError::TooLong { most: MOST_IMAGES });
+        }
+        seen.insert(header.uuid_image.get());
+        if seen.contains(&parent) {
+            let child = child.path().to_owned();
+            return Err(ChainError::Loop { child, parent });
+        }
+        let found = find_parent(child.path(), parent, options)?;
+        chain.push(HostFile::open(&found, Access::ReadOnly, options.locking)?);
+    }
+}
+
+/// The file of the image `parent`: the user's choice, or the only one that there is.
+fn find_parent(child: &Path, parent: Uuid, options: &ChainOptions) -> Result<PathBuf, ChainError> {
+    let named = candidates(options.parents.iter().cloned(), parent);
+    if let Some(found) = only_one(named, parent)? {
+        return Ok(found);
+    }
+    let own = match child.parent() {
+        Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
+        Some(dir) => dir,
+        None => Path::new("/"),
+    };
+    let mut files = Vec::new();
+    let dirs = || std::iter::once(own).chain(options.image_dirs.iter().map(PathBuf::as_path));
+    for dir in dirs() {
+        let unreadable = |source| ChainError::Dir {
+            dir: dir.to_owned(),
+            source,
+        };
+        for entry in std::fs::read_dir(dir).map_err(unreadable)? {
+            files.push(entry.map_err(unreadable)?.path());
+            if files.len() > MOST_CANDIDATES {
+                let dir = dir.to_owned();
+                return Err(ChainError::TooManyFiles {
+                    dir,
+                    most: MOST_CANDIDATES,
+                });
+            }
+        }
+    }
+    let found = only_one(candidates(files.into_iter(), parent), parent)?;
+    found.ok_or_else(|| ChainError::Missing {
+        child: child.to_owned(),
+        parent,
+        searched: dirs().map(Path::to_owned).collect(),
+    })
+}
+
+/// The files that are the image `parent`, each once, by whatever name it was reached.
+fn candidates(files: impl Iterator<Item = PathBuf>, parent: Uuid) -> Vec<PathBuf> {
+    let mut known = HashSet::new();
+    files
+        .filter(|path| {
+            // What cannot be opened or read is not the parent.
+            let Ok(file) = open_quietly(path) else {
+                return false;
+            };
+            let Ok(metadata) = file.metadata() else {
+                return false;
+            };
+            metadata.is_file()
+                && read_header(&file, path)
+                    .is_ok_and(|h| h.is_vdi() && h.uuid_image.get() == parent)
+                && known.insert((metadata.dev(), metadata.ino()))
+        })
+        .collect()
+}
+
+fn only_one(mut found: Vec<PathBuf>, parent: Uuid) -> Result<Option<PathBuf>, ChainError> {
+    match found.len() {
+        0 | 1 => Ok(found.pop()),
+        _ => {
+            let (second, first) = (found.swap_remove(1), found.swap_remove(0));
+            Err(ChainError::Ambiguous {
+                parent,
+                first,
+                second,
+            })
+        }
+    }
+}
+
+/// Opens without waiting for the other end of a pipe.
+fn open_quietly(path: &Path) -> io::Result<File> {
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    File::options().read(true).custom_flags(flags).open(path)
+}
+
+fn read_header(file: &File, path: &Path) -> Result<RawHeader, ChainError> {
+    let read = || {
+        let len = file.metadata()?.len();
+        RawHeader::read_with(len, |buf, at: FileOffset| {
+            std::os::unix::fs::FileExt::read_exact_at(file, buf, at.0)
+        })
+    };
+    read().map_err(|source| ChainError::Header {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Why the images of a disk could not be found.
+#[derive(Debug, thiserror::Error)]
+#[expect(
+    missing_docs,
+    reason = "the messages are the documentation; the fields are the values in them"
+)]
+pub enum ChainError {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("cannot read the header of {}", path.display())]
+    Header { path: PathBuf, source: io::Error },
+    #[error("cannot look for parents in {}", dir.display())]
+    Dir { dir: PathBuf, source: io::Error },
+    #[error("{} has more than {most} entries, too many to look for a parent in; name the file with --parent", dir.display())]
+    TooManyFiles { dir: PathBuf, most: usize },
+    #[error(
+        "the parent {parent} of {} is not in {}; name its file with --parent or its directory with --image-dir",
+        child.display(),
+        searched.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    Missing {
+        child: PathBuf,
+        parent: Uuid,
+        searched: Vec<PathBuf>,
+    },
+    #[error(
+        "both {} and {} are the parent {parent} by their UUID; name the right one with --parent",
+        first.display(),
+        second.display()
+    )]
+    Ambiguous {
+        parent: Uuid,
+        first: PathBuf,
+        second: PathBuf,
+    },
+    #[error("{} has the parent {parent}, which is its own descendant", child.display())]
+    Loop { child: PathBuf, parent: Uuid },
+    #[error("the chain has more than {most} images; merge some of them first")]
+    TooLong { most: usize },
+}
