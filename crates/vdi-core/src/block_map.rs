@@ -129,15 +129,21 @@ impl BlockMap {
         self.entries.is_empty()
     }
 
-    /// The number behind the highest file block in use.
-    pub(crate) fn owned_end(&self) -> u32 {
-        let owned = self.entries.iter().filter_map(|raw| {
+    /// The blocks that have storage: where, and which they are.
+    pub(crate) fn allocated(&self) -> impl Iterator<Item = (FileBlock, DiskBlock)> {
+        let blocks = (0..).map(DiskBlock::new).zip(&self.entries);
+        blocks.filter_map(|(disk_block, raw)| {
             match BlockMapEntry::from_raw(raw.load(Ordering::Acquire)) {
-                BlockMapEntry::Allocated(block) => Some(block.get() + 1),
+                BlockMapEntry::Allocated(file_block) => Some((file_block, disk_block)),
                 BlockMapEntry::Unallocated | BlockMapEntry::Zero => None,
             }
-        });
-        owned.max().unwrap_or(0)
+        })
+    }
+
+    /// The number behind the highest file block in use.
+    pub(crate) fn owned_end(&self) -> u32 {
+        let ends = self.allocated().map(|(file_block, _)| file_block.get() + 1);
+        ends.max().unwrap_or(0)
     }
 }
 

@@ -15,7 +15,12 @@ use zerocopy::IntoBytes;
 use crate::disk::Disk;
 use crate::format::RawUuid;
 use crate::room::Plan;
-use crate::writer::{CLOSED, NoRoom, OPEN, WriteError, Writer, lock, wake};
+use crate::visit::Visits;
+use crate::writer::{CLOSED, NoRoom, OPEN, State, WriteError, Writer, lock, wake};
+
+/// How much a clean close moves to make the count exact: it must not take long. `vdi compact`
+/// moves the rest.
+const MOST_MOVED_BYTES: u64 = 256 << 20;
 
 impl Disk {
     /// Names who is woken when there are chores; it then calls [`Self::do_chores`] on a thread that may block.
@@ -39,8 +44,26 @@ impl Disk {
         if wants_mark {
             self.mark(writer)?;
         }
+        let punched = self.punch_released(writer)?;
         let made_room = self.make_room(writer)?;
-        Ok(wants_mark || made_room)
+        Ok(wants_mark || punched || made_room)
+    }
+
+    /// W4: the space returns at once. That a failed punch left old bytes does no harm: the blocks are
+    /// punched again before they get a new owner.
+    fn punch_released(&self, writer: &Writer) -> Result<bool, WriteError> {
+        let ranges = lock(&writer.state).released.take_unpunched();
+        let punched = ranges.iter().try_for_each(|range| self.punch(range));
+        let any = !ranges.is_empty();
+        lock(&writer.state).released.add_punched(ranges);
+        punched.map(|()| any)
+    }
+
+    fn punch(&self, range: &Range<u32>) -> Result<(), WriteError> {
+        let area = self.top().area;
+        let (start, end) = (area.end_of(range.start), area.end_of(range.end));
+        let punched = self.top().storage.punch(start, end.0 - start.0);
+        punched.map_err(|source| WriteError::NoSpace { source })
     }
 
     /// W6: children notice that their parent changed.
@@ -79,10 +102,10 @@ impl Disk {
                 }
                 return Ok(false);
             }
+            let reclaimed = state.released.reclaim(&self.visits);
+            state.room.add_stale(reclaimed);
             let Some(plan) = state.room.plan(wanted) else {
-                state.no_room = (wanted > 0).then_some(NoRoom::Full);
-                wake(&mut state.parked);
-                return Ok(true);
+                return Ok(state.out_of_room(wanted, &self.visits));
             };
             (plan, wanted)
         };
@@ -110,13 +133,7 @@ impl Disk {
         let storage = &self.top().storage;
         self.final_io(writer, || storage.sync())?;
         for range in ranges {
-            let (start, end) = (
-                self.top().area.end_of(range.start),
-                self.top().area.end_of(range.end),
-            );
-            storage
-                .punch(start, end.0 - start.0)
-                .map_err(|source| WriteError::NoSpace { source })?;
+            self.punch(range)?;
         }
         self.final_io(writer, || storage.sync())
     }
@@ -185,16 +202,38 @@ impl Disk {
     }
 
     fn trim(&self, writer: &Writer) -> Result<(), WriteError> {
-        let exact = self.top().map.owned_end().max(writer.hidden_end);
-        let end = self.top().area.end_of(exact).0;
         let storage = &self.top().storage;
         self.final_io(writer, || {
+            // Entries of released blocks must be gone for good before those get other contents.
             storage.sync()?;
+            let exact = match writer.hidden_end {
+                0 => self.fill_holes(MOST_MOVED_BYTES)?,
+                hidden_end => self.top().map.owned_end().max(hidden_end),
+            };
+            let end = self.top().area.end_of(exact).0;
             self.write_count(exact)?;
             if storage.len_bytes()? > end {
                 storage.set_len(end)?;
             }
             storage.sync()
         })
+    }
+}
+
+impl State {
+    /// There is no more room, unless released blocks come back: then who waits is woken to ask
+    /// again. Says whether anything was changed.
+    fn out_of_room(&mut self, wanted: u32, visits: &Visits) -> bool {
+        if wanted == 0 {
+            return false;
+        }
+        if self.released.is_waiting() {
+            let parked = self.parked.drain(..).chain(self.housekeeper.clone());
+            visits.wake_when_over(parked);
+            return false;
+        }
+        self.no_room = Some(NoRoom::Full);
+        wake(&mut self.parked);
+        true
     }
 }

@@ -17,8 +17,10 @@ use crate::header::{Header, ImageKind, Warning};
 use crate::image::{Image, OpenError, Place};
 use crate::storage::{Access, Storage};
 use crate::units::{Capacity, DataArea, DiskBlock, FileOffset, SectorRange};
+use crate::visit::{Lane, Visit, Visits};
 use crate::writer::Writer;
 
+pub use crate::release::Zeroing;
 pub use crate::writer::{Fill, Flush, Reservation, Reserve, WriteError, WriteExtent};
 
 /// An open disk: a top image and the parents that show through it.
@@ -27,6 +29,9 @@ pub struct Disk {
     /// The top image first, the base last.
     images: Vec<Image>,
     pub(crate) writer: Option<Writer>,
+    pub(crate) visits: Arc<Visits>,
+    /// The blocking doors' own.
+    lane: Lane,
 }
 
 /// How many images a disk may have: each costs a descriptor and a map in memory, and a read of
@@ -83,7 +88,16 @@ impl Disk {
             Some(ImageKind::Differencing(link)) => Err(OpenError::NoParent {
                 parent: link.uuid_image,
             }),
-            Some(ImageKind::Dynamic | ImageKind::Fixed) => Ok(Self { images, writer }),
+            Some(ImageKind::Dynamic | ImageKind::Fixed) => {
+                let visits = Arc::<Visits>::default();
+                let lane = visits.lane();
+                Ok(Self {
+                    images,
+                    writer,
+                    visits,
+                    lane,
+                })
+            }
         }
     }
 
@@ -124,8 +138,14 @@ impl Disk {
         self.top().area
     }
 
-    /// Where the bytes of a range are now, in order, neighbours merged.
-    pub fn map(&self, range: SectorRange) -> Extents<'_> {
+    /// A way in for one more thread that serves requests.
+    pub fn lane(&self) -> Lane {
+        self.visits.lane()
+    }
+
+    /// Where the bytes of a range are now, in order, neighbours merged. What it says is good as
+    /// long as the visit lasts.
+    pub fn map<'d>(&'d self, range: SectorRange, _visit: &'d Visit) -> Extents<'d> {
         Extents {
             images: &self.images,
             at: range.start_bytes(),
@@ -161,7 +181,8 @@ impl Disk {
             "the buffer has the range's length"
         );
         let mut rest = buf;
-        for extent in self.map(range) {
+        let visit = self.lane.enter();
+        for extent in self.map(range, &visit) {
             let len = usize::try_from(extent.len_bytes).expect("an extent is inside the buffer");
             let (piece, behind) = rest.split_at_mut(len);
             match extent.source {
@@ -191,17 +212,7 @@ impl Disk {
             range.len_bytes(),
             "the buffer has the range's length"
         );
-        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
-        let reservation = loop {
-            match self.reserve(range, &waker)? {
-                Reserve::Ready(reservation) => break reservation,
-                Reserve::Parked => {
-                    if !self.do_chores()? {
-                        std::thread::park();
-                    }
-                }
-            }
-        };
+        let reservation = self.blocking(|waker| self.reserve(range, &self.lane, waker))?;
         let mut rest = buf;
         for extent in reservation.extents() {
             let len = usize::try_from(extent.len_bytes).expect("an extent is inside the buffer");
@@ -212,6 +223,47 @@ impl Disk {
                 .map_err(|source| WriteError::Data { source })?;
             rest = behind;
         }
+        self.finish_blocking(reservation)
+    }
+
+    /// Makes a range read as zeros.
+    ///
+    /// # Errors
+    /// See [`WriteError`].
+    pub fn zero_at(self: &Arc<Self>, range: SectorRange, how: Zeroing) -> Result<(), WriteError> {
+        let reservation =
+            self.blocking(|waker| self.reserve_zeros(range, how, &self.lane, waker))?;
+        for extent in reservation.zeros() {
+            let storage = &self.top().storage;
+            let zeroed = if reservation.keeps_space() {
+                storage.zero(extent.at, extent.len_bytes)
+            } else {
+                storage.punch(extent.at, extent.len_bytes)
+            };
+            zeroed.map_err(|source| WriteError::Data { source })?;
+        }
+        self.finish_blocking(reservation)
+    }
+
+    /// Asks until it is not parked any more, and does the chores meanwhile.
+    fn blocking(
+        &self,
+        ask: impl Fn(&Waker) -> Result<Reserve, WriteError>,
+    ) -> Result<Reservation, WriteError> {
+        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        loop {
+            match ask(&waker)? {
+                Reserve::Ready(reservation) => return Ok(reservation),
+                Reserve::Parked => {
+                    if !self.do_chores()? {
+                        std::thread::park();
+                    }
+                }
+            }
+        }
+    }
+
+    fn finish_blocking(&self, reservation: Reservation) -> Result<(), WriteError> {
         self.fill_from_parents(&reservation)?;
         let mut written = vec![reservation];
         if written[0].needs_sync() {
@@ -436,7 +488,7 @@ mod tests {
         disk.read_at(disk.capacity().whole(), &mut found).unwrap();
         assert!(found == expected);
         let extents: Vec<_> = disk
-            .map(disk.capacity().whole())
+            .map(disk.capacity().whole(), &disk.lane().enter())
             .map(|extent| (extent.len_bytes, extent.source))
             .collect();
         let stored = Source::Stored {

@@ -25,11 +25,14 @@ pub mod create;
 pub mod disk;
 pub mod format;
 pub mod header;
+mod holes;
 mod image;
 mod lock;
+mod release;
 mod room;
 pub mod storage;
 pub mod units;
+pub mod visit;
 mod writer;
 
 pub use chain::{ChainError, ChainOptions, find_chain};
@@ -44,3 +47,4 @@ pub use storage::{Access, FileError, HostFile, Locking, Storage};
 pub use units::{
     BlockSize, Capacity, DiskBlock, FileBlock, FileOffset, SECTOR_SIZE, Sector, SectorRange,
 };
+pub use visit::{Lane, Visit};

@@ -98,6 +98,11 @@ impl Room {
         self.stale.push(block.get()..block.get() + 1);
     }
 
+    /// Takes back what was released and nobody uses any more.
+    pub(crate) fn add_stale(&mut self, ranges: Vec<Range<u32>>) {
+        self.stale.extend(ranges);
+    }
+
     /// What to do for `wanted` blocks more; `None` if there is no more.
     ///
     /// The blocks named are the plan's until [`Self::add`] or [`Self::abandon`].

@@ -49,6 +49,12 @@ pub trait Storage: Send + Sync + Debug {
     /// The host's.
     fn punch(&self, at: FileOffset, len_bytes: u64) -> io::Result<()>;
 
+    /// Makes a range inside the file read as zeros; it keeps its space.
+    ///
+    /// # Errors
+    /// The host's.
+    fn zero(&self, at: FileOffset, len_bytes: u64) -> io::Result<()>;
+
     /// Makes all that was written before durable (`fdatasync`).
     ///
     /// # Errors
@@ -145,12 +151,11 @@ impl Storage for HostFile {
     }
 
     fn punch(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let signed = |value: u64| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
-        match fallocate(&self.file, mode, signed(at.0)?, signed(len_bytes)?) {
-            Err(Errno::EOPNOTSUPP) => self.write_zeros(at, len_bytes),
-            other => Ok(other?),
-        }
+        self.clear(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, len_bytes)
+    }
+
+    fn zero(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+        self.clear(FallocateFlags::FALLOC_FL_ZERO_RANGE, at, len_bytes)
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -159,7 +164,17 @@ impl Storage for HostFile {
 }
 
 impl HostFile {
-    /// Punching where the file system cannot: reads as zeros, but keeps its space.
+    /// Makes a range read as zeros in the way that `mode` says, or by writing them where the
+    /// file system has no such way.
+    fn clear(&self, mode: FallocateFlags, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+        let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let signed = |value| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
+        match fallocate(&self.file, mode, signed(at.0)?, signed(len_bytes)?) {
+            Err(Errno::EOPNOTSUPP) => self.write_zeros(at, len_bytes),
+            other => Ok(other?),
+        }
+    }
+
     fn write_zeros(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
         static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let mut done = 0;

@@ -28,8 +28,10 @@ use smallvec::SmallVec;
 use crate::block_map::{BlockMapEntry, Owners};
 use crate::disk::{Disk, Source};
 use crate::image::{Image, OpenError, Place};
+use crate::release::Released;
 use crate::room::{Counts, Room};
-use crate::units::{DiskBlock, FileBlock, FileOffset, SectorRange, Span};
+use crate::units::{DiskBlock, FileOffset, SectorRange, Span};
+use crate::visit::{Lane, Visit};
 
 /// What a writable disk has beyond its image.
 #[derive(Debug)]
@@ -50,7 +52,7 @@ pub(crate) struct Writer {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) room: Room,
-    in_transition: HashSet<DiskBlock>,
+    pub(crate) in_transition: HashSet<DiskBlock>,
     /// Woken at every change that a parked request may wait for.
     pub(crate) parked: Vec<Waker>,
     pub(crate) wants_mark: bool,
@@ -61,6 +63,7 @@ pub(crate) struct State {
     /// The last attempt to make room failed so; told to one request that wants it.
     pub(crate) no_room: Option<NoRoom>,
     pub(crate) housekeeper: Option<Waker>,
+    pub(crate) released: Released,
 }
 
 /// `Writer::status`.
@@ -93,6 +96,7 @@ impl Writer {
             wants_more: false,
             no_room: None,
             housekeeper: None,
+            released: Released::default(),
         };
         Ok(Self {
             state: Mutex::new(state),
@@ -131,38 +135,57 @@ pub(crate) fn wake(parked: &mut Vec<Waker>) {
 }
 
 impl State {
-    fn park(&mut self, waker: &Waker) -> Reserve {
+    pub(crate) fn park(&mut self, waker: &Waker) -> Reserve {
         if !self.parked.iter().any(|known| known.will_wake(waker)) {
             self.parked.push(waker.clone());
         }
         Reserve::Parked
     }
 
-    fn call_housekeeper(&self) {
+    /// W6. Parks the first writers until the image is marked.
+    pub(crate) fn park_until_marked(&mut self, writer: &Writer, waker: &Waker) -> Reserve {
+        let parked = self.park(waker);
+        // What was true without the lock may have changed; then nobody would wake it.
+        if writer.marked.load(Ordering::Acquire) || writer.check_status().is_err() {
+            wake(&mut self.parked);
+        } else {
+            self.wants_mark = true;
+            self.call_housekeeper();
+        }
+        parked
+    }
+
+    pub(crate) fn call_housekeeper(&self) {
         if let Some(housekeeper) = &self.housekeeper {
             housekeeper.wake_by_ref();
         }
     }
 }
 
-type NewBlocks = SmallVec<[(DiskBlock, FileBlock); 2]>;
-type WriteExtents = SmallVec<[WriteExtent; 2]>;
+pub(crate) type Changes = SmallVec<[(DiskBlock, BlockMapEntry); 2]>;
+pub(crate) type WriteExtents = SmallVec<[WriteExtent; 2]>;
 
-/// Places for the data of one write, kept for it until [`Disk::commit`].
+/// What one write changes, kept for it until [`Disk::commit`].
 ///
 /// Dropping it gives all back and leaves the disk as it was.
 #[derive(Debug)]
 #[must_use = "a reservation that is dropped undoes the write"]
 pub struct Reservation {
-    extents: WriteExtents,
-    fills: Vec<Fill>,
-    new: Option<(Arc<Disk>, NewBlocks)>,
-    publish: Publish,
+    pub(crate) extents: WriteExtents,
+    pub(crate) zeros: WriteExtents,
+    pub(crate) keeps_space: bool,
+    pub(crate) fills: Vec<Fill>,
+    /// New entries of blocks in transition; the disk is there if there are any.
+    pub(crate) changes: Changes,
+    pub(crate) disk: Option<Arc<Disk>>,
+    pub(crate) publish: Publish,
+    /// W4: the blocks behind the extents stay this request's until it ends.
+    pub(crate) _visit: Visit,
 }
 
 /// When the entries of a reservation may be written (W2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Publish {
+pub(crate) enum Publish {
     /// At once: the disk read zeros where its new blocks are, as they do.
     WhenWritten,
     /// A parent's data showed there, so the whole blocks must be durable first.
@@ -170,9 +193,34 @@ enum Publish {
 }
 
 impl Reservation {
+    /// One that changes nothing.
+    pub(crate) fn empty(visit: Visit) -> Self {
+        Self {
+            extents: WriteExtents::new(),
+            zeros: WriteExtents::new(),
+            keeps_space: false,
+            fills: Vec::new(),
+            changes: Changes::new(),
+            disk: None,
+            publish: Publish::WhenWritten,
+            _visit: visit,
+        }
+    }
+
     /// Where the data go, in the order of the disk, neighbours merged.
     pub fn extents(&self) -> &[WriteExtent] {
         &self.extents
+    }
+
+    /// What is to be made zeros in the top image's file: punched out of it, or zeroed in place if
+    /// [`Self::keeps_space`]. Empty for writes of data.
+    pub fn zeros(&self) -> &[WriteExtent] {
+        &self.zeros
+    }
+
+    /// Whether [`Self::zeros`] stay allocated in the file, as in a fixed image.
+    pub const fn keeps_space(&self) -> bool {
+        self.keeps_space
     }
 
     /// What is to be copied from parents, around the data (copy-on-write). No fill overlaps an
@@ -189,14 +237,14 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let Some((disk, blocks)) = self.new.take() else {
-            return;
-        };
+        let Some(disk) = self.disk.take() else { return };
         let Some(writer) = &disk.writer else { return };
         let mut state = lock(&writer.state);
-        for (disk_block, file_block) in blocks {
+        for (disk_block, entry) in self.changes.drain(..) {
             state.in_transition.remove(&disk_block);
-            state.room.give_back(file_block);
+            if let BlockMapEntry::Allocated(file_block) = entry {
+                state.room.give_back(file_block);
+            }
         }
         wake(&mut state.parked);
     }
@@ -249,35 +297,24 @@ impl Disk {
     pub fn reserve(
         self: &Arc<Self>,
         range: SectorRange,
+        lane: &Lane,
         waker: &Waker,
     ) -> Result<Reserve, WriteError> {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
         writer.check_status()?;
         if !writer.marked.load(Ordering::Acquire) {
-            return Ok(self.park_until_marked(writer, waker));
+            let mut state = lock(&writer.state);
+            return Ok(state.park_until_marked(writer, waker));
         }
+        let visit = lane.enter();
         match self.extents_in_place(range) {
-            Some(extents) => Ok(Reserve::Ready(Reservation {
-                extents,
-                fills: Vec::new(),
-                new: None,
-                publish: Publish::WhenWritten,
-            })),
-            None => self.reserve_blocks(writer, range, waker),
+            Some(extents) => {
+                let mut reservation = Reservation::empty(visit);
+                reservation.extents = extents;
+                Ok(Reserve::Ready(reservation))
+            }
+            None => self.reserve_blocks(writer, range, visit, waker),
         }
-    }
-
-    fn park_until_marked(&self, writer: &Writer, waker: &Waker) -> Reserve {
-        let mut state = lock(&writer.state);
-        let parked = state.park(waker);
-        // What was true without the lock may have changed; then nobody would wake it.
-        if writer.marked.load(Ordering::Acquire) || writer.check_status().is_err() {
-            wake(&mut state.parked);
-        } else {
-            state.wants_mark = true;
-            state.call_housekeeper();
-        }
-        parked
     }
 
     /// The extents of a range of which every block is allocated.
@@ -302,6 +339,7 @@ impl Disk {
         self: &Arc<Self>,
         writer: &Writer,
         range: SectorRange,
+        visit: Visit,
         waker: &Waker,
     ) -> Result<Reserve, WriteError> {
         let mut state = lock(&writer.state);
@@ -321,44 +359,42 @@ impl Disk {
         if !state.room.has(missing) {
             return state.ask_for_room(missing, waker);
         }
-        let reservation = self.take_blocks(&mut state, range);
-        if state.room.is_low() && !state.wants_more {
-            state.wants_more = true;
-            state.call_housekeeper();
-        }
-        Ok(Reserve::Ready(reservation))
-    }
-
-    /// Takes the blocks that a range lacks. There is room for them, and none is in transition.
-    fn take_blocks(self: &Arc<Self>, state: &mut State, range: SectorRange) -> Reservation {
-        let (mut extents, mut new) = (WriteExtents::new(), NewBlocks::new());
-        let (mut fills, mut publish) = (Vec::new(), Publish::WhenWritten);
-        let top = self.top();
-        for span in range.spans(top.header.block_size()) {
-            let place = top.locate(span);
-            let at = match place {
+        let mut reservation = Reservation::empty(visit);
+        for span in spans() {
+            let at = match self.top().locate(span) {
                 Place::Stored(at) => at,
-                Place::Unallocated | Place::Zero => {
-                    let file_block = state.room.take().expect("the room was counted");
-                    state.in_transition.insert(span.block);
-                    new.push((span.block, file_block));
-                    let contents = top.area.contents_of(file_block);
-                    if place == Place::Unallocated && self.fill_around(span, contents, &mut fills) {
-                        publish = Publish::WhenSynced;
-                    }
-                    contents.plus(span.skip_bytes)
+                place @ (Place::Unallocated | Place::Zero) => {
+                    self.take_block(&mut state, span, place, &mut reservation)
                 }
             };
             let len_bytes = span.len_bytes;
-            push_merged(&mut extents, WriteExtent { at, len_bytes });
+            push_merged(&mut reservation.extents, WriteExtent { at, len_bytes });
         }
-        let new = (!new.is_empty()).then(|| (Arc::clone(self), new));
-        Reservation {
-            extents,
-            fills,
-            new,
-            publish,
+        state.call_if_low();
+        Ok(Reserve::Ready(reservation))
+    }
+
+    /// Takes a block for `span`, which has none and is at `place`; gives the place of its data. There is
+    /// room for it, and it is not in transition.
+    pub(crate) fn take_block(
+        self: &Arc<Self>,
+        state: &mut State,
+        span: Span,
+        place: Place,
+        reservation: &mut Reservation,
+    ) -> FileOffset {
+        let file_block = state.room.take().expect("the room was counted");
+        state.in_transition.insert(span.block);
+        let change = (span.block, BlockMapEntry::Allocated(file_block));
+        reservation.changes.push(change);
+        reservation.disk.get_or_insert_with(|| Arc::clone(self));
+        let contents = self.top().area.contents_of(file_block);
+        let over_data =
+            place == Place::Unallocated && self.fill_around(span, contents, &mut reservation.fills);
+        if over_data {
+            reservation.publish = Publish::WhenSynced;
         }
+        contents.plus(span.skip_bytes)
     }
 
     /// Adds what the parents have of `span`'s block outside of `span`. Says whether they have
@@ -403,45 +439,51 @@ impl Disk {
             !early,
             "W2: blocks over a parent's data are synced before they are published"
         );
-        let mut new: NewBlocks = written
+        let mut changes: Changes = written
             .iter()
-            .filter_map(|one| one.new.as_ref())
-            .flat_map(|(_, new)| new.iter().copied())
+            .flat_map(|one| one.changes.iter().copied())
             .collect();
-        if !new.is_empty() {
-            new.sort_unstable();
-            self.write_entries(&new).map_err(|source| {
+        if !changes.is_empty() {
+            changes.sort_unstable_by_key(|&(disk_block, _)| disk_block);
+            self.write_entries(&changes).map_err(|source| {
                 writer.fail();
                 WriteError::Metadata { source }
             })?;
-            let mut state = lock(&writer.state);
-            for &(disk_block, file_block) in &new {
-                self.top()
-                    .map
-                    .publish(disk_block, BlockMapEntry::Allocated(file_block));
-                state.in_transition.remove(&disk_block);
-            }
-            wake(&mut state.parked);
+            self.publish(writer, &changes);
         }
         for reservation in &mut written {
-            reservation.new = None;
+            reservation.disk = None;
         }
         writer.written.fetch_add(1, Ordering::AcqRel);
         writer.check_status()
     }
 
     /// Writes the entries of sorted blocks, neighbours in one go.
-    fn write_entries(&self, new: &[(DiskBlock, FileBlock)]) -> io::Result<()> {
-        for run in new.chunk_by(|(a, _), (b, _)| a.is_before(*b)) {
-            let bytes: SmallVec<[u8; 64]> = run
-                .iter()
-                .flat_map(|(_, file_block)| file_block.get().to_le_bytes())
-                .collect();
-            self.top()
-                .storage
-                .write_all_at(&bytes, self.top().map.entry_at(run[0].0))?;
+    fn write_entries(&self, changes: &[(DiskBlock, BlockMapEntry)]) -> io::Result<()> {
+        for run in changes.chunk_by(|(a, _), (b, _)| a.is_before(*b)) {
+            let entries = run.iter().map(|(_, entry)| entry.to_raw().to_le_bytes());
+            let bytes: SmallVec<[u8; 64]> = entries.flatten().collect();
+            let at = self.top().map.entry_at(run[0].0);
+            self.top().storage.write_all_at(&bytes, at)?;
         }
         Ok(())
+    }
+
+    /// Lets all see what the file has already.
+    fn publish(&self, writer: &Writer, changes: &[(DiskBlock, BlockMapEntry)]) {
+        let mut state = lock(&writer.state);
+        for &(disk_block, entry) in changes {
+            let before = self.top().map.get(disk_block);
+            self.top().map.publish(disk_block, entry);
+            state.in_transition.remove(&disk_block);
+            if let BlockMapEntry::Allocated(file_block) = before {
+                state.released.add(file_block);
+            }
+        }
+        if state.released.is_punch_due() {
+            state.call_housekeeper();
+        }
+        wake(&mut state.parked);
     }
 
     /// Begins the sync that reservations need whose [`Reservation::needs_sync`] says so: the caller
@@ -515,7 +557,7 @@ impl Disk {
     }
 }
 
-fn push_merged(extents: &mut WriteExtents, next: WriteExtent) {
+pub(crate) fn push_merged(extents: &mut WriteExtents, next: WriteExtent) {
     match extents.last_mut() {
         Some(last) if last.at.plus(last.len_bytes) == next.at => last.len_bytes += next.len_bytes,
         _ => extents.push(next),
@@ -523,8 +565,20 @@ fn push_merged(extents: &mut WriteExtents, next: WriteExtent) {
 }
 
 impl State {
+    /// Has room made ahead of need.
+    pub(crate) fn call_if_low(&mut self) {
+        if self.room.is_low() && !self.wants_more {
+            self.wants_more = true;
+            self.call_housekeeper();
+        }
+    }
+
     /// Parks a request that wants room, or tells it that there is none.
-    fn ask_for_room(&mut self, missing: u32, waker: &Waker) -> Result<Reserve, WriteError> {
+    pub(crate) fn ask_for_room(
+        &mut self,
+        missing: u32,
+        waker: &Waker,
+    ) -> Result<Reserve, WriteError> {
         match self.no_room.take() {
             Some(NoRoom::Host(kind)) => {
                 return Err(WriteError::NoSpace {
