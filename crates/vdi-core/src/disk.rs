@@ -21,7 +21,8 @@ use crate::visit::{Lane, Visit, Visits};
 use crate::writer::Writer;
 
 pub use crate::release::Zeroing;
-pub use crate::writer::{Fill, Flush, Reservation, Reserve, WriteError, WriteExtent};
+pub use crate::reservation::{Fill, Flush, Reservation, Reserve, WriteExtent};
+pub use crate::writer::WriteError;
 
 /// An open disk: a top image and the parents that show through it.
 #[derive(Debug)]

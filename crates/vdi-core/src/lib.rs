@@ -29,6 +29,7 @@ mod holes;
 mod image;
 mod lock;
 mod release;
+mod reservation;
 mod room;
 pub mod storage;
 pub mod units;

@@ -17,9 +17,10 @@ use crate::block_map::BlockMapEntry;
 use crate::disk::{Disk, Source};
 use crate::header::ImageKind;
 use crate::image::Place;
+use crate::reservation::{Reservation, Reserve, WriteExtent, push_merged};
 use crate::units::{FileBlock, FileOffset, SectorRange, Span};
 use crate::visit::{Lane, Visits};
-use crate::writer::{Reservation, Reserve, State, WriteError, WriteExtent, lock, push_merged};
+use crate::writer::{State, WriteError, lock};
 
 /// How a range becomes zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
