@@ -445,6 +445,8 @@ pub struct ReadError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
     use crate::create::{CreateOptions, NewKind, create};
     use crate::storage::{HostFile, Locking};
@@ -497,5 +499,107 @@ mod tests {
             at: FileOffset(2 << 20),
         };
         assert_eq!(extents, [(3 << 20, stored), (2 << 20, Source::Unallocated)]);
+    }
+
+    /// A new image of 4 blocks of 1 MiB, a child of `parent` if there is one.
+    fn image(dir: &std::path::Path, name: &str, parent: Option<&Disk>) -> std::path::PathBuf {
+        let path = dir.join(name);
+        let options = CreateOptions {
+            capacity_bytes: 4 << 20,
+            block_size: 1 << 20,
+            kind: NewKind::Dynamic,
+            uuid: None,
+        };
+        create(&path, &options).unwrap();
+        if let Some(parent) = parent {
+            use std::os::unix::fs::FileExt;
+            let mut raw = *Header::raw(open(&path).header());
+            raw.image_type = crate::format::TYPE_DIFFERENCING.into();
+            raw.uuid_parent = parent.header().uuid_image().into();
+            let file = File::options().write(true).open(&path).unwrap();
+            file.write_all_at(zerocopy::IntoBytes::as_bytes(&raw), 0)
+                .unwrap();
+        }
+        path
+    }
+
+    fn chain(paths: &[&std::path::Path]) -> Arc<Disk> {
+        let accesses = std::iter::once(Access::Writable).chain(std::iter::repeat(Access::ReadOnly));
+        let files = paths
+            .iter()
+            .zip(accesses)
+            .map(|(path, access)| -> Arc<dyn Storage> {
+                Arc::new(HostFile::open(path, access, Locking::Locked).unwrap())
+            });
+        let disk = Disk::open_chain(files.collect(), Access::Writable, ModifiedParent::Refuse);
+        Arc::new(disk.unwrap())
+    }
+
+    fn contents(disk: &Disk) -> Vec<u8> {
+        let mut found = vec![1; usize::try_from(disk.capacity().bytes()).unwrap()];
+        disk.read_at(disk.capacity().whole(), &mut found).unwrap();
+        found
+    }
+
+    #[test]
+    fn a_write_over_a_parents_data_keeps_the_rest_of_the_block() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = image(dir.path(), "base.vdi", None);
+        let parent = open(&base);
+        let range =
+            |disk: &Disk, start, count| disk.capacity().range(Sector(start), count).unwrap();
+        parent
+            .write_at(range(&parent, 0, 4096), &[5; 2 << 20])
+            .unwrap();
+        let child = image(dir.path(), "child.vdi", Some(&parent));
+        parent.close().unwrap();
+        drop(parent);
+        let disk = chain(&[&child, &base]);
+        let mut expected = vec![0; 4 << 20];
+        expected[..2 << 20].fill(5);
+        assert!(contents(&disk) == expected);
+        // Over data, over nothing, and across both.
+        for (start, count, byte) in [(3, 2, 7_u8), (6000, 10, 8), (4090, 12, 9)] {
+            let data = vec![byte; count * 512];
+            disk.write_at(range(&disk, start, count as u64), &data)
+                .unwrap();
+            expected[usize::try_from(start).unwrap() * 512..][..data.len()].copy_from_slice(&data);
+        }
+        assert!(contents(&disk) == expected);
+        // Zeros hide the parent, wholly and in part.
+        disk.zero_at(range(&disk, 0, 2048), Zeroing::Release)
+            .unwrap();
+        expected[..1 << 20].fill(0);
+        disk.zero_at(range(&disk, 2100, 5), Zeroing::Release)
+            .unwrap();
+        expected[2100 * 512..2105 * 512].fill(0);
+        assert!(contents(&disk) == expected);
+        disk.close().unwrap();
+        drop(disk);
+        let disk = chain(&[&child, &base]);
+        assert!(contents(&disk) == expected);
+        assert_eq!(disk.header().blocks_allocated(), 2);
+    }
+
+    #[test]
+    fn released_blocks_are_used_again_once_nobody_looks_at_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = open(&image(dir.path(), "a.vdi", None));
+        let whole = disk.capacity().whole();
+        let visitor = disk.lane();
+        for round in 1..20 {
+            disk.write_at(whole, &vec![round; 4 << 20]).unwrap();
+            let visit = visitor.enter();
+            disk.zero_at(whole, Zeroing::Discard).unwrap();
+            // The visit ends only now: what it knows was not given away before.
+            drop(visit);
+            assert!(contents(&disk).iter().all(|&byte| byte == 0));
+        }
+        disk.write_at(whole, &vec![99; 4 << 20]).unwrap();
+        disk.close().unwrap();
+        assert_eq!(
+            std::fs::metadata(dir.path().join("a.vdi")).unwrap().len(),
+            6 << 20
+        );
     }
 }
