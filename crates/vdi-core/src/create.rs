@@ -13,6 +13,7 @@ use uuid::Uuid;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::format::{self, ENTRY_BYTES, ENTRY_FREE, RawHeader};
+use crate::header::ParentLink;
 use crate::units::{BlockSize, DataArea, SECTOR_SIZE};
 
 /// Where map and data begin is a multiple of this.
@@ -29,6 +30,8 @@ pub enum NewKind {
     Dynamic,
     /// All blocks have storage, and the host has reserved its space.
     Fixed,
+    /// A child: what it does not have shows through from this parent.
+    Differencing(ParentLink),
 }
 
 /// What a new image shall be.
@@ -105,6 +108,11 @@ pub(crate) fn new_header(options: &CreateOptions) -> Result<RawHeader, CreateErr
     let (image_type, blocks_allocated) = match kind {
         NewKind::Dynamic => (format::TYPE_DYNAMIC, 0),
         NewKind::Fixed => (format::TYPE_FIXED, blocks),
+        NewKind::Differencing(link) => {
+            raw.uuid_parent = link.uuid_image.into();
+            raw.uuid_parent_modify = link.uuid_modify.into();
+            (format::TYPE_DIFFERENCING, 0)
+        }
     };
     raw.image_type = image_type.into();
     raw.blocks_allocated = blocks_allocated.into();
@@ -124,7 +132,7 @@ fn write_image(file: &File, raw: &RawHeader, kind: NewKind) -> Result<(), Create
     let area = DataArea::new(raw.offset_data.get(), 0, size);
     let blocks = raw.blocks_in_image.get();
     match kind {
-        NewKind::Dynamic => file.set_len(area.start().0)?,
+        NewKind::Dynamic | NewKind::Differencing(_) => file.set_len(area.start().0)?,
         NewKind::Fixed => {
             let len = i64::try_from(area.end_of(blocks).0)
                 .map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
@@ -145,7 +153,7 @@ fn write_map(file: &File, start: u64, blocks: u32, kind: NewKind) -> io::Result<
         bytes.clear();
         for block in first..blocks.min(first.saturating_add(PIECE)) {
             let entry = match kind {
-                NewKind::Dynamic => ENTRY_FREE,
+                NewKind::Dynamic | NewKind::Differencing(_) => ENTRY_FREE,
                 NewKind::Fixed => block,
             };
             bytes.extend_from_slice(&entry.to_le_bytes());

@@ -445,8 +445,6 @@ pub struct ReadError {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use super::*;
     use crate::create::{CreateOptions, NewKind, create};
     use crate::storage::{HostFile, Locking};
@@ -501,25 +499,16 @@ mod tests {
         assert_eq!(extents, [(3 << 20, stored), (2 << 20, Source::Unallocated)]);
     }
 
-    /// A new image of 4 blocks of 1 MiB, a child of `parent` if there is one.
-    fn image(dir: &std::path::Path, name: &str, parent: Option<&Disk>) -> std::path::PathBuf {
+    /// A new image of 4 blocks of 1 MiB.
+    fn image(dir: &std::path::Path, name: &str, kind: NewKind) -> std::path::PathBuf {
         let path = dir.join(name);
         let options = CreateOptions {
             capacity_bytes: 4 << 20,
             block_size: 1 << 20,
-            kind: NewKind::Dynamic,
+            kind,
             uuid: None,
         };
         create(&path, &options).unwrap();
-        if let Some(parent) = parent {
-            use std::os::unix::fs::FileExt;
-            let mut raw = *Header::raw(open(&path).header());
-            raw.image_type = crate::format::TYPE_DIFFERENCING.into();
-            raw.uuid_parent = parent.header().uuid_image().into();
-            let file = File::options().write(true).open(&path).unwrap();
-            file.write_all_at(zerocopy::IntoBytes::as_bytes(&raw), 0)
-                .unwrap();
-        }
         path
     }
 
@@ -544,16 +533,17 @@ mod tests {
     #[test]
     fn a_write_over_a_parents_data_keeps_the_rest_of_the_block() {
         let dir = tempfile::tempdir().unwrap();
-        let base = image(dir.path(), "base.vdi", None);
+        let base = image(dir.path(), "base.vdi", NewKind::Dynamic);
         let parent = open(&base);
         let range =
             |disk: &Disk, start, count| disk.capacity().range(Sector(start), count).unwrap();
         parent
             .write_at(range(&parent, 0, 4096), &[5; 2 << 20])
             .unwrap();
-        let child = image(dir.path(), "child.vdi", Some(&parent));
         parent.close().unwrap();
         drop(parent);
+        let link = open(&base).header().as_parent();
+        let child = image(dir.path(), "child.vdi", NewKind::Differencing(link));
         let disk = chain(&[&child, &base]);
         let mut expected = vec![0; 4 << 20];
         expected[..2 << 20].fill(5);
@@ -584,7 +574,7 @@ mod tests {
     #[test]
     fn released_blocks_are_used_again_once_nobody_looks_at_them() {
         let dir = tempfile::tempdir().unwrap();
-        let disk = open(&image(dir.path(), "a.vdi", None));
+        let disk = open(&image(dir.path(), "a.vdi", NewKind::Dynamic));
         let whole = disk.capacity().whole();
         let visitor = disk.lane();
         for round in 1..20 {

@@ -127,6 +127,14 @@ impl Header {
         )
     }
 
+    /// What a child made now has to say of this image.
+    pub const fn as_parent(&self) -> ParentLink {
+        ParentLink {
+            uuid_image: self.uuid_image(),
+            uuid_modify: self.raw.uuid_modify.get(),
+        }
+    }
+
     /// What names this image.
     pub const fn uuid_image(&self) -> Uuid {
         self.raw.uuid_image.get()
