@@ -18,6 +18,15 @@ use crate::room::Plan;
 use crate::visit::Visits;
 use crate::writer::{CLOSED, NoRoom, OPEN, State, WriteError, Writer, lock, wake};
 
+/// What is about to change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Modified {
+    /// What the disk reads as.
+    Contents,
+    /// Only where it is kept; children stay valid, so `uuid_modify` stays.
+    Places,
+}
+
 /// How much a clean close moves to make the count exact: it must not take long. `vdi compact`
 /// moves the rest.
 const MOST_MOVED_BYTES: u64 = 256 << 20;
@@ -42,7 +51,7 @@ impl Disk {
         writer.check_status()?;
         let wants_mark = std::mem::take(&mut lock(&writer.state).wants_mark);
         if wants_mark {
-            self.mark(writer)?;
+            self.mark(writer, Modified::Contents)?;
         }
         let punched = self.punch_released(writer)?;
         let made_room = self.make_room(writer)?;
@@ -67,7 +76,7 @@ impl Disk {
     }
 
     /// W6: children notice that their parent changed.
-    fn mark(&self, writer: &Writer) -> Result<(), WriteError> {
+    fn mark(&self, writer: &Writer, modified: Modified) -> Result<(), WriteError> {
         if !writer.marked.load(Ordering::Acquire) {
             let owned_end = self.top().map.owned_end().max(writer.hidden_end);
             self.final_io(writer, || {
@@ -75,11 +84,11 @@ impl Disk {
                 if self.top().header.blocks_allocated() < owned_end {
                     self.write_count(owned_end)?;
                 }
-                let uuid = RawUuid::from(Uuid::new_v4());
-                self.top().storage.write_all_at(
-                    uuid.as_bytes(),
-                    self.top().header.raw().places().uuid_modify,
-                )?;
+                if modified == Modified::Contents {
+                    let uuid = RawUuid::from(Uuid::new_v4());
+                    let at = self.top().header.raw().places().uuid_modify;
+                    self.top().storage.write_all_at(uuid.as_bytes(), at)?;
+                }
                 self.top().storage.sync()
             })?;
         }
@@ -181,6 +190,20 @@ impl Disk {
     /// # Errors
     /// If the host fails, or an earlier failure was final.
     pub fn close(&self) -> Result<(), WriteError> {
+        self.close_moving(MOST_MOVED_BYTES)
+    }
+
+    /// Says that all changes from here on leave the contents as they are, so that they do not renew
+    /// `uuid_modify` (as VirtualBox's compaction and resize do not).
+    pub(crate) fn begin_maintenance(&self) -> Result<(), WriteError> {
+        let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
+        let _one_at_a_time = lock(&writer.chores);
+        writer.check_status()?;
+        self.mark(writer, Modified::Places)
+    }
+
+    /// Closes, and moves up to `most_moved_bytes` to make the count exact.
+    pub(crate) fn close_moving(&self, most_moved_bytes: u64) -> Result<(), WriteError> {
         let Some(writer) = &self.writer else {
             return Ok(());
         };
@@ -195,19 +218,19 @@ impl Disk {
             swapped.unwrap_or_else(|status| status)
         };
         match before {
-            OPEN if writer.marked.load(Ordering::Acquire) => self.trim(writer),
+            OPEN if writer.marked.load(Ordering::Acquire) => self.trim(writer, most_moved_bytes),
             OPEN | CLOSED => Ok(()),
             _ => Err(WriteError::Failed),
         }
     }
 
-    fn trim(&self, writer: &Writer) -> Result<(), WriteError> {
+    fn trim(&self, writer: &Writer, most_moved_bytes: u64) -> Result<(), WriteError> {
         let storage = &self.top().storage;
         self.final_io(writer, || {
             // Entries of released blocks must be gone for good before those get other contents.
             storage.sync()?;
             let exact = match writer.hidden_end {
-                0 => self.fill_holes(MOST_MOVED_BYTES)?,
+                0 => self.fill_holes(most_moved_bytes)?,
                 hidden_end => self.top().map.owned_end().max(hidden_end),
             };
             let end = self.top().area.end_of(exact).0;
