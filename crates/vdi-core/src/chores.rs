@@ -82,7 +82,7 @@ impl Disk {
             self.final_io(writer, || {
                 // An image whose count is too small has blocks that others would overwrite.
                 if self.top().header.blocks_allocated() < owned_end {
-                    self.write_count(owned_end)?;
+                    self.write_count(writer, owned_end)?;
                 }
                 if modified == Modified::Contents {
                     let uuid = RawUuid::from(Uuid::new_v4());
@@ -136,18 +136,27 @@ impl Disk {
         done.map(|()| true)
     }
 
-    /// Makes blocks without an owner read as zeros. The first sync is for the entries that once
+    /// Makes blocks without an owner read as zeros and brings them under W1: a header may count blocks
+    /// that the file does not hold, and a file hold some that are not counted. The first sync is for the entries that once
     /// named them: none of those may come back.
     fn recycle(&self, writer: &Writer, ranges: &[Range<u32>]) -> Result<(), WriteError> {
         let storage = &self.top().storage;
         self.final_io(writer, || storage.sync())?;
+        let highest = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        self.lengthen(highest)?;
         for range in ranges {
             self.punch(range)?;
         }
-        self.final_io(writer, || storage.sync())
+        self.count(writer, highest)
     }
 
     fn extend(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
+        self.lengthen(blocks)?;
+        self.count(writer, blocks)
+    }
+
+    /// Makes the file hold the first `blocks`.
+    fn lengthen(&self, blocks: u32) -> Result<(), WriteError> {
         let storage = &self.top().storage;
         let end = self.top().area.end_of(blocks).0;
         let lengthen = || {
@@ -157,18 +166,24 @@ impl Disk {
                 Ok(())
             }
         };
-        lengthen().map_err(|source| WriteError::NoSpace { source })?;
+        lengthen().map_err(|source| WriteError::NoSpace { source })
+    }
+
+    /// Makes the header's count cover the first `blocks`, and all that was done durable.
+    fn count(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
         self.final_io(writer, || {
-            self.write_count(blocks)?;
-            storage.sync()
+            if writer.counted.load(Ordering::Acquire) < blocks {
+                self.write_count(writer, blocks)?;
+            }
+            self.top().storage.sync()
         })
     }
 
-    fn write_count(&self, blocks_allocated: u32) -> io::Result<()> {
-        self.top().storage.write_all_at(
-            &blocks_allocated.to_le_bytes(),
-            self.top().header.raw().places().blocks_allocated,
-        )
+    fn write_count(&self, writer: &Writer, blocks_allocated: u32) -> io::Result<()> {
+        writer.counted.store(blocks_allocated, Ordering::Release);
+        let at = self.top().header.raw().places().blocks_allocated;
+        let bytes = blocks_allocated.to_le_bytes();
+        self.top().storage.write_all_at(&bytes, at)
     }
 
     /// Metadata writes and syncs, whose failure is final (W5).
@@ -234,7 +249,7 @@ impl Disk {
                 hidden_end => self.top().map.owned_end().max(hidden_end),
             };
             let end = self.top().area.end_of(exact).0;
-            self.write_count(exact)?;
+            self.write_count(writer, exact)?;
             if storage.len_bytes()? > end {
                 storage.set_len(end)?;
             }

@@ -19,7 +19,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -50,6 +50,8 @@ pub(crate) struct Writer {
     synced: AtomicU64,
     /// The number behind the highest block used by entries beyond the disk's end.
     pub(crate) hidden_end: u32,
+    /// `blocks_allocated` as the file has it; chores alone change it.
+    pub(crate) counted: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -109,6 +111,7 @@ impl Writer {
             written: AtomicU64::new(0),
             synced: AtomicU64::new(0),
             hidden_end: owners.hidden_end(),
+            counted: AtomicU32::new(counts.allocated),
         })
     }
 
