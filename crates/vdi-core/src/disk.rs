@@ -16,7 +16,7 @@ use std::thread::Thread;
 use crate::header::{Header, ImageKind, Warning};
 use crate::image::{Image, OpenError, Place};
 use crate::storage::{Access, Storage};
-use crate::units::{Capacity, DataArea, DiskBlock, FileOffset, SectorRange};
+use crate::units::{Capacity, DataArea, DiskBlock, FileOffset, SectorRange, Span};
 use crate::visit::{Lane, Visit, Visits};
 use crate::writer::Writer;
 
@@ -158,14 +158,36 @@ impl Disk {
     /// What the parents have where the top image's `block` is; depth 0 is the first parent.
     pub(crate) fn parents_of(&self, block: DiskBlock) -> Extents<'_> {
         let size = self.header().block_size();
-        let start = size.start_of(block);
-        let end = self.capacity().bytes().min(start + u64::from(size.bytes()));
+        let left_bytes = self.capacity().bytes() - size.start_of(block);
+        let len_bytes = left_bytes.min(u64::from(size.bytes()));
+        self.parents_at(Span {
+            block,
+            skip_bytes: 0,
+            len_bytes,
+        })
+    }
+
+    /// The same for a part of a block.
+    pub(crate) fn parents_at(&self, span: Span) -> Extents<'_> {
+        let at = self.header().block_size().start_of(span.block) + span.skip_bytes;
+        let end = at + span.len_bytes;
         Extents {
             images: &self.images[1..],
-            at: start,
+            at,
             end,
             next: None,
         }
+    }
+
+    /// Reads from one image's file.
+    pub(crate) fn read_image(
+        &self,
+        depth: usize,
+        buf: &mut [u8],
+        at: FileOffset,
+    ) -> Result<(), ReadError> {
+        let read = self.images[depth].storage.read_exact_at(buf, at);
+        read.map_err(|source| ReadError { at, source })
     }
 
     /// Reads a range into `buf`, which must have its length.
@@ -188,12 +210,7 @@ impl Disk {
             let (piece, behind) = rest.split_at_mut(len);
             match extent.source {
                 Source::Unallocated | Source::Zero { .. } => piece.fill(0),
-                Source::Stored { depth, at } => {
-                    self.images[depth]
-                        .storage
-                        .read_exact_at(piece, at)
-                        .map_err(|source| ReadError { at, source })?;
-                }
+                Source::Stored { depth, at } => self.read_image(depth, piece, at)?,
             }
             rest = behind;
         }

@@ -21,6 +21,7 @@
 pub mod block_map;
 pub mod chain;
 mod chores;
+pub mod compact;
 pub mod create;
 pub mod disk;
 pub mod format;

@@ -18,7 +18,7 @@ use crate::disk::{Disk, Source};
 use crate::header::ImageKind;
 use crate::image::Place;
 use crate::reservation::{Reservation, Reserve, WriteExtent, push_merged};
-use crate::units::{FileBlock, FileOffset, SectorRange, Span};
+use crate::units::{DiskBlock, FileBlock, FileOffset, SectorRange, Span};
 use crate::visit::{Lane, Visits};
 use crate::writer::{State, WriteError, lock};
 
@@ -117,14 +117,23 @@ impl Disk {
     }
 
     fn parents_have(&self, span: Span) -> bool {
-        let wanted = span.skip_bytes..span.skip_bytes + span.len_bytes;
-        let mut at = 0;
-        self.parents_of(span.block).any(|extent| {
-            let found = at..at + extent.len_bytes;
-            at = found.end;
-            let overlaps = found.start < wanted.end && wanted.start < found.end;
-            overlaps && matches!(extent.source, Source::Stored { .. })
-        })
+        self.parents_at(span)
+            .any(|extent| matches!(extent.source, Source::Stored { .. }))
+    }
+
+    /// Gives sorted blocks a new entry that needs no storage and reads as they do. For
+    /// maintenance, while no request is at work.
+    pub(crate) fn replace_entries(
+        self: &Arc<Self>,
+        blocks: &[DiskBlock],
+        entry: BlockMapEntry,
+    ) -> Result<(), WriteError> {
+        let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
+        let mut reservation = Reservation::empty(self.visits.lane().enter());
+        reservation.changes = blocks.iter().map(|&block| (block, entry)).collect();
+        reservation.disk = Some(Arc::clone(self));
+        lock(&writer.state).in_transition.extend(blocks);
+        self.commit(&mut vec![reservation])
     }
 
     fn act(
