@@ -20,7 +20,7 @@ use crate::writer::{CLOSED, NoRoom, OPEN, State, WriteError, Writer, lock, wake}
 
 /// What is about to change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Modified {
+pub(crate) enum Modified {
     /// What the disk reads as.
     Contents,
     /// Only where it is kept; children stay valid, so `uuid_modify` stays.
@@ -208,13 +208,19 @@ impl Disk {
         self.close_moving(MOST_MOVED_BYTES)
     }
 
-    /// Says that all changes from here on leave the contents as they are, so that they do not renew
-    /// `uuid_modify` (as VirtualBox's compaction and resize do not).
-    pub(crate) fn begin_maintenance(&self) -> Result<(), WriteError> {
+    /// Begins maintenance: says beforehand what the changes from here on will have modified. Those
+    /// that leave the contents as they are do not renew `uuid_modify` (as VirtualBox's compaction and
+    /// resize do not).
+    pub(crate) fn begin_maintenance(&self, modified: Modified) -> Result<(), WriteError> {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
         let _one_at_a_time = lock(&writer.chores);
         writer.check_status()?;
-        self.mark(writer, Modified::Places)
+        self.mark(writer, modified)
+    }
+
+    /// The number behind the highest block used by entries beyond the disk's end.
+    pub(crate) fn hidden_end(&self) -> u32 {
+        self.writer.as_ref().map_or(0, |writer| writer.hidden_end)
     }
 
     /// Closes, and moves up to `most_moved_bytes` to make the count exact.

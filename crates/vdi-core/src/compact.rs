@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use crate::block_map::BlockMapEntry;
+use crate::chores::Modified;
 use crate::disk::{Disk, ReadError, Source, WriteError};
 use crate::header::ImageKind;
 use crate::storage::Access;
@@ -109,7 +110,7 @@ pub fn apply(disk: &Arc<Disk>, plan: &CompactPlan) -> Result<(), CompactError> {
     if disk.access() == Access::ReadOnly {
         return Err(CompactError::Write(WriteError::ReadOnly));
     }
-    disk.begin_maintenance()?;
+    disk.begin_maintenance(Modified::Places)?;
     let changes = [
         (&plan.zeros, BlockMapEntry::Zero),
         (&plan.same_as_parent, BlockMapEntry::Unallocated),

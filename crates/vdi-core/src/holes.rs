@@ -26,15 +26,21 @@ impl Disk {
     pub(crate) fn fill_holes(&self, most_bytes: u64) -> io::Result<u32> {
         let moves = self.moves();
         let stride = self.top().area.stride_bytes();
-        let per_batch = usize::try_from(BATCH_BYTES.div_ceil(stride)).unwrap_or(1);
         let affordable = usize::try_from(most_bytes / stride).unwrap_or(usize::MAX);
         // All or nothing: a part of the moves does not make the count exact.
         if moves.len() <= affordable {
-            for batch in moves.chunks(per_batch) {
-                self.move_blocks(batch)?;
-            }
+            self.move_all(&moves)?;
         }
         Ok(self.top().map.owned_end())
+    }
+
+    /// Moves blocks to places that no entry names and the header counts.
+    pub(crate) fn move_all(&self, moves: &[Move]) -> io::Result<()> {
+        let stride = self.top().area.stride_bytes();
+        let per_batch = usize::try_from(BATCH_BYTES.div_ceil(stride)).unwrap_or(1);
+        moves
+            .chunks(per_batch)
+            .try_for_each(|batch| self.move_blocks(batch))
     }
 
     /// Which blocks go where: the last ones into the first holes.
@@ -108,8 +114,8 @@ impl Disk {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Move {
-    disk_block: DiskBlock,
-    from: FileBlock,
-    to: FileBlock,
+pub(crate) struct Move {
+    pub(crate) disk_block: DiskBlock,
+    pub(crate) from: FileBlock,
+    pub(crate) to: FileBlock,
 }

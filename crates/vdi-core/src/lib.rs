@@ -31,6 +31,7 @@ mod image;
 mod lock;
 mod release;
 mod reservation;
+pub mod resize;
 mod room;
 pub mod storage;
 pub mod units;

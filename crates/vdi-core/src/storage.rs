@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use nix::libc;
 
 use crate::lock::{self, Outcome};
@@ -54,6 +54,13 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// The host's.
     fn zero(&self, at: FileOffset, len_bytes: u64) -> io::Result<()>;
+
+    /// Reserves space for a range, which may lie behind the end: the file is lengthened. What was not
+    /// there reads as zeros.
+    ///
+    /// # Errors
+    /// The host's.
+    fn reserve(&self, at: FileOffset, len_bytes: u64) -> io::Result<()>;
 
     /// Makes all that was written before durable (`fdatasync`).
     ///
@@ -156,6 +163,15 @@ impl Storage for HostFile {
 
     fn zero(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
         self.clear(FallocateFlags::FALLOC_FL_ZERO_RANGE, at, len_bytes)
+    }
+
+    fn reserve(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+        let signed = |value| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
+        Ok(posix_fallocate(
+            &self.file,
+            signed(at.0)?,
+            signed(len_bytes)?,
+        )?)
     }
 
     fn sync(&self) -> io::Result<()> {
