@@ -193,6 +193,7 @@ impl Disk {
         };
         match before {
             OPEN if writer.marked.load(Ordering::Acquire) => self.trim(writer),
+            OPEN if !writer.is_synced() => self.final_io(writer, || self.image.storage.sync()),
             OPEN | CLOSED => Ok(()),
             _ => Err(WriteError::Failed),
         }

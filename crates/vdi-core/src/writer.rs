@@ -96,7 +96,8 @@ impl Writer {
             chores: Mutex::new(()),
             status: AtomicU8::new(OPEN),
             marked: AtomicBool::new(false),
-            written: AtomicU64::new(0),
+            // A program that was killed may have written what no sync covers yet (P1, P2).
+            written: AtomicU64::new(1),
             synced: AtomicU64::new(0),
             hidden_end: owners.hidden_end(),
             counted: AtomicU32::new(counts.allocated),
@@ -109,6 +110,11 @@ impl Writer {
             CLOSED => Err(WriteError::Closed),
             _ => Err(WriteError::Failed),
         }
+    }
+
+    /// Whether all that was committed is durable.
+    pub(crate) fn is_synced(&self) -> bool {
+        self.written.load(Ordering::Acquire) <= self.synced.load(Ordering::Acquire)
     }
 
     /// W5: from now on nothing is written.
@@ -359,7 +365,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Begins a flush: `None` if all that was committed before is durable already.
+    /// Begins a flush: `None` if all that was committed before is durable already. The first
+    /// one since open syncs in any case: it covers also what was committed before a `kill -9`.
     ///
     /// # Errors
     /// If an earlier sync failed: then nothing can be promised (W5).
@@ -371,7 +378,7 @@ impl Disk {
             return Err(WriteError::Failed);
         }
         let covers = writer.written.load(Ordering::Acquire);
-        Ok((writer.synced.load(Ordering::Acquire) < covers).then_some(Flush { covers }))
+        Ok((!writer.is_synced()).then_some(Flush { covers }))
     }
 
     /// Ends a flush with what the sync of the file returned.
