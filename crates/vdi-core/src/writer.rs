@@ -324,6 +324,8 @@ impl Disk {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
         // Dropped at the end, so on failure the blocks are given back.
         let mut written = std::mem::take(written);
+        // W5; and after a close the header's count does not cover them.
+        writer.check_status()?;
         let mut new: NewBlocks = written
             .iter()
             .filter_map(|one| one.new.as_ref())
@@ -384,13 +386,15 @@ impl Disk {
     /// Ends a flush with what the sync of the file returned.
     ///
     /// # Errors
-    /// If the sync failed.
+    /// If the sync failed, or another one meanwhile.
     #[expect(clippy::needless_pass_by_value, reason = "a flush ends once")]
     pub fn end_flush(&self, flush: Flush, result: io::Result<()>) -> Result<(), WriteError> {
         let Some(writer) = &self.writer else {
             return Ok(());
         };
         match result {
+            // The kernel tells a lost write to one of the syncs that run at the same time.
+            Ok(()) if self.is_failed() => Err(WriteError::Failed),
             Ok(()) => {
                 writer.synced.fetch_max(flush.covers, Ordering::AcqRel);
                 Ok(())
