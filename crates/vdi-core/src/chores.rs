@@ -91,7 +91,10 @@ impl Disk {
         };
         let mut state = lock(&writer.state);
         match &done {
-            Ok(()) => state.room.add(plan),
+            Ok(()) => {
+                state.no_room = None;
+                state.room.add(plan);
+            }
             Err(error) => {
                 state.room.abandon(plan);
                 if wanted > 0 {
