@@ -18,6 +18,8 @@ use vdi_tests::simulated::{
     Contents, Found, Habits, Layout, SimulatedFile, Workload, for_each_seed, percent,
 };
 
+const SIZES: [u32; 5] = [128 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20];
+
 const HABITS: Habits = Habits {
     most_sectors: 5 << 11,
     most_in_flight: 8,
@@ -55,7 +57,7 @@ fn same(before: &Contents, after: &Contents, range: Range<u64>) -> bool {
 #[test]
 fn a_disk_reads_as_a_plain_array_would() {
     for_each_seed(150, |mut random| {
-        let layout = Layout::any(&mut random);
+        let layout = Layout::any(&SIZES, &mut random);
         println!("{layout:?}");
         let (mut workload, before) = workload(&layout, HABITS, &mut random);
         use_disk(&mut workload, 150, &mut random);
@@ -72,7 +74,7 @@ fn a_disk_reads_as_a_plain_array_would() {
 #[test]
 fn a_disk_that_is_only_read_leaves_its_file_alone() {
     for_each_seed(30, |mut random| {
-        let layout = Layout::any(&mut random);
+        let layout = Layout::any(&SIZES, &mut random);
         println!("{layout:?}");
         let (contents, expected) = layout.build(&mut random);
         for access in [Access::Writable, Access::ReadOnly] {

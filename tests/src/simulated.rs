@@ -144,6 +144,11 @@ impl SimulatedFile {
         self.lock().history.now()
     }
 
+    /// Something happens that is to be compared with what is done to the file.
+    pub fn note(&self) -> Moment {
+        self.lock().history.note()
+    }
+
     /// What was done since.
     pub fn done_since(&self, moment: Moment) -> Vec<Operation> {
         self.lock().history.since(moment).cloned().collect()

@@ -124,7 +124,10 @@ impl Disk {
         };
         let mut state = lock(&writer.state);
         match &done {
-            Ok(()) => state.room.add(plan),
+            Ok(()) => {
+                state.no_room = None;
+                state.room.add(plan);
+            }
             Err(error) => {
                 state.room.abandon(plan);
                 if wanted > 0 {
@@ -240,6 +243,7 @@ impl Disk {
         };
         match before {
             OPEN if writer.marked.load(Ordering::Acquire) => self.trim(writer, most_moved_bytes),
+            OPEN if !writer.is_synced() => self.final_io(writer, || self.top().storage.sync()),
             OPEN | CLOSED => Ok(()),
             _ => Err(WriteError::Failed),
         }

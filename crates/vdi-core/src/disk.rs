@@ -272,11 +272,13 @@ impl Disk {
         loop {
             match ask(&waker)? {
                 Reserve::Ready(reservation) => return Ok(reservation),
-                Reserve::Parked => {
-                    if !self.do_chores()? {
-                        std::thread::park();
-                    }
-                }
+                Reserve::Parked => match self.do_chores() {
+                    Ok(true) => {}
+                    Ok(false) => std::thread::park(),
+                    // Told by the next attempt, to whom it concerns.
+                    Err(WriteError::NoSpace { .. }) => {}
+                    Err(error) => return Err(error),
+                },
             }
         }
     }

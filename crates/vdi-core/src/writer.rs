@@ -108,7 +108,8 @@ impl Writer {
             chores: Mutex::new(()),
             status: AtomicU8::new(OPEN),
             marked: AtomicBool::new(false),
-            written: AtomicU64::new(0),
+            // A program that was killed may have written what no sync covers yet (P1, P2).
+            written: AtomicU64::new(1),
             synced: AtomicU64::new(0),
             hidden_end: owners.hidden_end(),
             counted: AtomicU32::new(counts.allocated),
@@ -121,6 +122,11 @@ impl Writer {
             CLOSED => Err(WriteError::Closed),
             _ => Err(WriteError::Failed),
         }
+    }
+
+    /// Whether all that was committed is durable.
+    pub(crate) fn is_synced(&self) -> bool {
+        self.written.load(Ordering::Acquire) <= self.synced.load(Ordering::Acquire)
     }
 
     /// W5: from now on nothing is written.
@@ -318,6 +324,8 @@ impl Disk {
             !early,
             "W2: blocks over a parent's data are synced before they are published"
         );
+        // W5; and after a close the header's count does not cover them.
+        writer.check_status()?;
         let mut changes: Changes = written
             .iter()
             .flat_map(|one| one.changes.iter().copied())
@@ -392,7 +400,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Begins a flush: `None` if all that was committed before is durable already.
+    /// Begins a flush: `None` if all that was committed before is durable already. The first
+    /// one since open syncs in any case: it covers also what was committed before a `kill -9`.
     ///
     /// # Errors
     /// If an earlier sync failed: then nothing can be promised (W5).
@@ -404,19 +413,21 @@ impl Disk {
             return Err(WriteError::Failed);
         }
         let covers = writer.written.load(Ordering::Acquire);
-        Ok((writer.synced.load(Ordering::Acquire) < covers).then_some(Flush { covers }))
+        Ok((!writer.is_synced()).then_some(Flush { covers }))
     }
 
     /// Ends a flush with what the sync of the file returned.
     ///
     /// # Errors
-    /// If the sync failed.
+    /// If the sync failed, or another one meanwhile.
     #[expect(clippy::needless_pass_by_value, reason = "a flush ends once")]
     pub fn end_flush(&self, flush: Flush, result: io::Result<()>) -> Result<(), WriteError> {
         let Some(writer) = &self.writer else {
             return Ok(());
         };
         match result {
+            // The kernel tells a lost write to one of the syncs that run at the same time.
+            Ok(()) if self.is_failed() => Err(WriteError::Failed),
             Ok(()) => {
                 writer.synced.fetch_max(flush.covers, Ordering::AcqRel);
                 Ok(())

@@ -23,9 +23,14 @@ use crate::random::Random;
 
 const PIECE: u64 = 512;
 
-/// A point in time between two events of a history.
+/// A point in time: before the event of the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(usize);
+
+impl Moment {
+    /// Before all that was done.
+    pub const START: Self = Self(0);
+}
 
 /// What can be done to a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +51,15 @@ impl Operation {
             Self::Write { at, bytes } => *at..at + bytes.len() as u64,
             Self::Punch(range) => range.clone(),
             Self::SetLen(_) | Self::Sync | Self::FailedSync => 0..0,
+        }
+    }
+
+    /// The length that it sets.
+    #[must_use]
+    pub const fn new_len(&self) -> Option<u64> {
+        match self {
+            Self::SetLen(len) => Some(*len),
+            Self::Write { .. } | Self::Punch(_) | Self::Sync | Self::FailedSync => None,
         }
     }
 
@@ -91,6 +105,12 @@ impl History {
         }
     }
 
+    /// The file at first.
+    #[must_use]
+    pub const fn start(&self) -> &Contents {
+        &self.start
+    }
+
     /// An operation begins.
     pub fn begin(&mut self, operation: Operation) -> InFlight {
         self.records.push(Record {
@@ -114,8 +134,14 @@ impl History {
         Moment(self.clock)
     }
 
+    /// Something else happens, at a moment of its own.
+    pub fn note(&mut self) -> Moment {
+        self.clock += 1;
+        Moment(self.clock - 1)
+    }
+
     /// All moments, from before the first operation to the present. Between two neighbours
-    /// one operation begins or ends.
+    /// one thing happens.
     pub fn moments(&self) -> impl Iterator<Item = Moment> + use<> {
         (0..=self.clock).map(Moment)
     }

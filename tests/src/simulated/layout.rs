@@ -71,10 +71,11 @@ impl Layout {
         self
     }
 
-    /// An image of any shape that is opened for writing, small enough to be read often.
+    /// An image of any shape that is opened for writing, with blocks of one of some sizes; small
+    /// enough to be read often.
     #[must_use]
-    pub fn any(random: &mut Random) -> Self {
-        let block_size = *random.pick(&[128 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20]);
+    pub fn any(block_sizes: &[u32], random: &mut Random) -> Self {
+        let block_size = *random.pick(block_sizes);
         let blocks = random.within(1..u64::from((8 << 20) / block_size).min(20) + 1);
         let cut = match random.within(0..4) {
             0 | 1 => 0,
@@ -233,12 +234,6 @@ impl Layout {
         owned_end(&self.entries)
     }
 
-    /// How many bytes of a sector lie before a boundary of 512 bytes in the file.
-    #[must_use]
-    pub const fn sector_cut(&self) -> u64 {
-        (512 - (self.offset_data as u64 + self.block_extra as u64) % 512) % 512
-    }
-
     /// The file, and the bytes of the disk in it.
     #[must_use]
     pub fn build(&self, random: &mut Random) -> (Contents, Vec<u8>) {
@@ -386,6 +381,20 @@ impl Found {
     #[must_use]
     pub fn owned_end(&self) -> u32 {
         owned_end(&self.entries)
+    }
+
+    /// How many bytes of a sector of the disk lie before a boundary of 512 bytes in the file: a power
+    /// cut may tear it there.
+    #[must_use]
+    pub fn cut_of(&self, sector: u64, layout: &Layout) -> u64 {
+        let sectors = u64::from(layout.block_size) / 512;
+        match self.entries[index(sector / sectors)] {
+            FREE | ZERO => 0,
+            number => {
+                let contents = layout.end_of(number) + u64::from(layout.block_extra);
+                contents.next_multiple_of(512) - contents
+            }
+        }
     }
 
     /// What would harm VirtualBox, QEMU or us if they opened and wrote the image now. (They give the

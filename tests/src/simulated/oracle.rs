@@ -97,7 +97,7 @@ impl Oracle {
     /// Whether a flush was answered before `moment`.
     #[must_use]
     pub fn is_flushed(&self, moment: Moment) -> bool {
-        self.flushes.iter().any(|&(_, answered)| answered <= moment)
+        self.flushes.iter().any(|&(_, answered)| answered < moment)
     }
 
     /// All sectors ever written.
@@ -106,7 +106,7 @@ impl Oracle {
     }
 
     /// What is wrong with the bytes that a disk reads as from `first` on after a crash at
-    /// `moment`. A sector may be torn at its byte `cut`, if that is not 0.
+    /// `moment`. A sector may be torn at the byte that `cut_of` gives for it, if that is not 0.
     #[must_use]
     pub fn judge(
         &self,
@@ -114,7 +114,7 @@ impl Oracle {
         found: &[u8],
         moment: Moment,
         crash: Crash,
-        cut: u64,
+        cut_of: impl Fn(u64) -> u64,
     ) -> Option<String> {
         let end = first + found.len() as u64 / 512;
         let mut at = first;
@@ -127,7 +127,14 @@ impl Oracle {
                 ));
             }
             let sector_found = &found[to..to + 512];
-            if !self.allows(sector, versions, sector_found, moment, crash, index(cut)) {
+            if !self.allows(
+                sector,
+                versions,
+                sector_found,
+                moment,
+                crash,
+                index(cut_of(sector)),
+            ) {
                 return Some(self.complain(sector, versions, sector_found, moment));
             }
             at = sector + 1;
@@ -152,13 +159,13 @@ impl Oracle {
                 let flushes = self
                     .flushes
                     .iter()
-                    .filter(|&&(_, answered)| answered <= moment);
+                    .filter(|&&(_, answered)| answered < moment);
                 flushes.map(|&(begun, _)| begun).max()
             }
         };
         let is_sure = |version: &Version| {
             let answered = version.answered;
-            answered.is_some_and(|answered| covered.is_some_and(|covered| answered <= covered))
+            answered.is_some_and(|answered| covered.is_some_and(|covered| answered < covered))
         };
         let sure = versions.iter().rposition(is_sure);
         let start = &self.start[index(sector * 512)..index(sector * 512 + 512)];

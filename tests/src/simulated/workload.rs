@@ -83,8 +83,10 @@ pub struct Workload {
     pub layout: Layout,
     /// What the disk may read as.
     pub oracle: Oracle,
-    /// When somebody first could write data to the file, since the disk was opened last.
-    pub first_write: Option<Moment>,
+    /// When somebody first could write data to the file.
+    pub first_write_ever: Option<Moment>,
+    /// The same, since the disk was opened last.
+    first_write: Option<Moment>,
     disk: Arc<Disk>,
     habits: Habits,
     random: Random,
@@ -113,6 +115,7 @@ impl Workload {
             file,
             layout,
             oracle: Oracle::new(disk),
+            first_write_ever: None,
             first_write: None,
             disk: opened,
             habits,
@@ -173,9 +176,9 @@ impl Workload {
     /// Closes the disk and looks at what is left; then opens it again.
     pub fn close_and_reopen(&mut self) {
         self.settle();
-        let begun = self.file.now();
+        let begun = self.file.note();
         self.disk.close().expect("nothing was made to fail");
-        self.oracle.flush(begun, self.file.now());
+        self.oracle.flush(begun, self.file.note());
         self.check_closed();
         self.reopen();
     }
@@ -293,7 +296,8 @@ impl Workload {
         let (flag, waker) = flag();
         match self.disk.reserve(range, &waker) {
             Ok(Reserve::Ready(reservation)) => {
-                let now = self.file.now();
+                let now = self.file.note();
+                self.first_write_ever.get_or_insert(now);
                 self.first_write.get_or_insert(now);
                 for part in &in_place {
                     self.oracle.begin(range.start_bytes(), &data, part, now);
@@ -390,7 +394,7 @@ impl Workload {
         for at in (1..chosen.len()).rev() {
             chosen.swap(at, index(self.random.within(0..at as u64 + 1)));
         }
-        let begun = self.file.now();
+        let begun = self.file.note();
         let mut reservations = Vec::new();
         let mut writes = Vec::new();
         for one in chosen {
@@ -407,7 +411,7 @@ impl Workload {
         assert!(reservations.is_empty(), "commit takes all");
         for (whole, data) in writes {
             self.oracle.show(whole.start, &data, &whole);
-            self.oracle.answer(whole.start, &data, self.file.now());
+            self.oracle.answer(whole.start, &data, self.file.note());
         }
     }
 
@@ -445,18 +449,18 @@ impl Workload {
             self.end_flush(flush, begun);
             return;
         }
-        let begun = self.file.now();
+        let begun = self.file.note();
         match self.disk.begin_flush().expect("nothing was made to fail") {
             Some(flush) if percent(&mut self.random, 50) => self.flush = Some((flush, begun)),
             Some(flush) => self.end_flush(flush, begun),
-            None => self.oracle.flush(begun, begun),
+            None => self.oracle.flush(begun, self.file.note()),
         }
     }
 
     fn end_flush(&mut self, flush: Flush, begun: Moment) {
         let done = self.disk.end_flush(flush, self.file.sync());
         done.expect("nothing was made to fail");
-        self.oracle.flush(begun, self.file.now());
+        self.oracle.flush(begun, self.file.note());
     }
 
     /// On the convenient road. It waits, so there may be nothing that it could wait for.
@@ -471,13 +475,14 @@ impl Workload {
         let data = self.any_data(range);
         let start = range.start_bytes();
         let whole = start..start + range.len_bytes();
-        let begun = self.file.now();
+        let begun = self.file.note();
         self.oracle.begin(start, &data, &whole, begun);
-        self.first_write.get_or_insert(begun);
         let done: Result<(), WriteError> = self.disk.write_at(range, &data);
         done.expect("nothing was made to fail");
+        self.first_write_ever.get_or_insert(self.file.note());
+        self.first_write.get_or_insert(self.file.note());
         self.oracle.show(start, &data, &whole);
-        self.oracle.answer(start, &data, self.file.now());
+        self.oracle.answer(start, &data, self.file.note());
     }
 
     fn read_some(&mut self) {
