@@ -359,7 +359,7 @@ fn transfer(
         let token = key.token();
         let transfer = Transfer::data(token, operation, route.file, at.0, part, route.alignment);
         context.engine.start(transfer, inline);
-        at = FileOffset(at.0 + route.len_bytes);
+        at = at.plus(route.len_bytes);
         count += 1;
     }
     count

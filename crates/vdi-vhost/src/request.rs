@@ -69,11 +69,6 @@ pub(crate) struct Used {
 }
 
 impl Reply {
-    /// The chain's first descriptor.
-    pub(crate) fn head(&self) -> u16 {
-        self.head
-    }
-
     /// Writes the status, after `data_bytes` of data were written.
     pub(crate) fn send(self, memory: &Memory, status: Status, data_bytes: u64) -> Used {
         // It was part of the guest's memory when the chain was parsed. If the front end has taken it away since,

@@ -18,12 +18,13 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use smallvec::SmallVec;
 use vm_memory::GuestMemoryBackend;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Piece;
 use crate::memory::Memory;
@@ -683,6 +684,12 @@ pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: it is open, and called once and first of all, so nothing in this process owns it yet.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// An eventfd as a plain descriptor, which `vmm-sys-util` has no safe way to.
+pub(crate) fn owned(eventfd: EventFd) -> OwnedFd {
+    // SAFETY: `into_raw_fd` gives up the only ownership of an open descriptor.
+    unsafe { OwnedFd::from_raw_fd(eventfd.into_raw_fd()) }
 }
 
 /// Lengths of memory fit an address: this daemon runs on 64-bit hosts only.
