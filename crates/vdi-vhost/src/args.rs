@@ -82,7 +82,9 @@ pub(crate) const CAPABILITIES: &str = r#"{
 
 /// Whether the capabilities are asked for, which lets everything else be ignored, even nonsense.
 pub(crate) fn asks_for_capabilities(args: impl IntoIterator<Item = OsString>) -> bool {
-    args.into_iter().skip(1).any(|arg| arg == "--print-capabilities")
+    args.into_iter()
+        .skip(1)
+        .any(|arg| arg == "--print-capabilities")
 }
 
 fn parse_serial(text: &str) -> Result<Serial, String> {
@@ -114,7 +116,13 @@ mod tests {
     #[test]
     fn values_outside_their_limits_are_refused() {
         let with = |rest| parse(&format!("vdi-vhost --blk-file a --fd=3 {rest}"));
-        for bad in ["--num-queues 0", "--num-queues 257", "--workers 0", "--cache none", "--fd=2"] {
+        for bad in [
+            "--num-queues 0",
+            "--num-queues 257",
+            "--workers 0",
+            "--cache none",
+            "--fd=2",
+        ] {
             assert!(with(bad).is_err(), "{bad}");
         }
         assert!(with("--serial 123456789012345678901").is_err());

@@ -74,7 +74,11 @@ enum Refusal {
     Base { index: u32, base: u32 },
     /// A ring outside of the memory.
     #[error("the {what} of queue {index} at {address:#x} is not in the shared memory")]
-    RingOutside { index: u32, what: &'static str, address: u64 },
+    RingOutside {
+        index: u32,
+        what: &'static str,
+        address: u64,
+    },
     /// A ring that is not aligned.
     #[error("the rings of queue {index} are misaligned")]
     RingMisaligned { index: u32 },
@@ -94,7 +98,9 @@ enum Refusal {
     #[error("features {features:#x} were accepted, but only {offered:#x} were offered")]
     Features { features: u64, offered: u64 },
     /// SET_CONFIG.
-    #[error("{len} bytes at {offset} of the configuration space cannot be written, only `writeback`")]
+    #[error(
+        "{len} bytes at {offset} of the configuration space cannot be written, only `writeback`"
+    )]
     Config { offset: u32, len: usize },
     /// A message of a feature that was not offered.
     #[error("{what} was not offered")]
@@ -129,7 +135,13 @@ impl Backend {
         let rings = (0..device.num_queues())
             .map(ring)
             .collect::<std::result::Result<_, _>>()?;
-        Ok(Self { device, disk, workers, memory, rings })
+        Ok(Self {
+            device,
+            disk,
+            workers,
+            memory,
+            rings,
+        })
     }
 
     /// The front end is gone: answers what is in flight, then forgets it.
@@ -157,7 +169,9 @@ impl Backend {
     fn stop(&mut self, index: u16) -> Result<()> {
         let ring = &mut self.rings[usize::from(index)];
         if ring.started {
-            self.workers.tell(index, Command::Stop(index)).map_err(Error::ReqHandlerError)?;
+            self.workers
+                .tell(index, Command::Stop(index))
+                .map_err(Error::ReqHandlerError)?;
             ring.started = false;
             tracing::debug!("queue {index} is stopped");
         }
@@ -178,19 +192,32 @@ impl Backend {
             queue.set_ready(true);
             if ring.addresses.is_none() || !queue.is_valid(&*memory) {
                 queue.set_ready(false);
-                return Err(Refusal::NotSetUp { index: index.into() }.into());
+                return Err(Refusal::NotSetUp {
+                    index: index.into(),
+                }
+                .into());
             }
             // The used index of a split ring is not part of SET_VRING_BASE; the ring itself knows it.
             let used = queue
                 .used_idx(&*memory, std::sync::atomic::Ordering::Acquire)
-                .map_err(|_| Refusal::NotSetUp { index: index.into() })?;
+                .map_err(|_| Refusal::NotSetUp {
+                    index: index.into(),
+                })?;
             queue.set_next_used(used.0);
             queue.set_event_idx(self.device.has_event_idx());
             if enabled { Mode::Running } else { Mode::Paused }
         };
         let (vring, error_fd) = (ring.vring.clone(), Arc::clone(&ring.error_fd));
-        let setup = Setup { index, vring, kick, error_fd, mode };
-        self.workers.start(setup, memory.into_inner()).map_err(Error::ReqHandlerError)?;
+        let setup = Setup {
+            index,
+            vring,
+            kick,
+            error_fd,
+            mode,
+        };
+        self.workers
+            .start(setup, memory.into_inner())
+            .map_err(Error::ReqHandlerError)?;
         ring.started = true;
         tracing::debug!("queue {index} is started, {mode:?}");
         Ok(())
@@ -202,15 +229,26 @@ impl Backend {
         if !ring.started {
             return Ok(());
         }
-        let command = if enable { Command::Resume(index) } else { Command::Pause(index) };
-        self.workers.tell(index, command).map_err(Error::ReqHandlerError)
+        let command = if enable {
+            Command::Resume(index)
+        } else {
+            Command::Pause(index)
+        };
+        self.workers
+            .tell(index, command)
+            .map_err(Error::ReqHandlerError)
     }
 
     fn set_memory(&mut self, memory: Memory, takeover: Takeover) -> Result<()> {
         let shared = Arc::new(memory);
-        self.workers.set_memory(&shared, takeover).map_err(Error::ReqHandlerError)?;
+        self.workers
+            .set_memory(&shared, takeover)
+            .map_err(Error::ReqHandlerError)?;
         let memory = Memory::clone(&shared);
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(memory);
+        self.memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .replace(memory);
         Ok(())
     }
 
@@ -230,7 +268,11 @@ impl Backend {
     ) -> std::result::Result<&mut Ring, Refusal> {
         let small = self.check_index(index)?;
         let ring = &mut self.rings[usize::from(small)];
-        if ring.started { Err(Refusal::Running { index, what }) } else { Ok(ring) }
+        if ring.started {
+            Err(Refusal::Running { index, what })
+        } else {
+            Ok(ring)
+        }
     }
 }
 
@@ -256,7 +298,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_features(&mut self, features: u64) -> Result<()> {
         let offered = self.device.features();
-        self.device.ack_features(features).ok_or(Refusal::Features { features, offered })?;
+        self.device
+            .ack_features(features)
+            .ok_or(Refusal::Features { features, offered })?;
         if self.device.rings_start_enabled() {
             for index in 0..self.device.num_queues() {
                 self.set_enabled(index, true)?;
@@ -273,7 +317,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
         let map = |(region, file)| Region::map(region, file).map(Arc::new);
         let mapped = regions.iter().zip(files).map(map);
-        let mapped = mapped.collect::<std::result::Result<Vec<_>, _>>().map_err(Refusal::from)?;
+        let mapped = mapped
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(Refusal::from)?;
         let memory = memory::from_regions(mapped).map_err(Refusal::from)?;
         self.set_memory(memory, Takeover::WhenIdle)?;
         Ok(None)
@@ -283,7 +329,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let ring = self.stopped(index, "size")?;
         let valid = |size: &u16| *size <= MAX_QUEUE_SIZE && size.is_power_of_two();
         let small = u16::try_from(size).ok().filter(valid);
-        ring.vring.set_queue_size(small.ok_or(Refusal::QueueSize { index, size })?);
+        ring.vring
+            .set_queue_size(small.ok_or(Refusal::QueueSize { index, size })?);
         Ok(())
     }
 
@@ -305,7 +352,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let memory = self.memory.memory();
         let translate = |what, address| {
             let found = memory::from_front_end(&memory, address).map(|GuestAddress(at)| at);
-            found.ok_or(Refusal::RingOutside { index, what, address })
+            found.ok_or(Refusal::RingOutside {
+                index,
+                what,
+                address,
+            })
         };
         let descriptor = translate("descriptor table", descriptor)?;
         let available = translate("available ring", available)?;
@@ -334,14 +385,19 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let small = self.check_index(index.into())?;
-        let file = file.ok_or(Refusal::NoKick { index: index.into() })?;
+        let file = file.ok_or(Refusal::NoKick {
+            index: index.into(),
+        })?;
         check_eventfd(index, &file)?;
         let kick = file.try_clone().map_err(Error::ReqHandlerError)?.into();
         let ring = &self.rings[usize::from(small)];
         ring.vring.set_kick(Some(file));
         if ring.started {
             let command = Command::Rekick(small, kick);
-            return self.workers.tell(small, command).map_err(Error::ReqHandlerError);
+            return self
+                .workers
+                .tell(small, command)
+                .map_err(Error::ReqHandlerError);
         }
         self.start(small, kick)
     }
@@ -396,11 +452,20 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
-        let refusal = Refusal::Config { offset, len: bytes.len() };
-        let writeback = self.device.write_config(offset as usize, bytes).ok_or(refusal)?;
+        let refusal = Refusal::Config {
+            offset,
+            len: bytes.len(),
+        };
+        let writeback = self
+            .device
+            .write_config(offset as usize, bytes)
+            .ok_or(refusal)?;
         if !writeback && let Err(error) = self.disk.flush() {
             // Later writes fail on their own.
-            tracing::error!("cannot make earlier writes durable: {}", crate::chain_of(&error));
+            tracing::error!(
+                "cannot make earlier writes durable: {}",
+                crate::chain_of(&error)
+            );
         }
         Ok(())
     }
@@ -422,7 +487,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let memory = memory::without_region(&self.memory.memory(), region).map_err(Refusal::from)?;
+        let memory =
+            memory::without_region(&self.memory.memory(), region).map_err(Refusal::from)?;
         self.set_memory(memory, Takeover::WhenIdle)
     }
 
@@ -431,15 +497,24 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
-        Err(Refusal::NotOffered { what: "SHARED_OBJECT" }.into())
+        Err(Refusal::NotOffered {
+            what: "SHARED_OBJECT",
+        }
+        .into())
     }
 
     fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Refusal::NotOffered { what: "INFLIGHT_SHMFD" }.into())
+        Err(Refusal::NotOffered {
+            what: "INFLIGHT_SHMFD",
+        }
+        .into())
     }
 
     fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        Err(Refusal::NotOffered { what: "INFLIGHT_SHMFD" }.into())
+        Err(Refusal::NotOffered {
+            what: "INFLIGHT_SHMFD",
+        }
+        .into())
     }
 
     fn set_device_state_fd(
@@ -448,11 +523,17 @@ impl VhostUserBackendReqHandlerMut for Backend {
         _: VhostTransferStatePhase,
         _: File,
     ) -> Result<Option<File>> {
-        Err(Refusal::NotOffered { what: "DEVICE_STATE" }.into())
+        Err(Refusal::NotOffered {
+            what: "DEVICE_STATE",
+        }
+        .into())
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        Err(Refusal::NotOffered { what: "DEVICE_STATE" }.into())
+        Err(Refusal::NotOffered {
+            what: "DEVICE_STATE",
+        }
+        .into())
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
@@ -468,9 +549,17 @@ impl VhostUserBackendReqHandlerMut for Backend {
 fn check_eventfd(index: u8, file: &File) -> std::result::Result<(), Refusal> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
     match link {
-        Ok(link) if !link.as_os_str().as_encoded_bytes().starts_with(b"anon_inode:[eventfd") => {
+        Ok(link)
+            if !link
+                .as_os_str()
+                .as_encoded_bytes()
+                .starts_with(b"anon_inode:[eventfd") =>
+        {
             let found = link.display().to_string();
-            Err(Refusal::NotAnEventFd { index: index.into(), found })
+            Err(Refusal::NotAnEventFd {
+                index: index.into(),
+                found,
+            })
         }
         // Without /proc there is no telling; the worker copes with what cannot be watched.
         Ok(_) | Err(_) => Ok(()),

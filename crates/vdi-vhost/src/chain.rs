@@ -75,7 +75,11 @@ pub(crate) fn walk(
     queue_size: u16,
     head: u16,
 ) -> Result<Chain, ChainError> {
-    let mut table = Table { at: table, len: u32::from(queue_size), indirect: false };
+    let mut table = Table {
+        at: table,
+        len: u32::from(queue_size),
+        indirect: false,
+    };
     let mut chain = Chain::default();
     let mut index = head;
     for _ in 0..MAX_DESCRIPTORS {
@@ -91,12 +95,17 @@ pub(crate) fn walk(
         }
         index = descriptor.next();
     }
-    Err(ChainError::TooLong { limit: MAX_DESCRIPTORS })
+    Err(ChainError::TooLong {
+        limit: MAX_DESCRIPTORS,
+    })
 }
 
 impl Chain {
     fn push(&mut self, descriptor: &Descriptor) {
-        let piece = Piece { at: descriptor.addr(), len: descriptor.len() };
+        let piece = Piece {
+            at: descriptor.addr(),
+            len: descriptor.len(),
+        };
         if descriptor.is_write_only() {
             if piece.len > 0 {
                 self.writable.push(piece);
@@ -118,12 +127,17 @@ struct Table {
 impl Table {
     fn read(&self, memory: &Memory, index: u16) -> Result<Descriptor, ChainError> {
         if u32::from(index) >= self.len {
-            return Err(ChainError::OutsideTable { index, table_len: self.len });
+            return Err(ChainError::OutsideTable {
+                index,
+                table_len: self.len,
+            });
         }
         let offset = u64::from(index) * DESCRIPTOR_BYTES;
         let at = self.at.checked_add(offset);
         at.and_then(|at| memory.read_obj(at).ok())
-            .ok_or(ChainError::Unreadable { at: self.at.0.wrapping_add(offset) })
+            .ok_or(ChainError::Unreadable {
+                at: self.at.0.wrapping_add(offset),
+            })
     }
 
     /// The table that an indirect descriptor names. Its WRITE flag means nothing (virtio 1.2 section 2.7.5.3.2).
@@ -139,7 +153,11 @@ impl Table {
             return Err(ChainError::IndirectLength { len });
         }
         let len = len / 16;
-        Ok(Self { at: descriptor.addr(), len, indirect: true })
+        Ok(Self {
+            at: descriptor.addr(),
+            len,
+            indirect: true,
+        })
     }
 }
 
@@ -173,7 +191,9 @@ pub(crate) mod tests {
     pub(crate) fn put(memory: &Memory, table: GuestAddress, descriptors: &[(u64, u32, u16, u16)]) {
         for (index, &(addr, len, flags, next)) in descriptors.iter().enumerate() {
             let at = GuestAddress(table.0 + 16 * index as u64);
-            memory.write_obj(Descriptor::new(addr, len, flags, next), at).unwrap();
+            memory
+                .write_obj(Descriptor::new(addr, len, flags, next), at)
+                .unwrap();
         }
     }
 
@@ -185,12 +205,29 @@ pub(crate) mod tests {
 
     #[test]
     fn a_chain_is_followed_in_its_own_order() {
-        let table = [(0x1000, 512, WRITE, 0), (0x2000, 16, NEXT, 3), (0, 0, 0, 0), (0x3000, 8, NEXT | WRITE, 0)];
+        let table = [
+            (0x1000, 512, WRITE, 0),
+            (0x2000, 16, NEXT, 3),
+            (0, 0, 0, 0),
+            (0x3000, 8, NEXT | WRITE, 0),
+        ];
         let chain = walked(&table, 1).unwrap();
-        assert_eq!(chain.readable[..], [Piece { at: GuestAddress(0x2000), len: 16 }]);
+        assert_eq!(
+            chain.readable[..],
+            [Piece {
+                at: GuestAddress(0x2000),
+                len: 16
+            }]
+        );
         let writable = [
-            Piece { at: GuestAddress(0x3000), len: 8 },
-            Piece { at: GuestAddress(0x1000), len: 512 },
+            Piece {
+                at: GuestAddress(0x3000),
+                len: 8,
+            },
+            Piece {
+                at: GuestAddress(0x1000),
+                len: 512,
+            },
         ];
         assert_eq!(chain.writable[..], writable);
         assert!(!chain.out_of_order);
@@ -199,16 +236,34 @@ pub(crate) mod tests {
     #[test]
     fn an_indirect_table_may_follow_normal_descriptors_whatever_its_write_flag() {
         let memory = memory();
-        put(&memory, TABLE, &[(0x1000, 16, NEXT, 1), (0x4000, 32, INDIRECT | WRITE, 9)]);
-        put(&memory, GuestAddress(0x4000), &[(0x2000, 512, NEXT, 1), (0x3000, 1, WRITE, 7)]);
+        put(
+            &memory,
+            TABLE,
+            &[(0x1000, 16, NEXT, 1), (0x4000, 32, INDIRECT | WRITE, 9)],
+        );
+        put(
+            &memory,
+            GuestAddress(0x4000),
+            &[(0x2000, 512, NEXT, 1), (0x3000, 1, WRITE, 7)],
+        );
         let chain = walk(&memory, TABLE, 16, 0).unwrap();
         assert_eq!(chain.readable.len(), 2);
-        assert_eq!(chain.writable[..], [Piece { at: GuestAddress(0x3000), len: 1 }]);
+        assert_eq!(
+            chain.writable[..],
+            [Piece {
+                at: GuestAddress(0x3000),
+                len: 1
+            }]
+        );
     }
 
     #[test]
     fn empty_descriptors_are_skipped() {
-        let table = [(0x1000, 0, NEXT | WRITE, 1), (0x2000, 16, NEXT, 2), (0x3000, 1, WRITE, 0)];
+        let table = [
+            (0x1000, 0, NEXT | WRITE, 1),
+            (0x2000, 16, NEXT, 2),
+            (0x3000, 1, WRITE, 0),
+        ];
         let chain = walked(&table, 0).unwrap();
         assert_eq!((chain.readable.len(), chain.writable.len()), (1, 1));
         assert!(!chain.out_of_order);
@@ -235,7 +290,12 @@ pub(crate) mod tests {
     #[test]
     fn a_loop_is_refused() {
         let table = [(0x1000, 16, NEXT, 1), (0x1000, 16, NEXT, 0)];
-        assert_eq!(walked(&table, 0), Err(ChainError::TooLong { limit: MAX_DESCRIPTORS }));
+        assert_eq!(
+            walked(&table, 0),
+            Err(ChainError::TooLong {
+                limit: MAX_DESCRIPTORS
+            })
+        );
     }
 
     #[test]

@@ -167,7 +167,11 @@ impl Device {
     /// `len` bytes of the configuration space from `offset`; zeros where it has none.
     pub(crate) fn read_config(&self, offset: usize, len: usize) -> Vec<u8> {
         let config = self.config();
-        let byte = |at: usize| config.get(at).or_else(|| config.get(at.wrapping_sub(CONFIG_ALIAS)));
+        let byte = |at: usize| {
+            config
+                .get(at)
+                .or_else(|| config.get(at.wrapping_sub(CONFIG_ALIAS)))
+        };
         (offset..offset.saturating_add(len))
             .map(|at| byte(at).copied().unwrap_or(0))
             .collect()
@@ -176,7 +180,11 @@ impl Device {
     /// Takes a driver's write to the configuration space; the new value of `writeback`, or `None` if
     /// anything but that one field is meant.
     pub(crate) fn write_config(&self, offset: usize, bytes: &[u8]) -> Option<bool> {
-        let at = if offset >= CONFIG_ALIAS { offset - CONFIG_ALIAS } else { offset };
+        let at = if offset >= CONFIG_ALIAS {
+            offset - CONFIG_ALIAS
+        } else {
+            offset
+        };
         let (WRITEBACK_AT, [value]) = (at, bytes) else {
             return None;
         };
@@ -221,7 +229,8 @@ pub(crate) struct Serial([u8; SERIAL_BYTES]);
 impl Serial {
     /// A serial of at most [`SERIAL_BYTES`] printable ASCII bytes.
     pub(crate) fn new(text: &str) -> Option<Self> {
-        let ok = text.len() <= SERIAL_BYTES && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
+        let ok =
+            text.len() <= SERIAL_BYTES && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
         ok.then(|| {
             let mut bytes = [0; SERIAL_BYTES];
             bytes[..text.len()].copy_from_slice(text.as_bytes());
@@ -271,9 +280,18 @@ mod tests {
         let device = device();
         assert_eq!(offset_of!(virtio_blk_config, wce), WRITEBACK_AT);
         assert_eq!(size_of::<virtio_blk_config>(), CONFIG_BYTES);
-        assert_eq!(config_u32(&device, offset_of!(virtio_blk_config, capacity)), 0x1234);
-        assert_eq!(config_u32(&device, offset_of!(virtio_blk_config, seg_max)), SEG_MAX);
-        assert_eq!(config_u32(&device, offset_of!(virtio_blk_config, blk_size)), 512);
+        assert_eq!(
+            config_u32(&device, offset_of!(virtio_blk_config, capacity)),
+            0x1234
+        );
+        assert_eq!(
+            config_u32(&device, offset_of!(virtio_blk_config, seg_max)),
+            SEG_MAX
+        );
+        assert_eq!(
+            config_u32(&device, offset_of!(virtio_blk_config, blk_size)),
+            512
+        );
         let exp = offset_of!(virtio_blk_config, physical_block_exp);
         assert_eq!(device.read_config(exp, 4), [3, 0, 8, 0]);
         let queues = offset_of!(virtio_blk_config, num_queues);
@@ -313,7 +331,10 @@ mod tests {
         device.ack_features(features).unwrap();
         assert!(device.is_write_through());
         assert_eq!(device.read_config(WRITEBACK_AT, 1), [0]);
-        assert_eq!(device.write_config(WRITEBACK_AT + CONFIG_ALIAS, &[1]), Some(true));
+        assert_eq!(
+            device.write_config(WRITEBACK_AT + CONFIG_ALIAS, &[1]),
+            Some(true)
+        );
         assert!(!device.is_write_through());
     }
 
@@ -329,7 +350,12 @@ mod tests {
     fn features_that_were_not_offered_are_refused() {
         let device = device();
         assert_eq!(device.ack_features(bit(VIRTIO_BLK_F_RO)), None);
-        let read_only = Device::new(device.capacity(), Access::ReadOnly, 1, device.serial().clone());
+        let read_only = Device::new(
+            device.capacity(),
+            Access::ReadOnly,
+            1,
+            device.serial().clone(),
+        );
         assert_eq!(read_only.ack_features(bit(VIRTIO_BLK_F_RO)), Some(()));
     }
 
@@ -339,6 +365,9 @@ mod tests {
         assert_eq!(Serial::new("123456789012345678901"), None);
         assert_eq!(Serial::new("caf\u{e9}"), None);
         let uuid = *b"\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef";
-        assert_eq!(Serial::from_image_uuid(uuid).bytes(), b"0123456789abcdef0123");
+        assert_eq!(
+            Serial::from_image_uuid(uuid).bytes(),
+            b"0123456789abcdef0123"
+        );
     }
 }

@@ -10,7 +10,8 @@ use std::os::fd::OwnedFd;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use crate::ring::{Finished, Fired, Ring, Transfer, WatchKey};
+use crate::ring::{Fired, Ring, WatchKey};
+use crate::transfer::{Finished, Transfer};
 
 /// Events taken from one wait; more are found by the next.
 const EVENTS: usize = 64;
@@ -129,7 +130,8 @@ impl SyncEngine {
 
     fn watch(&mut self, key: WatchKey, fd: OwnedFd) -> io::Result<()> {
         let events = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-        self.epoll.add(&fd, EpollEvent::new(events, u64::from(key.0)))?;
+        self.epoll
+            .add(&fd, EpollEvent::new(events, u64::from(key.0)))?;
         self.watches.insert(key, fd);
         Ok(())
     }
@@ -142,7 +144,11 @@ impl SyncEngine {
 
     fn turn(&mut self, block: bool) {
         let idle = self.finished.is_empty() && self.fired.is_empty();
-        let timeout = if block && idle { EpollTimeout::NONE } else { EpollTimeout::ZERO };
+        let timeout = if block && idle {
+            EpollTimeout::NONE
+        } else {
+            EpollTimeout::ZERO
+        };
         let mut events = [EpollEvent::empty(); EVENTS];
         let count = match self.epoll.wait(&mut events, timeout) {
             Ok(count) => count,
@@ -152,7 +158,11 @@ impl SyncEngine {
         for event in &events[..count] {
             let key = WatchKey(u32::try_from(event.data()).unwrap_or(u32::MAX));
             let bad = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
-            let fired = if event.events().intersects(bad) { Fired::Dead } else { Fired::Ready };
+            let fired = if event.events().intersects(bad) {
+                Fired::Dead
+            } else {
+                Fired::Ready
+            };
             self.fired.push_back((key, fired));
         }
     }

@@ -36,7 +36,10 @@ impl Housekeeper {
             .name("housekeeper".to_owned())
             .spawn(move || keep_house(&its_disk, &its_stop))?;
         disk.set_housekeeper(Waker::from(Arc::new(Bell(thread.thread().clone()))));
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
     }
 }
 
@@ -59,7 +62,10 @@ fn keep_house(disk: &Disk, stop: &AtomicBool) {
             Err(error) => {
                 // One line per spell of trouble: a guest can bring it about again and again (disk full).
                 if !std::mem::replace(&mut failing, true) {
-                    tracing::error!("the image cannot take new data: {}", crate::chain_of(&error));
+                    tracing::error!(
+                        "the image cannot take new data: {}",
+                        crate::chain_of(&error)
+                    );
                 }
                 thread::park();
             }

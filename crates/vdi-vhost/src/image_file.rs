@@ -74,13 +74,20 @@ pub(crate) enum DirectError {
         "the image's data begin at byte {data_start} in blocks of {block_bytes} bytes, which is no multiple of the \
          {offset_alignment} bytes that direct I/O works in; use --cache writeback or convert the image"
     )]
-    Misaligned { data_start: u64, block_bytes: u64, offset_alignment: u64 },
+    Misaligned {
+        data_start: u64,
+        block_bytes: u64,
+        offset_alignment: u64,
+    },
 }
 
 impl ImageFile {
     /// All I/O goes through the page cache.
     pub(crate) fn buffered(file: File) -> Self {
-        Self { buffered: Arc::new(file), direct: None }
+        Self {
+            buffered: Arc::new(file),
+            direct: None,
+        }
     }
 
     /// Data go past the page cache, as far as they share no page with metadata. `block_bytes` is the distance of
@@ -107,13 +114,20 @@ impl ImageFile {
             floor: data_start.0.next_multiple_of(PAGE),
             memory_alignment: alignment.memory,
         };
-        Ok(Self { buffered: Arc::new(file), direct: Some(direct) })
+        Ok(Self {
+            buffered: Arc::new(file),
+            direct: Some(direct),
+        })
     }
 
     /// How the first of `len_bytes` bytes at `at` are reached.
     pub(crate) fn route(&self, at: FileOffset, len_bytes: u64) -> Route {
         match &self.direct {
-            None => Route { file: Arc::clone(&self.buffered), len_bytes, alignment: None },
+            None => Route {
+                file: Arc::clone(&self.buffered),
+                len_bytes,
+                alignment: None,
+            },
             Some(direct) if at.0 >= direct.floor => Route {
                 file: Arc::clone(&direct.file),
                 len_bytes,
@@ -142,8 +156,15 @@ fn check_layout(
     if offset_alignment > SECTOR {
         return Err(DirectError::CoarseStorage { offset_alignment });
     }
-    if [data_start, block_bytes].iter().any(|at| !at.is_multiple_of(offset_alignment)) {
-        return Err(DirectError::Misaligned { data_start, block_bytes, offset_alignment });
+    if [data_start, block_bytes]
+        .iter()
+        .any(|at| !at.is_multiple_of(offset_alignment))
+    {
+        return Err(DirectError::Misaligned {
+            data_start,
+            block_bytes,
+            offset_alignment,
+        });
     }
     Ok(())
 }
@@ -154,7 +175,10 @@ mod tests {
 
     #[test]
     fn direct_io_is_refused_where_sectors_would_lie_askew() {
-        let alignment = |offset| DirectAlignment { memory: 512, offset };
+        let alignment = |offset| DirectAlignment {
+            memory: 512,
+            offset,
+        };
         assert!(check_layout(alignment(512), 0x1200, 1 << 20).is_ok());
         let coarse = check_layout(alignment(4096), 0x2000, 1 << 20);
         assert!(matches!(coarse, Err(DirectError::CoarseStorage { .. })));
@@ -167,8 +191,15 @@ mod tests {
     #[test]
     fn data_in_the_last_page_of_metadata_goes_through_the_page_cache() {
         let file = || Arc::new(tempfile::tempfile().unwrap());
-        let direct = Direct { file: file(), floor: 0x2000, memory_alignment: 512 };
-        let image = ImageFile { buffered: file(), direct: Some(direct) };
+        let direct = Direct {
+            file: file(),
+            floor: 0x2000,
+            memory_alignment: 512,
+        };
+        let image = ImageFile {
+            buffered: file(),
+            direct: Some(direct),
+        };
         let below = image.route(FileOffset(0x1200), 0x10000);
         assert_eq!((below.len_bytes, below.alignment), (0xe00, None));
         let above = image.route(FileOffset(0x2000), 0xf200);

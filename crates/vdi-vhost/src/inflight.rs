@@ -18,14 +18,16 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use vdi_core::{
-    Capacity, Disk, FileOffset, Flush, Reservation, Reserve, Sector, SectorRange, Source, WriteError,
+    Capacity, Disk, FileOffset, Flush, Reservation, Reserve, Sector, SectorRange, Source,
+    WriteError,
 };
 
 use crate::device::Device;
 use crate::engine::Engine;
 use crate::image_file::ImageFile;
 use crate::request::{Reply, Request, Status};
-use crate::ring::{GuestBuffer, Operation, Transfer};
+use crate::ring::GuestBuffer;
+use crate::transfer::{Operation, Transfer};
 
 /// Sectors of a request that are mapped, reserved or zeroed in one step: 16 MiB, four times what Linux sends at most
 /// by default. Bounds the size of a reservation and the time of a step.
@@ -115,8 +117,16 @@ pub(crate) struct Active {
 
 #[derive(Debug)]
 enum Work {
-    Read { rest: SectorRange, into: GuestBuffer, total_bytes: u64 },
-    Write { rest: SectorRange, from: GuestBuffer, window: Window },
+    Read {
+        rest: SectorRange,
+        into: GuestBuffer,
+        total_bytes: u64,
+    },
+    Write {
+        rest: SectorRange,
+        from: GuestBuffer,
+        window: Window,
+    },
     Sync(Flush),
     Nothing,
 }
@@ -126,23 +136,48 @@ enum Work {
 enum Window {
     None,
     /// Where it goes, how much it is, and how many of its extents were started.
-    Reserved { reservation: Reservation, sectors: u64, started: usize },
+    Reserved {
+        reservation: Reservation,
+        sectors: u64,
+        started: usize,
+    },
     /// Its data are written, its reservation is in the commit batch.
-    Written { sectors: u64 },
+    Written {
+        sectors: u64,
+    },
 }
 
 impl Active {
     /// Starts a request.
-    pub(crate) fn start(key: Key, reply: Reply, request: Request, context: &mut Context) -> (Self, Next) {
-        let mut active = Self { key, reply, work: Work::Nothing, outstanding: 0, failure: None };
+    pub(crate) fn start(
+        key: Key,
+        reply: Reply,
+        request: Request,
+        context: &mut Context,
+    ) -> (Self, Next) {
+        let mut active = Self {
+            key,
+            reply,
+            work: Work::Nothing,
+            outstanding: 0,
+            failure: None,
+        };
         let next = match request {
             Request::Read { range, into } => {
                 let total_bytes = into.len();
-                active.work = Work::Read { rest: range, into, total_bytes };
+                active.work = Work::Read {
+                    rest: range,
+                    into,
+                    total_bytes,
+                };
                 active.go_on(context)
             }
             Request::Write { range, from } => {
-                active.work = Work::Write { rest: range, from, window: Window::None };
+                active.work = Work::Write {
+                    rest: range,
+                    from,
+                    window: Window::None,
+                };
                 active.go_on(context)
             }
             Request::Flush => active.make_durable(context),
@@ -216,7 +251,12 @@ impl Active {
     }
 
     fn read_window(&mut self, context: &mut Context) -> Next {
-        let Work::Read { rest, into, total_bytes } = &mut self.work else {
+        let Work::Read {
+            rest,
+            into,
+            total_bytes,
+        } = &mut self.work
+        else {
             return Next::Wait;
         };
         if rest.is_empty() {
@@ -261,7 +301,11 @@ impl Active {
         match context.disk.reserve(range, &context.waker) {
             Ok(Reserve::Ready(reservation)) => {
                 let sectors = range.count();
-                *window = Window::Reserved { reservation, sectors, started: 0 };
+                *window = Window::Reserved {
+                    reservation,
+                    sectors,
+                    started: 0,
+                };
                 self.write_extents(context)
             }
             Ok(Reserve::Parked) => {
@@ -280,7 +324,12 @@ impl Active {
         let Work::Write { from, window, .. } = &mut self.work else {
             return Next::Wait;
         };
-        let Window::Reserved { reservation, sectors, started } = window else {
+        let Window::Reserved {
+            reservation,
+            sectors,
+            started,
+        } = window
+        else {
             return Next::Wait;
         };
         for extent in reservation.extents().iter().skip(*started) {
@@ -370,7 +419,9 @@ fn split(capacity: Capacity, range: SectorRange, sectors: u64) -> (SectorRange, 
     let sectors = sectors.min(range.count());
     let part = |skip: u64, count| {
         let start = Sector(range.start().0 + skip);
-        capacity.range(start, count).expect("a part of a range on the disk")
+        capacity
+            .range(start, count)
+            .expect("a part of a range on the disk")
     };
     (part(0, sectors), part(sectors, range.count() - sectors))
 }
@@ -381,7 +432,10 @@ mod tests {
 
     #[test]
     fn a_key_survives_as_a_token() {
-        let key = Key { queue: 255, head: 1023 };
+        let key = Key {
+            queue: 255,
+            head: 1023,
+        };
         assert_eq!(Key::from_token(key.token()), key);
     }
 

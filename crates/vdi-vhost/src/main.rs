@@ -6,7 +6,7 @@
 //!                         inflight ◄──────────────────────────────┘
 //!                            │ image_file
 //!                            ▼
-//!                         engine ─► ring
+//!                         engine ─► transfer, ring
 //! ```
 //!
 //! This file opens the image, puts the parts together and takes them apart again in order: queues are drained, then the
@@ -26,11 +26,12 @@ mod request;
 mod ring;
 mod session;
 mod socket;
+mod transfer;
 mod worker;
 mod workers;
 
 use std::error::Error;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -95,8 +96,9 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
         .init();
-    match run(args) {
+    match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{}", chain_of(&error));
@@ -105,11 +107,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: Args) -> Result<(), Fatal> {
+fn run(args: &Args) -> Result<(), Fatal> {
     // First of all, while nothing else can have the descriptor.
     let inherited = args.fd.map(take_door).transpose()?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
-    let (disk, image) = open(&args)?;
+    let (disk, image) = open(args)?;
     let serial = args.serial.clone();
     let serial =
         serial.unwrap_or_else(|| Serial::from_image_uuid(disk.header().uuid_image().into_bytes()));
@@ -122,7 +124,7 @@ fn run(args: Args) -> Result<(), Fatal> {
         device: Arc::clone(&device),
         engine: args.engine,
     };
-    let workers = Workers::new(served, worker_count(&args));
+    let workers = Workers::new(served, worker_count(args));
     let backend = Backend::new(device, Arc::clone(&disk), workers)?;
     let backend = Arc::new(Mutex::new(backend));
     let (socket_file, door) = match (inherited, &args.socket_path) {
@@ -133,7 +135,11 @@ fn run(args: Args) -> Result<(), Fatal> {
             (Some(file), Door::Listener(listener))
         }
     };
-    tracing::info!("serving {} ({} bytes)", args.blk_file.display(), disk.capacity().bytes());
+    tracing::info!(
+        "serving {} ({} bytes)",
+        args.blk_file.display(),
+        disk.capacity().bytes()
+    );
     let served = session::serve(door, &backend, &signals);
     drop(socket_file);
     // Ends the workers; the housekeeper must still be there for requests that wait for room.
@@ -148,7 +154,11 @@ fn run(args: Args) -> Result<(), Fatal> {
 
 /// Opens the image and the ways to its data.
 fn open(args: &Args) -> Result<(Arc<Disk>, ImageFile), Fatal> {
-    let access = if args.read_only { Access::ReadOnly } else { Access::Writable };
+    let access = if args.read_only {
+        Access::ReadOnly
+    } else {
+        Access::Writable
+    };
     let file = HostFile::open(&args.blk_file, access, Locking::Locked)?;
     let data = file.file().try_clone().map_err(Fatal::Duplicate)?;
     let disk = Disk::open(Arc::new(file), access)?;

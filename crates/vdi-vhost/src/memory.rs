@@ -65,27 +65,48 @@ pub(crate) enum MemoryError {
     NoSuchRegion { base: u64, len: u64 },
     /// The kernel refused.
     #[error("cannot map the memory region at {base:#x}")]
-    Map { base: u64, #[source] source: vm_memory::mmap::MmapRegionError },
+    Map {
+        base: u64,
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
     /// The kernel refused.
     #[error("cannot examine the file of the memory region at {base:#x}")]
-    Examine { base: u64, #[source] source: std::io::Error },
+    Examine {
+        base: u64,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 impl Region {
     /// Maps a region that the front end described.
     pub(crate) fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Self, MemoryError> {
-        let VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = *region;
-        let overflow = MemoryError::Overflow { base: guest_phys_addr, len: memory_size };
+        let VhostUserMemoryRegion {
+            guest_phys_addr,
+            memory_size,
+            user_addr,
+            mmap_offset,
+        } = *region;
+        let overflow = MemoryError::Overflow {
+            base: guest_phys_addr,
+            len: memory_size,
+        };
         let ends = [guest_phys_addr, user_addr, mmap_offset].map(|at| at.checked_add(memory_size));
         let ([Some(_), Some(_), Some(end)], Ok(len)) = (ends, usize::try_from(memory_size)) else {
             return Err(overflow);
         };
-        let metadata = file
-            .metadata()
-            .map_err(|source| MemoryError::Examine { base: guest_phys_addr, source })?;
+        let metadata = file.metadata().map_err(|source| MemoryError::Examine {
+            base: guest_phys_addr,
+            source,
+        })?;
         if metadata.st_size() < end {
             let file_len = metadata.st_size();
-            return Err(MemoryError::FileTooShort { base: guest_phys_addr, end, file_len });
+            return Err(MemoryError::FileTooShort {
+                base: guest_phys_addr,
+                end,
+                file_len,
+            });
         }
         // On hugetlbfs the block size is the page size, and a mapping must begin at a multiple of it.
         let page = metadata.st_blksize().max(4096);
@@ -94,7 +115,10 @@ impl Region {
             return Err(overflow);
         };
         let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset - skip), map_len)
-            .map_err(|source| MemoryError::Map { base: guest_phys_addr, source })?;
+            .map_err(|source| MemoryError::Map {
+                base: guest_phys_addr,
+                source,
+            })?;
         Ok(Self {
             mapping,
             skip: usize::try_from(skip).map_err(|_| overflow)?,
@@ -106,7 +130,12 @@ impl Region {
 
     fn overlaps(&self, other: &Self) -> bool {
         let apart = |a: u64, b: u64| {
-            a.abs_diff(b) >= if a < b { self.len as u64 } else { other.len as u64 }
+            a.abs_diff(b)
+                >= if a < b {
+                    self.len as u64
+                } else {
+                    other.len as u64
+                }
         };
         !(apart(self.guest_base.0, other.guest_base.0)
             && apart(self.front_end_base, other.front_end_base))
@@ -137,7 +166,11 @@ impl GuestMemoryRegion for Region {
         if end > self.len {
             return Err(outside());
         }
-        Ok(VolatileMemory::get_slice(&self.mapping, self.skip + offset, count)?)
+        Ok(VolatileMemory::get_slice(
+            &self.mapping,
+            self.skip + offset,
+            count,
+        )?)
     }
 }
 
@@ -146,12 +179,17 @@ impl GuestMemoryRegionBytes for Region {}
 /// Memory of exactly these regions.
 pub(crate) fn from_regions(regions: Vec<Arc<Region>>) -> Result<Memory, MemoryError> {
     if regions.len() > MAX_REGIONS {
-        return Err(MemoryError::TooMany { count: regions.len() });
+        return Err(MemoryError::TooMany {
+            count: regions.len(),
+        });
     }
     let mut regions = regions;
     regions.sort_by_key(|region| region.guest_base);
     for (index, region) in regions.iter().enumerate() {
-        if regions[..index].iter().any(|before| before.overlaps(region)) {
+        if regions[..index]
+            .iter()
+            .any(|before| before.overlaps(region))
+        {
             let (base, len) = (region.guest_base.0, region.len as u64);
             return Err(MemoryError::Overlap { base, len });
         }
@@ -165,7 +203,9 @@ pub(crate) fn from_regions(regions: Vec<Arc<Region>>) -> Result<Memory, MemoryEr
 /// `memory` and one more region.
 pub(crate) fn with_region(memory: &Memory, region: Region) -> Result<Memory, MemoryError> {
     if memory.num_regions() >= MAX_REGIONS {
-        return Err(MemoryError::TooMany { count: memory.num_regions() + 1 });
+        return Err(MemoryError::TooMany {
+            count: memory.num_regions() + 1,
+        });
     }
     let (base, len) = (region.guest_base.0, region.len as u64);
     if memory.iter().any(|before| before.overlaps(&region)) {
@@ -257,12 +297,21 @@ mod tests {
     #[test]
     fn regions_that_overlap_are_refused() {
         let guest = vec![map(0, 0x2000, 0x10000), map(0x1000, 0x1000, 0x20000)];
-        assert!(matches!(from_regions(guest), Err(MemoryError::Overlap { .. })));
+        assert!(matches!(
+            from_regions(guest),
+            Err(MemoryError::Overlap { .. })
+        ));
         let front_end = vec![map(0, 0x2000, 0x10000), map(0x2000, 0x1000, 0x11000)];
-        assert!(matches!(from_regions(front_end), Err(MemoryError::Overlap { .. })));
+        assert!(matches!(
+            from_regions(front_end),
+            Err(MemoryError::Overlap { .. })
+        ));
         let memory = from_regions(vec![map(0, 0x2000, 0x10000)]).unwrap();
         let inside = Region::map(&region(0x1000, 0x1000, 0, 0), file(0x1000)).unwrap();
-        assert!(matches!(with_region(&memory, inside), Err(MemoryError::Overlap { .. })));
+        assert!(matches!(
+            with_region(&memory, inside),
+            Err(MemoryError::Overlap { .. })
+        ));
     }
 
     #[test]

@@ -104,7 +104,11 @@ impl Queue {
         let (size, table, event_idx) = {
             let state = vring.get_ref();
             let queue = state.get_queue();
-            (queue.size(), GuestAddress(queue.desc_table()), queue.event_idx_enabled())
+            (
+                queue.size(),
+                GuestAddress(queue.desc_table()),
+                queue.event_idx_enabled(),
+            )
         };
         Self {
             vring,
@@ -112,7 +116,9 @@ impl Queue {
             watch,
             mode,
             awake: true,
-            slots: std::iter::repeat_with(|| None).take(usize::from(size)).collect(),
+            slots: std::iter::repeat_with(|| None)
+                .take(usize::from(size))
+                .collect(),
             in_flight: 0,
             used: Vec::new(),
             complaints: COMPLAINTS,

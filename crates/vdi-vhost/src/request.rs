@@ -75,7 +75,10 @@ impl Reply {
         // there is no one to tell.
         let _ = memory.write_obj(status.byte(), self.status_at);
         let len = u32::try_from(data_bytes.saturating_add(1)).unwrap_or(u32::MAX);
-        Used { head: self.head, len }
+        Used {
+            head: self.head,
+            len,
+        }
     }
 }
 
@@ -83,9 +86,15 @@ impl Reply {
 #[derive(Debug)]
 pub(crate) enum Request {
     /// Fill the buffer, which is as long as the range.
-    Read { range: SectorRange, into: GuestBuffer },
+    Read {
+        range: SectorRange,
+        into: GuestBuffer,
+    },
     /// Write the buffer, which is as long as the range, to a disk that can be written.
-    Write { range: SectorRange, from: GuestBuffer },
+    Write {
+        range: SectorRange,
+        from: GuestBuffer,
+    },
     /// Make all completed writes durable.
     Flush,
     /// Tell the serial number.
@@ -108,12 +117,20 @@ pub(crate) fn parse(
     head: u16,
     device: &Device,
 ) -> Result<(Reply, Request), Refused> {
-    let Chain { mut readable, mut writable, out_of_order } = chain;
+    let Chain {
+        mut readable,
+        mut writable,
+        out_of_order,
+    } = chain;
     let status_at = take_last_byte(&mut writable)
         .filter(|at| memory.check_range(*at, 1))
         .ok_or(Refused::Unanswerable)?;
     let reply = Reply { head, status_at };
-    let header = if out_of_order { None } else { take_header(memory, &mut readable) };
+    let header = if out_of_order {
+        None
+    } else {
+        take_header(memory, &mut readable)
+    };
     let Some(header) = header else {
         return Err(Refused::WithStatus(reply, Status::IoError));
     };
@@ -194,5 +211,219 @@ fn range(device: &Device, sector: u64, data: &GuestBuffer) -> Result<SectorRange
         return Err(Status::IoError);
     }
     let count = data.len() / SECTOR_BYTES;
-    device.capacity().range(Sector(sector), count).ok_or(Status::IoError)
+    device
+        .capacity()
+        .range(Sector(sector), count)
+        .ok_or(Status::IoError)
+}
+
+#[cfg(test)]
+mod tests {
+    use vdi_core::{Access, Capacity};
+
+    use super::*;
+    use crate::chain::tests::memory;
+    use crate::device::Serial;
+
+    /// Where tests keep the header.
+    const HEADER: u64 = 0x1000;
+
+    struct Guest {
+        memory: Arc<Memory>,
+        device: Device,
+    }
+
+    /// A guest with a disk of 100 sectors.
+    fn guest(access: Access) -> Guest {
+        let capacity = Capacity::from_bytes_rounded_down(100 * 512);
+        let serial = Serial::new("serial").unwrap();
+        Guest {
+            memory: Arc::new(memory()),
+            device: Device::new(capacity, access, 1, serial),
+        }
+    }
+
+    impl Guest {
+        fn parse(
+            &self,
+            kind: u32,
+            sector: u64,
+            readable: &[(u64, u32)],
+            writable: &[(u64, u32)],
+        ) -> Result<(Reply, Request), Refused> {
+            let mut header = [0; HEADER_BYTES];
+            header[..4].copy_from_slice(&kind.to_le_bytes());
+            header[8..].copy_from_slice(&sector.to_le_bytes());
+            self.memory
+                .write_slice(&header, GuestAddress(HEADER))
+                .unwrap();
+            let pieces = |pieces: &[(u64, u32)]| {
+                let piece = |&(at, len)| Piece {
+                    at: GuestAddress(at),
+                    len,
+                };
+                pieces.iter().map(piece).collect()
+            };
+            let (readable, writable) = (pieces(readable), pieces(writable));
+            let chain = Chain {
+                readable,
+                writable,
+                out_of_order: false,
+            };
+            parse(&self.memory, chain, 5, &self.device)
+        }
+
+        fn status(&self, kind: u32, sector: u64, writable: &[(u64, u32)]) -> Option<Status> {
+            match self.parse(kind, sector, &[(HEADER, 16), (0x4000, 1024)], writable) {
+                Err(Refused::WithStatus(_, status)) => Some(status),
+                _ => None,
+            }
+        }
+    }
+
+    #[test]
+    fn the_header_may_be_cut_up_and_share_a_descriptor_with_data() {
+        let guest = guest(Access::Writable);
+        let readable = [
+            (HEADER, 3),
+            (HEADER + 3, 12),
+            (HEADER + 15, 1 + 512),
+            (0x4000, 512),
+        ];
+        let (_, request) = guest
+            .parse(VIRTIO_BLK_T_OUT, 7, &readable, &[(0x5000, 1)])
+            .unwrap();
+        let Request::Write { range, from } = request else {
+            panic!("{request:?}")
+        };
+        assert_eq!((range.start(), range.count()), (Sector(7), 2));
+        let mut expected = vec![0; 1024];
+        guest
+            .memory
+            .read_slice(&mut expected[..512], GuestAddress(HEADER + 16))
+            .unwrap();
+        let mut found = vec![1; 1024];
+        from.copy_out(&mut found);
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn the_status_byte_is_the_last_writable_byte_however_it_is_framed() {
+        let guest = guest(Access::Writable);
+        for (writable, status_at) in [
+            (&[(0x5000, 512), (0x6000, 1)][..], 0x6000),
+            (&[(0x5000, 513)], 0x5200),
+            (&[(0x5000, 100), (0x6000, 413)], 0x6000 + 412),
+        ] {
+            let parsed = guest.parse(VIRTIO_BLK_T_IN, 0, &[(HEADER, 16)], writable);
+            let (reply, request) = parsed.unwrap();
+            let Request::Read { into, .. } = request else {
+                panic!("{request:?}")
+            };
+            assert_eq!(into.len(), 512);
+            assert_eq!(reply.status_at, GuestAddress(status_at));
+            let used = reply.send(&guest.memory, Status::Unsupported, 512);
+            assert_eq!(used, Used { head: 5, len: 513 });
+            let status: u8 = guest.memory.read_obj(GuestAddress(status_at)).unwrap();
+            assert_eq!(status, 2);
+        }
+    }
+
+    #[test]
+    fn a_chain_without_a_byte_for_the_status_cannot_be_answered() {
+        let guest = guest(Access::Writable);
+        for writable in [&[][..], &[(0x10_0000, 1)], &[(u64::MAX, 2)]] {
+            let refused = guest.parse(VIRTIO_BLK_T_FLUSH, 0, &[(HEADER, 16)], writable);
+            assert!(
+                matches!(refused, Err(Refused::Unanswerable)),
+                "{writable:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn requests_beyond_the_end_of_the_disk_fail() {
+        let guest = guest(Access::Writable);
+        let sectors = |count: u32| [(0x5000, count * 512 + 1)];
+        assert_eq!(guest.status(VIRTIO_BLK_T_IN, 99, &sectors(1)), None);
+        for (sector, count) in [(99, 2), (100, 1), (101, 0), (u64::MAX, 1), (1 << 55, 1)] {
+            let status = guest.status(VIRTIO_BLK_T_IN, sector, &sectors(count));
+            assert_eq!(status, Some(Status::IoError), "{sector} {count}");
+        }
+        assert_eq!(
+            guest.status(VIRTIO_BLK_T_OUT, 99, &[(0x5000, 1)]),
+            Some(Status::IoError)
+        );
+    }
+
+    #[test]
+    fn malformed_requests_fail_and_unknown_ones_are_not_supported() {
+        let guest = guest(Access::Writable);
+        let status = |kind, writable: &[(u64, u32)]| guest.status(kind, 0, writable);
+        assert_eq!(
+            status(VIRTIO_BLK_T_IN, &[(0x5000, 514)]),
+            Some(Status::IoError)
+        );
+        assert_eq!(
+            status(VIRTIO_BLK_T_IN, &[(0x9_0000_0000, 512), (0x5000, 1)]),
+            Some(Status::IoError)
+        );
+        for kind in [2, 5, 11, 13, 14, 16, 99, u32::MAX] {
+            assert_eq!(
+                status(kind, &[(0x5000, 1)]),
+                Some(Status::Unsupported),
+                "{kind}"
+            );
+        }
+        let short = guest.parse(VIRTIO_BLK_T_FLUSH, 0, &[(HEADER, 15)], &[(0x5000, 1)]);
+        assert!(matches!(
+            short,
+            Err(Refused::WithStatus(_, Status::IoError))
+        ));
+        let outside = guest.parse(VIRTIO_BLK_T_FLUSH, 0, &[(0x10_0000, 16)], &[(0x5000, 1)]);
+        assert!(matches!(
+            outside,
+            Err(Refused::WithStatus(_, Status::IoError))
+        ));
+    }
+
+    #[test]
+    fn a_chain_out_of_order_fails() {
+        let guest = guest(Access::Writable);
+        let piece = |at, len| Piece {
+            at: GuestAddress(at),
+            len,
+        };
+        let chain = Chain {
+            readable: [piece(HEADER, 16)].into_iter().collect(),
+            writable: [piece(0x5000, 1)].into_iter().collect(),
+            out_of_order: true,
+        };
+        let refused = parse(&guest.memory, chain, 0, &guest.device);
+        assert!(matches!(
+            refused,
+            Err(Refused::WithStatus(_, Status::IoError))
+        ));
+    }
+
+    #[test]
+    fn a_read_only_disk_takes_no_writes_but_flushes() {
+        let guest = guest(Access::ReadOnly);
+        assert_eq!(
+            guest.status(VIRTIO_BLK_T_OUT, 0, &[(0x5000, 1)]),
+            Some(Status::IoError)
+        );
+        let flush = guest.parse(VIRTIO_BLK_T_FLUSH, 9, &[(HEADER, 16)], &[(0x5000, 1)]);
+        assert!(matches!(flush, Ok((_, Request::Flush))));
+    }
+
+    #[test]
+    fn the_barrier_bit_asks_for_nothing() {
+        let guest = guest(Access::Writable);
+        let kind = VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_BARRIER;
+        let (_, request) = guest
+            .parse(kind, 0, &[(HEADER, 16), (0x4000, 512)], &[(0x5000, 1)])
+            .unwrap();
+        assert!(matches!(request, Request::Write { .. }));
+    }
 }

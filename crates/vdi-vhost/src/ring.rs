@@ -1,13 +1,12 @@
-//! The kernel's side of the road: buffers in guest memory, transfers between them and files, and the
-//! io_uring that carries them. The only file with `unsafe`, behind a safe interface.
+//! Where memory meets the kernel: buffers in guest memory, and the io_uring that carries transfers. The only file with
+//! `unsafe`, behind a safe interface.
 //!
-//! Not here: which bytes of which file (`image_file`, `worker`), and the engine for hosts without io_uring
-//! (`engine`), which uses [`Transfer::run`].
+//! Not here: what a transfer is and how it goes on (`transfer`), which bytes of which file (`image_file`, `inflight`), and
+//! the engine for hosts without io_uring (`engine`).
 //!
 //! - **R1** The kernel touches only what an in-flight [`Transfer`] owns: its iovecs, its bounce buffer, and guest
 //!   memory that its [`GuestBuffer`] keeps mapped. [`Ring`] owns a transfer from submission until its completion is
 //!   reaped; only the completion frees it; a ring is drained, then dropped.
-//! - **R4** Iovecs point into guest memory. A bounce buffer is used only where O_DIRECT's alignment asks for it.
 //!
 //! Sources: io_uring(7), preadv(2), statx(2) (STATX_DIOALIGN), open(2) (O_DIRECT).
 #![expect(
@@ -28,12 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Piece;
 use crate::memory::Memory;
-
-/// Iovecs of one system call: the kernel's UIO_MAXIOV; more is EINVAL.
-const MAX_IOVECS: usize = 1024;
-
-/// Bytes of a bounce buffer: large enough that a round costs little beside its copying.
-const BOUNCE_BYTES: usize = 256 << 10;
+use crate::transfer::{Bounce, BounceBuffer, Finished, Operation, Progress, Transfer};
 
 /// Bounce buffers of one engine: 4 MiB, however many unaligned requests a guest sends; the others wait.
 const MAX_BOUNCES: usize = 16;
@@ -43,9 +37,6 @@ const SUBMISSIONS: u32 = 256;
 
 /// Entries of the completion queue. The kernel keeps what does not fit (IORING_FEAT_NODROP).
 const COMPLETIONS: u32 = 1024;
-
-/// How often a transfer that the kernel interrupted or could not queue is started again.
-const MAX_RETRIES: u8 = 100;
 
 /// Marks a completion as a watch's; transfers have their slot number alone.
 const WATCH: u64 = 1 << 63;
@@ -81,7 +72,12 @@ impl GuestBuffer {
             }
             len += u64::from(piece.len);
         }
-        Some(Self { memory: Arc::clone(memory), iovecs, used: 0, len })
+        Some(Self {
+            memory: Arc::clone(memory),
+            iovecs,
+            used: 0,
+            len,
+        })
     }
 
     /// How many bytes are left.
@@ -108,7 +104,10 @@ impl GuestBuffer {
         while missing > 0 {
             let iovec = self.iovecs[self.used];
             let take = missing.min(iovec.iov_len as u64);
-            front.iovecs.push(libc::iovec { iov_base: iovec.iov_base, iov_len: to_usize(take) });
+            front.iovecs.push(libc::iovec {
+                iov_base: iovec.iov_base,
+                iov_len: to_usize(take),
+            });
             self.consume(take);
             missing -= take;
         }
@@ -138,7 +137,7 @@ impl GuestBuffer {
     }
 
     /// Copies the first bytes that are left into all of `bytes`.
-    fn copy_out(&self, bytes: &mut [u8]) {
+    pub(crate) fn copy_out(&self, bytes: &mut [u8]) {
         let mut copied = 0;
         for iovec in self.left() {
             let part = &mut bytes[copied..];
@@ -151,12 +150,13 @@ impl GuestBuffer {
         }
     }
 
-    fn left(&self) -> &[libc::iovec] {
+    /// What is left of it, for the kernel.
+    pub(crate) fn left(&self) -> &[libc::iovec] {
         &self.iovecs[self.used..]
     }
 
     /// Gives up the first `len` bytes.
-    fn consume(&mut self, len: u64) {
+    pub(crate) fn consume(&mut self, len: u64) {
         self.len -= len;
         let mut rest = to_usize(len);
         while rest > 0 {
@@ -171,7 +171,8 @@ impl GuestBuffer {
         }
     }
 
-    fn is_aligned_to(&self, align: usize) -> bool {
+    /// Whether every address and length is a multiple of `align`.
+    pub(crate) fn is_aligned_to(&self, align: usize) -> bool {
         let fits = |v: &libc::iovec| {
             (v.iov_base as usize).is_multiple_of(align) && v.iov_len.is_multiple_of(align)
         };
@@ -179,228 +180,28 @@ impl GuestBuffer {
     }
 }
 
-/// What a transfer does with its file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Operation {
-    /// From the file into guest memory.
-    Read,
-    /// From guest memory into the file.
-    Write,
-    /// `fdatasync`.
-    Sync,
-}
-
-/// One piece of work on a file, with everything the kernel needs for it (R1).
-#[derive(Debug)]
-pub(crate) struct Transfer {
-    /// Whose work it is; given back with the result.
-    token: u64,
-    operation: Operation,
-    file: Arc<File>,
-    /// Where in the file the rest goes.
-    at: u64,
-    /// What is left to do.
-    buffer: Option<GuestBuffer>,
-    bounce: Bounce,
-    retries: u8,
-}
-
-/// How a transfer meets the alignment of its file.
-#[derive(Debug)]
-enum Bounce {
-    NotNeeded,
-    /// Needed at this alignment, and not there yet.
-    Wanted(usize),
-    Held(BounceBuffer),
-}
-
-/// An aligned buffer between an unaligned guest buffer and an O_DIRECT file.
-#[derive(Debug)]
-struct BounceBuffer {
-    bytes: Vec<u8>,
-    start: usize,
-    /// Bytes of the current round.
-    round: usize,
-}
-
-impl BounceBuffer {
-    fn new(align: usize) -> Self {
-        let bytes = vec![0; BOUNCE_BYTES + align];
-        let start = bytes.as_ptr().align_offset(align);
-        Self { bytes, start, round: 0 }
+/// Does the next round of a transfer in one system call; its result as io_uring would report it.
+pub(crate) fn run_round(transfer: &Transfer) -> i64 {
+    let (fd, at) = (transfer.fd().as_raw_fd(), transfer.at().cast_signed());
+    let iovecs = transfer.iovecs();
+    let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
+    let result = match transfer.operation() {
+        // SAFETY: R1: `transfer` owns the memory that the iovecs name, for longer than the call.
+        Operation::Read => unsafe { libc::preadv(fd, iovecs.as_ptr(), count, at) },
+        // SAFETY: R1, as above.
+        Operation::Write => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, at) },
+        // SAFETY: no memory is involved.
+        Operation::Sync => unsafe { libc::fdatasync(fd) as isize },
+    };
+    if result < 0 {
+        -i64::from(
+            io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EIO),
+        )
+    } else {
+        result as i64
     }
-
-    fn round(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..][..self.round]
-    }
-}
-
-/// What became of a transfer.
-enum Progress {
-    Done(io::Result<()>),
-    Again,
-}
-
-impl Transfer {
-    /// All of `buffer`, from or to `file` at byte `at`. With an alignment, a buffer that does not meet it is
-    /// copied through an aligned one.
-    pub(crate) fn data(
-        token: u64,
-        operation: Operation,
-        file: Arc<File>,
-        at: u64,
-        buffer: GuestBuffer,
-        align: Option<usize>,
-    ) -> Self {
-        let bounce = match align {
-            Some(align) if !buffer.is_aligned_to(align) => Bounce::Wanted(align),
-            _ => Bounce::NotNeeded,
-        };
-        let buffer = Some(buffer);
-        Self { token, operation, file, at, buffer, bounce, retries: 0 }
-    }
-
-    /// Everything written to `file` so far becomes durable.
-    pub(crate) fn sync(token: u64, file: Arc<File>) -> Self {
-        let (operation, bounce) = (Operation::Sync, Bounce::NotNeeded);
-        Self { token, operation, file, at: 0, buffer: None, bounce, retries: 0 }
-    }
-
-    /// Does all of it at once, on this thread.
-    pub(crate) fn run(mut self) -> Finished {
-        if let Bounce::Wanted(align) = self.bounce {
-            self.bounce = Bounce::Held(BounceBuffer::new(align));
-        }
-        loop {
-            self.prepare_round();
-            let result = self.run_round();
-            if let Progress::Done(result) = self.advance(result) {
-                return Finished { token: self.token, result };
-            }
-        }
-    }
-
-    /// Fills the bounce buffer with what the next round writes.
-    fn prepare_round(&mut self) {
-        let (Bounce::Held(bounce), Some(buffer)) = (&mut self.bounce, &self.buffer) else {
-            return;
-        };
-        bounce.round = to_usize(buffer.len().min(BOUNCE_BYTES as u64));
-        if self.operation == Operation::Write {
-            buffer.copy_out(bounce.round());
-        }
-    }
-
-    /// The iovecs of the next round, in guest memory.
-    fn iovecs(&self) -> &[libc::iovec] {
-        let left = self.buffer.as_ref().map_or(&[][..], GuestBuffer::left);
-        &left[..left.len().min(MAX_IOVECS)]
-    }
-
-    /// One system call; its result as io_uring would report it.
-    fn run_round(&mut self) -> i64 {
-        let fd = self.file.as_raw_fd();
-        let at = self.at.cast_signed();
-        let single;
-        let iovecs = match &mut self.bounce {
-            Bounce::Held(bounce) => {
-                let round = bounce.round();
-                single = [libc::iovec { iov_base: round.as_mut_ptr().cast(), iov_len: round.len() }];
-                &single[..]
-            }
-            Bounce::NotNeeded | Bounce::Wanted(_) => self.iovecs(),
-        };
-        let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
-        let result = match self.operation {
-            // SAFETY: R1: `self` owns the buffers that the iovecs name, for longer than the call.
-            Operation::Read => unsafe { libc::preadv(fd, iovecs.as_ptr(), count, at) },
-            // SAFETY: R1, as above.
-            Operation::Write => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, at) },
-            // SAFETY: no memory is involved.
-            Operation::Sync => unsafe { libc::fdatasync(fd) as isize },
-        };
-        if result < 0 {
-            -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
-        } else {
-            result as i64
-        }
-    }
-
-    /// Takes the result of a round: bytes moved, or a negative error number.
-    fn advance(&mut self, result: i64) -> Progress {
-        let Ok(count) = u64::try_from(result) else {
-            return self.failed(i32::try_from(-result).unwrap_or(libc::EIO));
-        };
-        let Some(buffer) = &mut self.buffer else {
-            return Progress::Done(Ok(()));
-        };
-        if count == 0 {
-            return Progress::Done(Err(match self.operation {
-                Operation::Read => io::ErrorKind::UnexpectedEof.into(),
-                Operation::Write | Operation::Sync => io::ErrorKind::WriteZero.into(),
-            }));
-        }
-        if let (Bounce::Held(bounce), Operation::Read) = (&mut self.bounce, self.operation) {
-            let read = to_usize(count).min(bounce.round);
-            buffer.fill_from(&bounce.round()[..read]);
-        }
-        buffer.consume(count);
-        self.at += count;
-        self.retries = 0;
-        if buffer.len() == 0 { Progress::Done(Ok(())) } else { Progress::Again }
-    }
-
-    fn failed(&mut self, errno: i32) -> Progress {
-        if matches!(errno, libc::EINTR | libc::EAGAIN) && self.retries < MAX_RETRIES {
-            self.retries += 1;
-            return Progress::Again;
-        }
-        Progress::Done(Err(io::Error::from_raw_os_error(errno)))
-    }
-
-    /// The next round as a submission. Whoever submits it must keep `self` where it is until its
-    /// completion (R1).
-    fn submission(&mut self) -> squeue::Entry {
-        let fd = types::Fd(self.file.as_raw_fd());
-        let at = self.at;
-        if self.operation == Operation::Sync {
-            return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
-        }
-        if let Bounce::Held(bounce) = &mut self.bounce {
-            let round = bounce.round();
-            return single(self.operation, fd, round.as_mut_ptr(), round.len(), at);
-        }
-        match self.iovecs() {
-            [one] => single(self.operation, fd, one.iov_base.cast(), one.iov_len, at),
-            many => {
-                let count = u32::try_from(many.len()).unwrap_or(u32::MAX);
-                match self.operation {
-                    Operation::Read => opcode::Readv::new(fd, many.as_ptr(), count).offset(at).build(),
-                    Operation::Write | Operation::Sync => {
-                        opcode::Writev::new(fd, many.as_ptr(), count).offset(at).build()
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A submission for one stretch of memory. A length beyond 32 bits is cut; the rest is continued.
-fn single(op: Operation, fd: types::Fd, base: *mut u8, len: usize, at: u64) -> squeue::Entry {
-    let len = u32::try_from(len).unwrap_or(u32::MAX);
-    match op {
-        Operation::Read => opcode::Read::new(fd, base, len).offset(at).build(),
-        Operation::Write | Operation::Sync => opcode::Write::new(fd, base, len).offset(at).build(),
-    }
-}
-
-/// A transfer that is over.
-#[derive(Debug)]
-pub(crate) struct Finished {
-    /// As given to [`Transfer::data`] or [`Transfer::sync`].
-    pub(crate) token: u64,
-    /// Whether all of it was done.
-    pub(crate) result: io::Result<()>,
 }
 
 /// A watched descriptor.
@@ -468,7 +269,9 @@ impl Ring {
         let Some(fd) = self.watches.remove(&key) else {
             return;
         };
-        let remove = opcode::PollRemove::new(WATCH | u64::from(key.0)).build().user_data(UNWATCHED);
+        let remove = opcode::PollRemove::new(WATCH | u64::from(key.0))
+            .build()
+            .user_data(UNWATCHED);
         self.push(&remove);
         // The kernel must have seen both before the descriptor's number can mean something else.
         self.enter(0);
@@ -531,7 +334,7 @@ impl Ring {
         let Some(transfer) = &mut self.transfers[slot] else {
             return;
         };
-        if let Bounce::Wanted(align) = transfer.bounce {
+        if let Bounce::Wanted(align) = *transfer.bounce() {
             let bounce = self.bounces.pop().or_else(|| {
                 let room = self.bounces_made < MAX_BOUNCES;
                 self.bounces_made += usize::from(room);
@@ -541,9 +344,9 @@ impl Ring {
                 self.waiting.push_back(slot);
                 return;
             };
-            transfer.bounce = Bounce::Held(bounce);
+            *transfer.bounce() = Bounce::Held(bounce);
         }
-        transfer.prepare_round();
+        transfer.prepare();
         let entry = transfer.submission().user_data(slot as u64);
         self.push(&entry);
     }
@@ -557,12 +360,13 @@ impl Ring {
             self.submit(slot);
             return;
         };
-        let token = transfer.token;
+        let token = transfer.token();
         self.finished.push_back(Finished { token, result });
         self.in_flight -= 1;
         self.free.push(slot);
-        let ended = self.transfers[slot].take().map(|transfer| transfer.bounce);
-        if let Some(Bounce::Held(bounce)) = ended {
+        let ended = self.transfers[slot].take();
+        let bounce = ended.map(|mut ended| std::mem::replace(ended.bounce(), Bounce::NotNeeded));
+        if let Some(Bounce::Held(bounce)) = bounce {
             self.bounces.push(bounce);
             if let Some(next) = self.waiting.pop_front() {
                 self.submit(next);
@@ -693,6 +497,6 @@ pub(crate) fn owned(eventfd: EventFd) -> OwnedFd {
 }
 
 /// Lengths of memory fit an address: this daemon runs on 64-bit hosts only.
-fn to_usize(value: u64) -> usize {
+pub(crate) fn to_usize(value: u64) -> usize {
     usize::try_from(value).expect("a 64-bit host")
 }

@@ -110,7 +110,9 @@ fn converse_until_end(
     signals: &UnixStream,
 ) -> Result<Heard, ServeError> {
     stream.set_nonblocking(false).map_err(ServeError::Wait)?;
-    stream.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(ServeError::Wait)?;
+    stream
+        .set_read_timeout(Some(MESSAGE_TIMEOUT))
+        .map_err(ServeError::Wait)?;
     let own = stream.try_clone().map_err(ServeError::Wait)?;
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(backend));
     let mut begun: Option<Instant> = None;
@@ -168,8 +170,10 @@ fn wait(
     events: PollFlags,
     timeout: PollTimeout,
 ) -> Result<Heard, ServeError> {
-    let mut fds =
-        [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(peer.as_fd(), events)];
+    let mut fds = [
+        PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        PollFd::new(peer.as_fd(), events),
+    ];
     loop {
         match poll(&mut fds, timeout) {
             Err(Errno::EINTR) => {}
@@ -198,5 +202,7 @@ fn wait_signal(signals: &UnixStream, timeout: PollTimeout) -> Result<Heard, Serv
 /// Whether accepting may work the next time: the peer has gone, or another resource is short.
 fn is_passing(error: &io::Error) -> bool {
     let passing = [libc::EAGAIN, libc::EINTR, libc::ECONNABORTED, libc::EPROTO];
-    error.raw_os_error().is_some_and(|errno| passing.contains(&errno))
+    error
+        .raw_os_error()
+        .is_some_and(|errno| passing.contains(&errno))
 }

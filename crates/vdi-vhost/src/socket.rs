@@ -39,14 +39,23 @@ pub(crate) enum SocketError {
 impl SocketFile {
     /// Listens at `path`, which only this user may connect to.
     pub(crate) fn listen(path: &Path) -> Result<(Self, UnixListener), SocketError> {
-        let failed = |source| SocketError::Listen { path: path.to_owned(), source };
+        let failed = |source| SocketError::Listen {
+            path: path.to_owned(),
+            source,
+        };
         remove_stale(path)?;
         let before = umask(Mode::from_bits_truncate(0o177));
         let listener = UnixListener::bind(path);
         umask(before);
         let listener = listener.map_err(failed)?;
         let identity = identity(path).map_err(failed)?;
-        Ok((Self { path: path.to_owned(), identity }, listener))
+        Ok((
+            Self {
+                path: path.to_owned(),
+                identity,
+            },
+            listener,
+        ))
     }
 }
 
@@ -60,17 +69,24 @@ impl Drop for SocketFile {
 
 /// Removes a socket at which nobody listens any more.
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
-    let failed = |source| SocketError::Listen { path: path.to_owned(), source };
+    let failed = |source| SocketError::Listen {
+        path: path.to_owned(),
+        source,
+    };
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
         Ok(found) if !found.file_type().is_socket() => {
-            return Err(SocketError::NotASocket { path: path.to_owned() });
+            return Err(SocketError::NotASocket {
+                path: path.to_owned(),
+            });
         }
         Ok(_) => {}
     }
     if is_alive(path).map_err(failed)? {
-        return Err(SocketError::InUse { path: path.to_owned() });
+        return Err(SocketError::InUse {
+            path: path.to_owned(),
+        });
     }
     std::fs::remove_file(path).map_err(failed)
 }
@@ -104,7 +120,10 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let (file, listener) = SocketFile::listen(&path).unwrap();
-        assert!(matches!(SocketFile::listen(&path), Err(SocketError::InUse { .. })));
+        assert!(matches!(
+            SocketFile::listen(&path),
+            Err(SocketError::InUse { .. })
+        ));
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         drop(listener);
@@ -117,7 +136,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(SocketFile::listen(&path), Err(SocketError::NotASocket { .. })));
+        assert!(matches!(
+            SocketFile::listen(&path),
+            Err(SocketError::NotASocket { .. })
+        ));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 

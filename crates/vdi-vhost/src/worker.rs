@@ -46,7 +46,10 @@ impl Doorbell {
     /// A doorbell for one worker.
     pub(crate) fn new() -> io::Result<Self> {
         let flags = vmm_sys_util::eventfd::EFD_CLOEXEC | vmm_sys_util::eventfd::EFD_NONBLOCK;
-        Ok(Self { eventfd: EventFd::new(flags)?, retry: AtomicBool::new(false) })
+        Ok(Self {
+            eventfd: EventFd::new(flags)?,
+            retry: AtomicBool::new(false),
+        })
     }
 
     /// Has the worker look for commands.
@@ -154,7 +157,15 @@ impl Worker {
         };
         let memory = Arc::new(Memory::new());
         let (queues, pending, next_watch) = (BTreeMap::new(), None, DOORBELL.0 + 1);
-        Ok(Self { context, queues, memory, doorbell, commands, pending, next_watch })
+        Ok(Self {
+            context,
+            queues,
+            memory,
+            doorbell,
+            commands,
+            pending,
+            next_watch,
+        })
     }
 
     /// Serves until told to exit.
@@ -208,7 +219,8 @@ impl Worker {
     /// Hears kicks and takes the next command.
     fn hear(&mut self) {
         while let Some((key, fired)) = self.context.engine.next_fired() {
-            let Some((index, queue)) = self.queues.iter_mut().find(|(_, queue)| queue.watch == key) else {
+            let Some((index, queue)) = self.queues.iter_mut().find(|(_, queue)| queue.watch == key)
+            else {
                 continue;
             };
             match fired {
@@ -251,10 +263,17 @@ impl Worker {
     }
 
     fn start(&mut self, setup: Setup, memory: Arc<Memory>) -> io::Result<()> {
-        let Setup { index, vring, kick, error_fd, mode } = setup;
+        let Setup {
+            index,
+            vring,
+            kick,
+            error_fd,
+            mode,
+        } = setup;
         let watch = self.watch(kick)?;
         self.memory = memory;
-        self.queues.insert(index, Queue::new(vring, error_fd, watch, mode));
+        self.queues
+            .insert(index, Queue::new(vring, error_fd, watch, mode));
         Ok(())
     }
 
@@ -288,7 +307,9 @@ impl Worker {
     fn reap(&mut self) {
         while let Some(finished) = self.context.engine.next_finished() {
             let key = Key::from_token(finished.token);
-            self.step(key, |active, context| active.transferred(finished.result, context));
+            self.step(key, |active, context| {
+                active.transferred(finished.result, context)
+            });
         }
     }
 
@@ -325,7 +346,10 @@ impl Worker {
             return;
         }
         let indexes = self.queues.iter().filter(|(_, queue)| queue.is_awake());
-        for index in indexes.map(|(index, _)| *index).collect::<smallvec::SmallVec<[u16; 8]>>() {
+        for index in indexes
+            .map(|(index, _)| *index)
+            .collect::<smallvec::SmallVec<[u16; 8]>>()
+        {
             if self.is_full() {
                 return;
             }
@@ -344,10 +368,16 @@ impl Worker {
             return;
         }
         let written = std::mem::take(&mut self.context.written);
-        let result = self.context.disk.commit(&mut self.context.reservations).map_err(Arc::new);
+        let result = self
+            .context
+            .disk
+            .commit(&mut self.context.reservations)
+            .map_err(Arc::new);
         self.context.reservations.clear();
         for key in written {
-            self.step(key, |active, context| active.committed(result.as_ref().copied(), context));
+            self.step(key, |active, context| {
+                active.committed(result.as_ref().copied(), context)
+            });
         }
     }
 

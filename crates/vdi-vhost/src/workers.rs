@@ -87,8 +87,9 @@ impl Handle {
         let doorbell = Arc::new(Doorbell::new()?);
         let (served, its_doorbell) = (served.clone(), Arc::clone(&doorbell));
         let (started, ready) = mpsc::channel();
-        let thread = thread::Builder::new().name(format!("worker-{slot}")).spawn(move || {
-            match Worker::new(&served, its_doorbell, inbox) {
+        let thread = thread::Builder::new()
+            .name(format!("worker-{slot}"))
+            .spawn(move || match Worker::new(&served, its_doorbell, inbox) {
                 Ok(worker) => {
                     let _ = started.send(Ok(()));
                     worker.run();
@@ -96,10 +97,13 @@ impl Handle {
                 Err(error) => {
                     let _ = started.send(Err(error));
                 }
-            }
-        })?;
+            })?;
         done(&ready)?;
-        Ok(Self { commands, doorbell, thread: Some(thread) })
+        Ok(Self {
+            commands,
+            doorbell,
+            thread: Some(thread),
+        })
     }
 
     fn send(&self, command: Command) -> Receiver<io::Result<()>> {
