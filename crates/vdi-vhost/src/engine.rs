@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Once;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -15,6 +16,9 @@ use crate::transfer::{Finished, Transfer};
 
 /// Events taken from one wait; more are found by the next.
 const EVENTS: usize = 64;
+
+/// Said once, not by every worker.
+static FALLBACK: Once = Once::new();
 
 /// Which engine the user wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -43,7 +47,9 @@ impl Engine {
             EngineChoice::Sync => SyncEngine::new().map(Self::Sync),
             EngineChoice::IoUring => Ring::new().map(Self::Ring),
             EngineChoice::Auto => Ring::new().map(Self::Ring).or_else(|error| {
-                tracing::warn!("io_uring cannot be used here ({error}), using system calls");
+                FALLBACK.call_once(|| {
+                    tracing::warn!("io_uring cannot be used here ({error}), using system calls");
+                });
                 SyncEngine::new().map(Self::Sync)
             }),
         }

@@ -108,10 +108,12 @@ impl Region {
                 file_len,
             });
         }
-        // On hugetlbfs the block size is the page size, and a mapping must begin at a multiple of it.
+        // On hugetlbfs the block size is the page size, and a mapping must begin and end at multiples of it. What
+        // is mapped beyond the region is never touched.
         let page = metadata.st_blksize().max(4096);
         let skip = mmap_offset % page;
-        let Ok(map_len) = usize::try_from(memory_size + skip) else {
+        let map_len = (memory_size + skip).checked_next_multiple_of(page);
+        let Some(Ok(map_len)) = map_len.map(usize::try_from) else {
             return Err(overflow);
         };
         let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset - skip), map_len)
