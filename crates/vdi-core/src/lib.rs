@@ -42,7 +42,7 @@ pub use chain::{ChainError, ChainOptions, find_chain};
 pub use create::{CreateError, CreateOptions, NewKind, create};
 pub use disk::{
     Disk, Extent, Extents, Fill, Flush, ModifiedParent, ReadError, Reservation, Reserve, Source,
-    WriteError, WriteExtent,
+    WriteError, WriteExtent, Zeroing,
 };
 pub use header::{Header, HeaderError, ImageKind, ParentLink, Warning};
 pub use image::OpenError;

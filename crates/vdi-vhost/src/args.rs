@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 
-use crate::device::{SERIAL_BYTES, Serial};
+use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
 use crate::engine::EngineChoice;
 
 /// Most queues: the protocol's messages have 8 bits for the number of one.
@@ -44,6 +44,26 @@ pub(crate) struct Args {
     /// Whether data go through the host's page cache or past it.
     #[arg(long, value_enum, default_value_t = Cache::Writeback)]
     pub(crate) cache: Cache,
+
+    /// The file of a parent of the image, if it is a differencing one. Can be given several times.
+    #[arg(long = "parent", value_name = "FILE")]
+    pub(crate) parents: Vec<PathBuf>,
+
+    /// A directory with images that may be parents; the image's own is one. Can be given several times.
+    #[arg(long = "image-dir", value_name = "DIR")]
+    pub(crate) image_dirs: Vec<PathBuf>,
+
+    /// Serve a child although its parent was written to after the child was made.
+    #[arg(long)]
+    pub(crate) allow_modified_parent: bool,
+
+    /// Whether guests can give space back to the host.
+    #[arg(long, value_enum, default_value_t = Discard::Unmap)]
+    pub(crate) discard: Discard,
+
+    /// Whether data that are nothing but zeros are looked for, and take no space.
+    #[arg(long, value_enum, default_value_t = DetectZeroes::Off)]
+    pub(crate) detect_zeroes: DetectZeroes,
 
     /// The serial number that the guest sees, at most 20 printable characters [default: from the image's UUID].
     #[arg(long, value_name = "ID", value_parser = parse_serial)]

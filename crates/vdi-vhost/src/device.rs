@@ -8,16 +8,20 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use vdi_core::Capacity;
+use vdi_core::{Capacity, Zeroing};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
+
+use crate::request::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS};
+use crate::ring::GuestBuffer;
 
 /// The longest serial number a guest can ask for (`VIRTIO_BLK_ID_BYTES`).
 pub(crate) const SERIAL_BYTES: usize = 20;
@@ -48,6 +52,37 @@ const WRITEBACK_AT: usize = 32;
 /// What a driver (or nobody yet) chose for the `writeback` field.
 const UNSET: u8 = 2;
 
+/// What becomes of discards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Discard {
+    /// They give space back to the host.
+    Unmap,
+    /// Guests cannot discard; write-zeroes keeps its space.
+    Ignore,
+}
+
+/// What becomes of data that are nothing but zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum DetectZeroes {
+    /// They are written like any other.
+    Off,
+    /// They take no new space.
+    On,
+    /// They give space back, as a write-zeroes with `unmap` does.
+    Unmap,
+}
+
+/// How the device treats zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Zeros {
+    /// What becomes of discards.
+    pub(crate) discard: Discard,
+    /// Whether written zeros are looked for.
+    pub(crate) detect: DetectZeroes,
+    /// The unit in which space is given back, in sectors.
+    pub(crate) block_sectors: u32,
+}
+
 /// One virtio block device: what it offers and what was negotiated.
 ///
 /// Shared by the control thread (which changes it) and the workers (which only ask
@@ -58,6 +93,7 @@ pub(crate) struct Device {
     read_only: bool,
     num_queues: u16,
     serial: Serial,
+    zeros: Zeros,
     acked_features: AtomicU64,
     /// 0, 1 or [`UNSET`]. It outlives connections: QEMU keeps the value in its own copy of the
     /// configuration space and does not send it again after a reconnect. Forgetting a 0 would take the
@@ -72,12 +108,14 @@ impl Device {
         access: vdi_core::Access,
         num_queues: u16,
         serial: Serial,
+        zeros: Zeros,
     ) -> Self {
         Self {
             capacity,
             read_only: access == vdi_core::Access::ReadOnly,
             num_queues,
             serial,
+            zeros,
             acked_features: AtomicU64::new(0),
             writeback: AtomicU8::new(UNSET),
         }
@@ -98,6 +136,21 @@ impl Device {
         self.read_only
     }
 
+    /// Whether guests may give space back.
+    pub(crate) fn may_discard(&self) -> bool {
+        self.zeros.discard == Discard::Unmap
+    }
+
+    /// How data that a guest writes become zeros, if they are nothing but zeros and that is looked for.
+    pub(crate) fn zeroing_of(&self, data: &GuestBuffer) -> Option<Zeroing> {
+        let how = match self.zeros.detect {
+            DetectZeroes::Off => return None,
+            DetectZeroes::On => Zeroing::Keep,
+            DetectZeroes::Unmap => Zeroing::Release,
+        };
+        data.is_zero().then_some(how)
+    }
+
     /// What GET_ID answers.
     pub(crate) fn serial(&self) -> &Serial {
         &self.serial
@@ -112,11 +165,15 @@ impl Device {
             | bit(VIRTIO_BLK_F_TOPOLOGY)
             | bit(VIRTIO_BLK_F_CONFIG_WCE)
             | bit(VIRTIO_BLK_F_MQ)
+            | bit(VIRTIO_BLK_F_WRITE_ZEROES)
             | bit(VIRTIO_RING_F_INDIRECT_DESC)
             | bit(VIRTIO_RING_F_EVENT_IDX)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         if self.read_only {
             features |= bit(VIRTIO_BLK_F_RO);
+        }
+        if self.may_discard() {
+            features |= bit(VIRTIO_BLK_F_DISCARD);
         }
         features
     }
@@ -218,6 +275,14 @@ impl Device {
         put(26, &MIN_IO_SIZE.to_le_bytes());
         put(WRITEBACK_AT, &[self.writeback()]);
         put(34, &self.num_queues.to_le_bytes());
+        if self.may_discard() {
+            put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
+            put(40, &MAX_SEGMENTS.to_le_bytes());
+            put(44, &self.zeros.block_sectors.to_le_bytes());
+        }
+        put(48, &MAX_SEGMENT_SECTORS.to_le_bytes());
+        put(52, &MAX_SEGMENTS.to_le_bytes());
+        put(56, &[u8::from(self.may_discard())]);
         config
     }
 }
@@ -257,7 +322,7 @@ const fn bit(number: u32) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::mem::offset_of;
 
     use vdi_core::Access;
@@ -268,7 +333,16 @@ mod tests {
     fn device() -> Device {
         let serial = Serial::new("disk-1").unwrap();
         let capacity = Capacity::from_bytes_rounded_down(0x1234 * 512);
-        Device::new(capacity, Access::Writable, 7, serial)
+        Device::new(capacity, Access::Writable, 7, serial, zeros(Discard::Unmap))
+    }
+
+    /// Zeros as guests get them unless told otherwise.
+    pub(crate) fn zeros(discard: Discard) -> Zeros {
+        Zeros {
+            discard,
+            detect: DetectZeroes::Off,
+            block_sectors: 2048,
+        }
     }
 
     fn config_u32(device: &Device, at: usize) -> u32 {
@@ -355,6 +429,7 @@ mod tests {
             Access::ReadOnly,
             1,
             device.serial().clone(),
+            zeros(Discard::Unmap),
         );
         assert_eq!(read_only.ack_features(bit(VIRTIO_BLK_F_RO)), Some(()));
     }

@@ -19,6 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use vdi_core::units::DataArea;
 use vdi_core::{Access, FileOffset};
 
 use crate::ring::{DirectAlignment, direct_alignment};
@@ -92,12 +93,8 @@ impl ImageFile {
 
     /// Data go past the page cache, as far as they share no page with metadata. `block_bytes` is the distance of
     /// blocks in the file.
-    pub(crate) fn direct(
-        file: File,
-        access: Access,
-        data_start: FileOffset,
-        block_bytes: u64,
-    ) -> Result<Self, DirectError> {
+    pub(crate) fn direct(file: File, access: Access, area: DataArea) -> Result<Self, DirectError> {
+        let (data_start, block_bytes) = (area.start(), area.stride_bytes());
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let direct = File::options()
             .read(true)

@@ -2,36 +2,40 @@
 //! which it gets there.
 //!
 //! ```text
-//! Read   map ─► transfers ──────────────────────────► answer
-//! Write  reserve ─► transfers ─► commit ─► (sync) ──► answer
-//!           └ parked ┘                └ write-through
-//! Flush  sync ──────────────────────────────────────► answer
+//! Read    map ─► transfers ────────────────────────────────────────► answer
+//! Change  reserve ─► transfers ─► (data sync) ─► commit ─► (sync) ─► answer
+//!            └ parked ┘           over a parent's data      └ write-through
+//! Flush   sync ────────────────────────────────────────────────────► answer
 //! ```
 //!
-//! A request may be larger than anything (1024 descriptors of 4 GiB), so it is worked on in windows of
-//! [`WINDOW_SECTORS`], with at most [`TRANSFERS_PER_REQUEST`] transfers at a time (R5).
+//! A change is a write, a discard or a write-zeroes. A request may be larger than anything (1024 descriptors of 4 GiB),
+//! so it is worked on in windows, with at most [`TRANSFERS_PER_REQUEST`] transfers at a time (R5).
 //!
-//! Not here: queues and threads (`queue`, `worker`). Rules: W3 (answer after publish), W7 (parked, not blocked), R2.
+//! Not here: queues and threads (`queue`, `worker`). Rules: W2 and W3 (when an entry may be written, and an answer
+//! given), W4 (visits), W7 (parked, not blocked), R2.
 
 use std::io;
 use std::sync::Arc;
 use std::task::Waker;
 
 use vdi_core::{
-    Capacity, Disk, FileOffset, Flush, Reservation, Reserve, Sector, SectorRange, Source,
-    WriteError,
+    Capacity, Disk, FileOffset, Fill, Flush, Lane, Reservation, Reserve, Sector, SectorRange,
+    Source, Visit, WriteError, Zeroing,
 };
 
 use crate::device::Device;
 use crate::engine::Engine;
 use crate::image_file::ImageFile;
-use crate::request::{Reply, Request, Status};
+use crate::request::{Reply, Request, Segment, Segments, Status};
 use crate::ring::GuestBuffer;
 use crate::transfer::{Operation, Transfer};
 
 /// Sectors of a request that are mapped, reserved or zeroed in one step: 16 MiB, four times what Linux sends at most
 /// by default. Bounds the size of a reservation and the time of a step.
 const WINDOW_SECTORS: u64 = (16 << 20) / 512;
+
+/// The same for zeros, which move no data: 1 GiB, 8192 of the smallest blocks.
+const ZEROS_WINDOW_SECTORS: u64 = (1 << 30) / 512;
 
 /// Transfers of one request at a time: enough to keep storage busy, and a bound on what one request can hold.
 const TRANSFERS_PER_REQUEST: u32 = 16;
@@ -65,8 +69,10 @@ impl Key {
 pub(crate) struct Context {
     /// The disk that is served.
     pub(crate) disk: Arc<Disk>,
-    /// Its file.
-    pub(crate) image: Arc<ImageFile>,
+    /// The worker's way into it.
+    pub(crate) lane: Lane,
+    /// The files of its images, the top one's first.
+    pub(crate) images: Arc<[ImageFile]>,
     /// What was negotiated.
     pub(crate) device: Arc<Device>,
     /// Moves the data.
@@ -81,6 +87,8 @@ pub(crate) struct Context {
     pub(crate) written: Vec<Key>,
     /// What makes the data of `written` visible.
     pub(crate) reservations: Vec<Reservation>,
+    /// Data over a parent's that must be synced before they may be made visible (W2).
+    pub(crate) unsynced: Vec<(Key, Reservation)>,
 }
 
 /// What is to be done with a request after a step.
@@ -121,27 +129,69 @@ enum Work {
         rest: SectorRange,
         into: GuestBuffer,
         total_bytes: u64,
+        /// From the map's answer until its transfers are over (W4).
+        visit: Option<Visit>,
     },
-    Write {
-        rest: SectorRange,
-        from: GuestBuffer,
+    Change {
+        change: Change,
         window: Window,
     },
     Sync(Flush),
     Nothing,
 }
 
-/// The part of a write that is being written.
+/// What a request wants to be changed.
+#[derive(Debug)]
+enum Change {
+    Data {
+        rest: SectorRange,
+        from: GuestBuffer,
+    },
+    /// The segments that are left, the next one last.
+    Zeros { rest: Segments },
+}
+
+impl Change {
+    /// The part to change next.
+    fn window(&self, capacity: Capacity) -> Option<SectorRange> {
+        let (rest, most) = match self {
+            Self::Data { rest, .. } => (*rest, WINDOW_SECTORS),
+            Self::Zeros { rest } => (rest.last()?.range, ZEROS_WINDOW_SECTORS),
+        };
+        Some(split(capacity, rest, most).0).filter(|window| !window.is_empty())
+    }
+
+    /// Goes on behind the first `sectors`; whether there is more.
+    fn advance(&mut self, capacity: Capacity, sectors: u64) -> bool {
+        match self {
+            Self::Data { rest, .. } => {
+                *rest = split(capacity, *rest, sectors).1;
+                !rest.is_empty()
+            }
+            Self::Zeros { rest } => {
+                if let Some(segment) = rest.last_mut() {
+                    segment.range = split(capacity, segment.range, sectors).1;
+                }
+                while rest.last().is_some_and(|segment| segment.range.is_empty()) {
+                    rest.pop();
+                }
+                !rest.is_empty()
+            }
+        }
+    }
+}
+
+/// The part of a change that is being made.
 #[derive(Debug)]
 enum Window {
     None,
-    /// Where it goes, how much it is, and how many of its extents were started.
+    /// Where it goes, how much it is, and how many of its parts were started.
     Reserved {
         reservation: Reservation,
         sectors: u64,
         started: usize,
     },
-    /// Its data are written, its reservation is in the commit batch.
+    /// Its data are written, its reservation is on the way to a commit.
     Written {
         sectors: u64,
     },
@@ -169,17 +219,20 @@ impl Active {
                     rest: range,
                     into,
                     total_bytes,
+                    visit: None,
                 };
                 active.go_on(context)
             }
             Request::Write { range, from } => {
-                active.work = Work::Write {
-                    rest: range,
-                    from,
-                    window: Window::None,
+                let change = match context.device.zeroing_of(&from) {
+                    Some(how) => Change::Zeros {
+                        rest: Segments::from_elem(Segment { range, how }, 1),
+                    },
+                    None => Change::Data { rest: range, from },
                 };
-                active.go_on(context)
+                active.begin(change, context)
             }
+            Request::Zero { segments } => active.begin(Change::Zeros { rest: segments }, context),
             Request::Flush => active.make_durable(context),
             Request::GetId { into } => {
                 let written = into.fill_from(context.device.serial().bytes());
@@ -189,11 +242,19 @@ impl Active {
         (active, next)
     }
 
+    fn begin(&mut self, mut change: Change, context: &mut Context) -> Next {
+        // Skips segments of nothing.
+        change.advance(context.device.capacity(), 0);
+        let window = Window::None;
+        self.work = Work::Change { change, window };
+        self.go_on(context)
+    }
+
     /// Starts the next window, or tries again after having been parked.
     pub(crate) fn go_on(&mut self, context: &mut Context) -> Next {
         match &self.work {
             Work::Read { .. } => self.read_window(context),
-            Work::Write { .. } => self.reserve_window(context),
+            Work::Change { .. } => self.reserve_window(context),
             Work::Sync(_) | Work::Nothing => Next::Wait,
         }
     }
@@ -214,7 +275,7 @@ impl Active {
             return self.give_up();
         }
         match &self.work {
-            Work::Write { .. } => self.write_extents(context),
+            Work::Change { .. } => self.start_parts(context),
             Work::Read { .. } | Work::Sync(_) | Work::Nothing => self.read_window(context),
         }
     }
@@ -229,13 +290,12 @@ impl Active {
             self.failure = Some(Failure::Image(Arc::clone(error)));
             return self.give_up();
         }
-        let Work::Write { rest, window, .. } = &mut self.work else {
+        let Work::Change { change, window } = &mut self.work else {
             return Next::Wait;
         };
-        if let Window::Written { sectors } = std::mem::replace(window, Window::None) {
-            *rest = split(context.device.capacity(), *rest, sectors).1;
-        }
-        if !rest.is_empty() {
+        if let Window::Written { sectors } = std::mem::replace(window, Window::None)
+            && change.advance(context.device.capacity(), sectors)
+        {
             context.continuing.push(self.key);
             return Next::Wait;
         }
@@ -255,6 +315,7 @@ impl Active {
             rest,
             into,
             total_bytes,
+            visit,
         } = &mut self.work
         else {
             return Next::Wait;
@@ -265,14 +326,16 @@ impl Active {
         let capacity = context.device.capacity();
         let (window, _) = split(capacity, *rest, WINDOW_SECTORS);
         let disk = Arc::clone(&context.disk);
+        let visit = visit.insert(context.lane.enter());
         let mut mapped_bytes = 0;
-        for extent in disk.map(window) {
+        for extent in disk.map(window, visit) {
             let part = into.split_front(extent.len_bytes);
             mapped_bytes += extent.len_bytes;
             match extent.source {
-                Source::Unallocated | Source::Zero => part.fill_with_zeros(),
-                Source::Stored { at } => {
-                    self.outstanding += transfer(self.key, Operation::Read, at, part, context);
+                Source::Unallocated | Source::Zero { .. } => part.fill_with_zeros(),
+                Source::Stored { depth, at } => {
+                    self.outstanding +=
+                        context.transfer(self.key, Operation::Read, depth, at, part);
                 }
             }
             if self.outstanding >= TRANSFERS_PER_REQUEST {
@@ -291,22 +354,28 @@ impl Active {
     }
 
     fn reserve_window(&mut self, context: &mut Context) -> Next {
-        let Work::Write { rest, window, .. } = &mut self.work else {
+        let Work::Change { change, window } = &mut self.work else {
             return Next::Wait;
         };
-        if rest.is_empty() {
+        let Some(range) = change.window(context.device.capacity()) else {
             return Next::Answer(Status::Ok, 0);
-        }
-        let (range, _) = split(context.device.capacity(), *rest, WINDOW_SECTORS);
-        match context.disk.reserve(range, &context.waker) {
+        };
+        let (disk, lane, waker) = (&context.disk, &context.lane, &context.waker);
+        let reserved = match change {
+            Change::Data { .. } => disk.reserve(range, lane, waker),
+            Change::Zeros { rest } => {
+                let how = rest.last().map_or(Zeroing::Keep, |segment| segment.how);
+                disk.reserve_zeros(range, how, lane, waker)
+            }
+        };
+        match reserved {
             Ok(Reserve::Ready(reservation)) => {
-                let sectors = range.count();
                 *window = Window::Reserved {
                     reservation,
-                    sectors,
+                    sectors: range.count(),
                     started: 0,
                 };
-                self.write_extents(context)
+                self.start_parts(context)
             }
             Ok(Reserve::Parked) => {
                 context.parked.push(self.key);
@@ -319,9 +388,9 @@ impl Active {
         }
     }
 
-    /// Starts what can be started of the window; all of it written, it joins the commit batch.
-    fn write_extents(&mut self, context: &mut Context) -> Next {
-        let Work::Write { from, window, .. } = &mut self.work else {
+    /// Starts what can be started of the window; all of it done, it goes on to the sync or the commit.
+    fn start_parts(&mut self, context: &mut Context) -> Next {
+        let Work::Change { change, window } = &mut self.work else {
             return Next::Wait;
         };
         let Window::Reserved {
@@ -332,21 +401,18 @@ impl Active {
         else {
             return Next::Wait;
         };
-        for extent in reservation.extents().iter().skip(*started) {
+        for part in Part::of(reservation).skip(*started) {
             if self.outstanding >= TRANSFERS_PER_REQUEST {
                 break;
             }
-            let part = from.split_front(extent.len_bytes);
-            self.outstanding += transfer(self.key, Operation::Write, extent.at, part, context);
+            self.outstanding += part.start(self.key, change, context);
             *started += 1;
         }
         if self.outstanding == 0 {
             let sectors = *sectors;
-            if let Window::Reserved { reservation, .. } =
-                std::mem::replace(window, Window::Written { sectors })
-            {
-                context.written.push(self.key);
-                context.reservations.push(reservation);
+            let written = Window::Written { sectors };
+            if let Window::Reserved { reservation, .. } = std::mem::replace(window, written) {
+                context.written(self.key, reservation);
             }
         }
         Next::Wait
@@ -359,7 +425,7 @@ impl Active {
             Ok(Some(flush)) => {
                 self.work = Work::Sync(flush);
                 self.outstanding = 1;
-                let sync = Transfer::sync(self.key.token(), context.image.to_sync());
+                let sync = Transfer::sync(self.key.token(), context.images[0].to_sync());
                 context.engine.start(sync, false);
                 Next::Wait
             }
@@ -390,28 +456,120 @@ impl Active {
     }
 }
 
-/// Starts the transfers between all of `buffer` and the file at `at`; how many they are.
-fn transfer(
-    key: Key,
-    operation: Operation,
-    at: FileOffset,
-    mut buffer: GuestBuffer,
-    context: &mut Context,
-) -> u32 {
-    let mut at = at;
-    let mut count = 0;
-    while buffer.len() > 0 {
-        let route = context.image.route(at, buffer.len());
-        let part = buffer.split_front(route.len_bytes);
-        // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost half.
-        let inline = operation == Operation::Write && route.alignment.is_none();
-        let token = key.token();
-        let transfer = Transfer::data(token, operation, route.file, at.0, part, route.alignment);
-        context.engine.start(transfer, inline);
-        at = at.plus(route.len_bytes);
-        count += 1;
+/// One part of a window's work.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    /// Guest data go there.
+    Data { at: FileOffset, len_bytes: u64 },
+    /// Zeros go there, with or without the space.
+    Clear {
+        at: FileOffset,
+        len_bytes: u64,
+        operation: Operation,
+    },
+    /// A parent's bytes are copied (copy-on-write).
+    Fill(Fill),
+}
+
+impl Part {
+    fn of(reservation: &Reservation) -> impl Iterator<Item = Self> {
+        let operation = if reservation.keeps_space() {
+            Operation::Zero
+        } else {
+            Operation::Punch
+        };
+        let data = reservation.extents().iter().map(|extent| Self::Data {
+            at: extent.at,
+            len_bytes: extent.len_bytes,
+        });
+        let zeros = reservation.zeros().iter().map(move |extent| Self::Clear {
+            at: extent.at,
+            len_bytes: extent.len_bytes,
+            operation,
+        });
+        let fills = reservation.fills().iter().copied().map(Self::Fill);
+        data.chain(zeros).chain(fills)
     }
-    count
+
+    /// Starts its transfers; how many they are.
+    fn start(self, key: Key, change: &mut Change, context: &mut Context) -> u32 {
+        match (self, change) {
+            (Self::Data { at, len_bytes }, Change::Data { from, .. }) => {
+                let part = from.split_front(len_bytes);
+                context.transfer(key, Operation::Write, 0, at, part)
+            }
+            (
+                Self::Clear {
+                    at,
+                    len_bytes,
+                    operation,
+                },
+                _,
+            ) => {
+                // The file's pages are cleared whichever way its data go.
+                let file = context.images[0].to_sync();
+                let clear = Transfer::clear(key.token(), operation, file, at.0, len_bytes);
+                context.engine.start(clear, false);
+                1
+            }
+            (Self::Fill(fill), _) => context.fill(key, fill),
+            (Self::Data { .. }, Change::Zeros { .. }) => 0,
+        }
+    }
+}
+
+impl Context {
+    /// The data of a window are written: it can be committed, or synced before.
+    fn written(&mut self, key: Key, reservation: Reservation) {
+        if reservation.needs_sync() {
+            self.unsynced.push((key, reservation));
+        } else {
+            self.written.push(key);
+            self.reservations.push(reservation);
+        }
+    }
+
+    /// Starts the transfers between all of `buffer` and an image's file at `at`; how many they are.
+    fn transfer(
+        &mut self,
+        key: Key,
+        operation: Operation,
+        depth: usize,
+        mut at: FileOffset,
+        mut buffer: GuestBuffer,
+    ) -> u32 {
+        let mut count = 0;
+        while buffer.len() > 0 {
+            let route = self.images[depth].route(at, buffer.len());
+            let part = buffer.split_front(route.len_bytes);
+            // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost
+            // half.
+            let inline = operation == Operation::Write && route.alignment.is_none();
+            let (token, align) = (key.token(), route.alignment);
+            let transfer = Transfer::data(token, operation, route.file, at.0, part, align);
+            self.engine.start(transfer, inline);
+            at = at.plus(route.len_bytes);
+            count += 1;
+        }
+        count
+    }
+
+    /// Starts the transfers that copy from a parent; how many they are.
+    fn fill(&mut self, key: Key, fill: Fill) -> u32 {
+        let (mut done, mut count) = (0, 0);
+        while done < fill.len_bytes {
+            let (from, to) = (fill.from.plus(done), fill.to.plus(done));
+            let source = self.images[fill.depth].route(from, fill.len_bytes - done);
+            let target = self.images[0].route(to, source.len_bytes);
+            let len = target.len_bytes;
+            let (source, target) = ((source.file, from.0), (target.file, to.0));
+            self.engine
+                .start(Transfer::copy(key.token(), source, target, len), false);
+            done += len;
+            count += 1;
+        }
+        count
+    }
 }
 
 /// The first `sectors` of a range, and the rest.

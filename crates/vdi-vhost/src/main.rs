@@ -40,11 +40,14 @@ use std::sync::{Arc, Mutex};
 use clap::Parser;
 use nix::sys::socket::{getsockopt, sockopt};
 use tracing_subscriber::EnvFilter;
-use vdi_core::{Access, Disk, FileError, HostFile, Locking, OpenError, WriteError};
+use vdi_core::{
+    Access, ChainError, ChainOptions, Disk, Locking, ModifiedParent, OpenError, Storage,
+    WriteError, find_chain,
+};
 
 use crate::args::{Args, Cache};
 use crate::backend::Backend;
-use crate::device::{Device, Serial};
+use crate::device::{Device, Serial, Zeros};
 use crate::housekeeper::Housekeeper;
 use crate::image_file::{DirectError, ImageFile};
 use crate::session::{Door, ServeError};
@@ -58,7 +61,7 @@ const LOG_FILTER: &str = "info,virtio_queue=off";
 #[derive(Debug, thiserror::Error)]
 enum Fatal {
     #[error("cannot open the image")]
-    File(#[from] FileError),
+    Chain(#[from] ChainError),
     #[error("cannot serve the image")]
     Open(#[from] OpenError),
     #[error("--cache direct is not possible")]
@@ -111,16 +114,27 @@ fn run(args: &Args) -> Result<(), Fatal> {
     // First of all, while nothing else can have the descriptor.
     let inherited = args.fd.map(take_door).transpose()?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
-    let (disk, image) = open(args)?;
+    let (disk, images) = open(args)?;
     let serial = args.serial.clone();
     let serial =
         serial.unwrap_or_else(|| Serial::from_image_uuid(disk.header().uuid_image().into_bytes()));
-    let device = Device::new(disk.capacity(), disk.access(), args.num_queues, serial);
+    let zeros = Zeros {
+        discard: args.discard,
+        detect: args.detect_zeroes,
+        block_sectors: disk.header().block_size().bytes() / 512,
+    };
+    let device = Device::new(
+        disk.capacity(),
+        disk.access(),
+        args.num_queues,
+        serial,
+        zeros,
+    );
     let device = Arc::new(device);
     let housekeeper = Housekeeper::start(&disk).map_err(Fatal::Thread)?;
     let served = Served {
         disk: Arc::clone(&disk),
-        image: Arc::new(image),
+        images: images.into(),
         device: Arc::clone(&device),
         engine: args.engine,
     };
@@ -152,25 +166,49 @@ fn run(args: &Args) -> Result<(), Fatal> {
     Ok(())
 }
 
-/// Opens the image and the ways to its data.
-fn open(args: &Args) -> Result<(Arc<Disk>, ImageFile), Fatal> {
+/// Opens the image, its parents, and the ways to their data, the image's first.
+fn open(args: &Args) -> Result<(Arc<Disk>, Vec<ImageFile>), Fatal> {
     let access = if args.read_only {
         Access::ReadOnly
     } else {
         Access::Writable
     };
-    let file = HostFile::open(&args.blk_file, access, Locking::Locked)?;
-    let data = file.file().try_clone().map_err(Fatal::Duplicate)?;
-    let disk = Disk::open(Arc::new(file), access)?;
+    let options = ChainOptions {
+        parents: args.parents.clone(),
+        image_dirs: args.image_dirs.clone(),
+        locking: Locking::Locked,
+    };
+    let modified = if args.allow_modified_parent {
+        ModifiedParent::Allow
+    } else {
+        ModifiedParent::Refuse
+    };
+    let (mut files, mut storages) = (Vec::new(), Vec::<Arc<dyn Storage>>::new());
+    for file in find_chain(&args.blk_file, access, &options)? {
+        files.push(file.file().try_clone().map_err(Fatal::Duplicate)?);
+        tracing::debug!("image {} is {}", storages.len(), file.path().display());
+        storages.push(Arc::new(file));
+    }
+    let disk = Disk::open_chain(storages, access, modified)?;
     for warning in disk.warnings() {
         tracing::warn!("{}: {warning}", args.blk_file.display());
     }
-    let area = disk.data_area();
-    let image = match args.cache {
-        Cache::Writeback => ImageFile::buffered(data),
-        Cache::Direct => ImageFile::direct(data, access, area.start(), area.stride_bytes())?,
-    };
-    Ok((Arc::new(disk), image))
+    let mut images = Vec::new();
+    for (file, header) in files.into_iter().zip(disk.headers()) {
+        let is_top = images.is_empty();
+        let area = header.data_area();
+        images.push(match args.cache {
+            Cache::Writeback => ImageFile::buffered(file),
+            Cache::Direct if is_top => ImageFile::direct(file, access, area)?,
+            // A parent whose blocks lie askew may as well be read through the page cache.
+            Cache::Direct => match file.try_clone() {
+                Ok(copy) => ImageFile::direct(copy, Access::ReadOnly, area)
+                    .unwrap_or_else(|_| ImageFile::buffered(file)),
+                Err(error) => return Err(Fatal::Duplicate(error)),
+            },
+        });
+    }
+    Ok((Arc::new(disk), images))
 }
 
 /// The socket that this process was started with.

@@ -10,10 +10,12 @@
 
 use std::sync::Arc;
 
-use vdi_core::{Sector, SectorRange};
+use smallvec::SmallVec;
+use vdi_core::{Sector, SectorRange, Zeroing};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_BARRIER,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -27,6 +29,19 @@ const HEADER_BYTES: usize = 16;
 
 /// The unit of a request's data, whatever the block size (virtio 1.2 section 5.2.6).
 const SECTOR_BYTES: u64 = 512;
+
+/// Bytes of a segment of a discard or write-zeroes request.
+const SEGMENT_BYTES: usize = 16;
+
+/// Most segments of one request: what Linux packs into one at most, give or take.
+pub(crate) const MAX_SEGMENTS: u32 = 64;
+
+/// Most sectors of a segment: 2 TiB less a little, all that its field can say in whole MiB. Work is done in windows
+/// anyway.
+pub(crate) const MAX_SEGMENT_SECTORS: u32 = u32::MAX / 2048 * 2048;
+
+/// The flag of a write-zeroes segment whose space may be given back.
+const FLAG_UNMAP: u32 = 1;
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,11 +110,25 @@ pub(crate) enum Request {
         range: SectorRange,
         from: GuestBuffer,
     },
+    /// Make these zeros, on a disk that can be written.
+    Zero { segments: Segments },
     /// Make all completed writes durable.
     Flush,
     /// Tell the serial number.
     GetId { into: GuestBuffer },
 }
+
+/// One range of a discard or write-zeroes request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// Which sectors.
+    pub(crate) range: SectorRange,
+    /// What becomes of them.
+    pub(crate) how: Zeroing,
+}
+
+/// The segments of a request, the first one last.
+pub(crate) type Segments = SmallVec<[Segment; 1]>;
 
 /// A chain that is not a request. It still goes back to the guest.
 #[derive(Debug)]
@@ -145,6 +174,13 @@ pub(crate) fn parse(
             let range = range(device, header.sector, &from)?;
             Ok(Request::Write { range, from })
         }),
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if device.is_read_only() => {
+            Err(Status::IoError)
+        }
+        VIRTIO_BLK_T_DISCARD if !device.may_discard() => Err(Status::Unsupported),
+        kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => data(&readable)
+            .and_then(|buffer| segments(device, kind, &buffer))
+            .map(|segments| Request::Zero { segments }),
         VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
         VIRTIO_BLK_T_GET_ID => data(&writable).map(|into| Request::GetId { into }),
         _ => Err(Status::Unsupported),
@@ -217,13 +253,53 @@ fn range(device: &Device, sector: u64, data: &GuestBuffer) -> Result<SectorRange
         .ok_or(Status::IoError)
 }
 
+/// Reads and judges all segments before any is carried out (R3; the specification leaves it open).
+fn segments(device: &Device, kind: u32, buffer: &GuestBuffer) -> Result<Segments, Status> {
+    let count = buffer.len() / SEGMENT_BYTES as u64;
+    let is_whole = buffer.len().is_multiple_of(SEGMENT_BYTES as u64);
+    if !is_whole || !(1..=u64::from(MAX_SEGMENTS)).contains(&count) {
+        return Err(Status::IoError);
+    }
+    let mut bytes = [0; SEGMENT_BYTES * MAX_SEGMENTS as usize];
+    buffer.copy_out(&mut bytes);
+    let (all, _) = bytes.as_chunks::<SEGMENT_BYTES>();
+    let count = usize::try_from(count).map_err(|_| Status::IoError)?;
+    let segments = all[..count].iter().rev();
+    segments
+        .map(|bytes| segment(device, kind, *bytes))
+        .collect()
+}
+
+/// `struct virtio_blk_discard_write_zeroes` (virtio 1.2 section 5.2.6).
+fn segment(device: &Device, kind: u32, bytes: [u8; SEGMENT_BYTES]) -> Result<Segment, Status> {
+    let [start @ .., a, b, c, d, e, f, g, h] = bytes;
+    let count = u32::from_le_bytes([a, b, c, d]);
+    let flags = u32::from_le_bytes([e, f, g, h]);
+    let is_discard = kind == VIRTIO_BLK_T_DISCARD;
+    let how = match (is_discard, flags) {
+        (true, 0) => Zeroing::Discard,
+        (false, FLAG_UNMAP) if device.may_discard() => Zeroing::Release,
+        // `unmap` allows and does not ask.
+        (false, 0 | FLAG_UNMAP) => Zeroing::Keep,
+        _ => return Err(Status::Unsupported),
+    };
+    if count > MAX_SEGMENT_SECTORS {
+        return Err(Status::IoError);
+    }
+    let start = Sector(u64::from_le_bytes(start));
+    let range = device.capacity().range(start, count.into());
+    let range = range.ok_or(Status::IoError)?;
+    Ok(Segment { range, how })
+}
+
 #[cfg(test)]
 mod tests {
     use vdi_core::{Access, Capacity};
 
     use super::*;
     use crate::chain::tests::memory;
-    use crate::device::Serial;
+    use crate::device::tests::zeros;
+    use crate::device::{Discard, Serial};
 
     /// Where tests keep the header.
     const HEADER: u64 = 0x1000;
@@ -239,7 +315,7 @@ mod tests {
         let serial = Serial::new("serial").unwrap();
         Guest {
             memory: Arc::new(memory()),
-            device: Device::new(capacity, access, 1, serial),
+            device: Device::new(capacity, access, 1, serial, zeros(Discard::Unmap)),
         }
     }
 
@@ -368,7 +444,7 @@ mod tests {
             status(VIRTIO_BLK_T_IN, &[(0x9_0000_0000, 512), (0x5000, 1)]),
             Some(Status::IoError)
         );
-        for kind in [2, 5, 11, 13, 14, 16, 99, u32::MAX] {
+        for kind in [2, 5, 14, 16, 99, u32::MAX] {
             assert_eq!(
                 status(kind, &[(0x5000, 1)]),
                 Some(Status::Unsupported),
@@ -409,10 +485,14 @@ mod tests {
     #[test]
     fn a_read_only_disk_takes_no_writes_but_flushes() {
         let guest = guest(Access::ReadOnly);
-        assert_eq!(
-            guest.status(VIRTIO_BLK_T_OUT, 0, &[(0x5000, 1)]),
-            Some(Status::IoError)
-        );
+        for kind in [
+            VIRTIO_BLK_T_OUT,
+            VIRTIO_BLK_T_DISCARD,
+            VIRTIO_BLK_T_WRITE_ZEROES,
+        ] {
+            let status = guest.status(kind, 0, &[(0x5000, 1)]);
+            assert_eq!(status, Some(Status::IoError), "{kind}");
+        }
         let flush = guest.parse(VIRTIO_BLK_T_FLUSH, 9, &[(HEADER, 16)], &[(0x5000, 1)]);
         assert!(matches!(flush, Ok((_, Request::Flush))));
     }
@@ -425,5 +505,87 @@ mod tests {
             .parse(kind, 0, &[(HEADER, 16), (0x4000, 512)], &[(0x5000, 1)])
             .unwrap();
         assert!(matches!(request, Request::Write { .. }));
+    }
+
+    /// Parses a discard or write-zeroes request of these segments.
+    fn parse_segments(
+        guest: &Guest,
+        kind: u32,
+        segments: &[(u64, u32, u32)],
+    ) -> Option<Result<Segments, Status>> {
+        let mut bytes = Vec::new();
+        for (sector, count, flags) in segments {
+            bytes.extend(sector.to_le_bytes());
+            bytes.extend(count.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+        }
+        guest
+            .memory
+            .write_slice(&bytes, GuestAddress(0x4000))
+            .unwrap();
+        let len = u32::try_from(bytes.len()).unwrap();
+        match guest.parse(kind, 0, &[(HEADER, 16), (0x4000, len)], &[(0x5000, 1)]) {
+            Ok((_, Request::Zero { segments })) => Some(Ok(segments)),
+            Err(Refused::WithStatus(_, status)) => Some(Err(status)),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn segments_say_what_becomes_of_their_sectors() {
+        let guest = guest(Access::Writable);
+        let how = |kind, flags| {
+            let segments =
+                parse_segments(&guest, kind, &[(1, 2, flags), (3, 0, flags)]).unwrap()?;
+            assert_eq!(segments.len(), 2);
+            let first = segments[1];
+            assert_eq!((first.range.start(), first.range.count()), (Sector(1), 2));
+            Ok(first.how)
+        };
+        assert_eq!(how(VIRTIO_BLK_T_DISCARD, 0), Ok(Zeroing::Discard));
+        assert_eq!(how(VIRTIO_BLK_T_WRITE_ZEROES, 0), Ok(Zeroing::Keep));
+        assert_eq!(how(VIRTIO_BLK_T_WRITE_ZEROES, 1), Ok(Zeroing::Release));
+        assert_eq!(how(VIRTIO_BLK_T_DISCARD, 1), Err(Status::Unsupported));
+        for flags in [2, 3, u32::MAX] {
+            assert_eq!(how(VIRTIO_BLK_T_DISCARD, flags), Err(Status::Unsupported));
+            assert_eq!(
+                how(VIRTIO_BLK_T_WRITE_ZEROES, flags),
+                Err(Status::Unsupported)
+            );
+        }
+    }
+
+    #[test]
+    fn one_bad_segment_fails_the_whole_request() {
+        let guest = guest(Access::Writable);
+        let status = |segments: &[(u64, u32, u32)]| {
+            parse_segments(&guest, VIRTIO_BLK_T_WRITE_ZEROES, segments)
+                .unwrap()
+                .err()
+        };
+        assert_eq!(status(&[(0, 100, 0)]), None);
+        for bad in [(0, 101, 0), (100, 1, 0), (u64::MAX, 1, 0), (0, u32::MAX, 0)] {
+            assert_eq!(status(&[(0, 1, 0), bad]), Some(Status::IoError), "{bad:?}");
+        }
+        assert_eq!(status(&[]), Some(Status::IoError));
+        assert_eq!(status(&[(0, 1, 0); 64]), None);
+        assert_eq!(status(&[(0, 1, 0); 65]), Some(Status::IoError));
+    }
+
+    #[test]
+    fn a_disk_that_ignores_discards_offers_none_and_keeps_its_space() {
+        let mut guest = guest(Access::Writable);
+        let (capacity, serial) = (guest.device.capacity(), guest.device.serial().clone());
+        guest.device = Device::new(
+            capacity,
+            Access::Writable,
+            1,
+            serial,
+            zeros(Discard::Ignore),
+        );
+        let discard = parse_segments(&guest, VIRTIO_BLK_T_DISCARD, &[(0, 1, 0)]);
+        assert_eq!(discard, Some(Err(Status::Unsupported)));
+        let zeroes = parse_segments(&guest, VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 1, 1)]);
+        assert_eq!(zeroes.unwrap().unwrap()[0].how, Zeroing::Keep);
     }
 }

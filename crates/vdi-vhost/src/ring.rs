@@ -123,6 +123,17 @@ impl GuestBuffer {
         }
     }
 
+    /// Whether all of it is zeros now. The guest may change it at any time, and then it is the guest's
+    /// own doing which of both is written.
+    pub(crate) fn is_zero(&self) -> bool {
+        self.left().iter().all(|iovec| {
+            // SAFETY: `memory` keeps the range mapped; bytes that the guest changes meanwhile are still bytes.
+            let bytes =
+                unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len) };
+            is_zero(bytes)
+        })
+    }
+
     /// Copies as many of `bytes` as there is room for; how many.
     pub(crate) fn fill_from(&self, bytes: &[u8]) -> usize {
         let mut copied = 0;
@@ -180,6 +191,16 @@ impl GuestBuffer {
     }
 }
 
+/// Whether bytes are all zeros, by words where they are aligned.
+fn is_zero(bytes: &[u8]) -> bool {
+    // Most data differ early.
+    let (head, rest) = bytes.split_at(bytes.len().min(16));
+    head.iter().all(|&byte| byte == 0)
+        && rest
+            .chunks(4096)
+            .all(|chunk| chunk.iter().fold(0, |or, &byte| or | byte) == 0)
+}
+
 /// Does the next round of a transfer in one system call; its result as io_uring would report it.
 pub(crate) fn run_round(transfer: &Transfer) -> i64 {
     let (fd, at) = (transfer.fd().as_raw_fd(), transfer.at().cast_signed());
@@ -192,6 +213,11 @@ pub(crate) fn run_round(transfer: &Transfer) -> i64 {
         Operation::Write => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, at) },
         // SAFETY: no memory is involved.
         Operation::Sync => unsafe { libc::fdatasync(fd) as isize },
+        Operation::Punch | Operation::Zero => {
+            let (mode, len) = (transfer.operation().fallocate_mode(), transfer.range_len());
+            // SAFETY: no memory is involved.
+            unsafe { libc::fallocate(fd, mode, at, len.cast_signed()) as isize }
+        }
     };
     if result < 0 {
         -i64::from(
@@ -344,6 +370,8 @@ impl Ring {
                 self.waiting.push_back(slot);
                 return;
             };
+            let mut bounce = bounce;
+            bounce.reset();
             *transfer.bounce() = Bounce::Held(bounce);
         }
         transfer.prepare();

@@ -22,6 +22,9 @@ const MAX_IOVECS: usize = 1024;
 /// Bytes of a bounce buffer: large enough that a round costs little beside its copying.
 const BOUNCE_BYTES: usize = 256 << 10;
 
+/// The alignment of buffers of our own: a page suits every file.
+const BOUNCE_ALIGNMENT: usize = 4096;
+
 /// How often a transfer that the kernel interrupted or could not queue is started again.
 const MAX_RETRIES: u8 = 100;
 
@@ -34,6 +37,22 @@ pub(crate) enum Operation {
     Write,
     /// `fdatasync`.
     Sync,
+    /// Gives a range of the file back to the host; it reads as zeros then.
+    Punch,
+    /// Makes a range of the file zeros, which keeps its space.
+    Zero,
+}
+
+impl Operation {
+    /// The mode of `fallocate(2)` for it.
+    pub(crate) fn fallocate_mode(self) -> libc::c_int {
+        match self {
+            Self::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::Punch | Self::Read | Self::Write | Self::Sync => {
+                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
+            }
+        }
+    }
 }
 
 /// One piece of work on a file, with everything the kernel needs for it (R1).
@@ -46,9 +65,32 @@ pub(crate) struct Transfer {
     /// Where in the file the rest goes.
     at: u64,
     /// What is left to do.
-    buffer: Option<GuestBuffer>,
+    rest: Rest,
     bounce: Bounce,
     retries: u8,
+}
+
+/// What a transfer has left to do.
+#[derive(Debug)]
+enum Rest {
+    /// A single call.
+    Call,
+    /// A single call about so many bytes of the file.
+    Range(u64),
+    /// Guest memory to move.
+    Guest(GuestBuffer),
+    /// Bytes to move through our own buffer.
+    Own(Own),
+}
+
+/// Bytes that come from a file, or are zeros, and go to another place, by way of the bounce buffer.
+#[derive(Debug)]
+struct Own {
+    /// Where they come from; nowhere if they are zeros.
+    source: Option<(Arc<File>, u64)>,
+    target: (Arc<File>, u64),
+    /// Bytes that are not in the target yet.
+    left: u64,
 }
 
 /// How a transfer meets the alignment of its file.
@@ -75,6 +117,8 @@ pub(crate) struct BounceBuffer {
 impl BounceBuffer {
     /// A buffer for rounds of up to [`BOUNCE_BYTES`].
     pub(crate) fn new(align: usize) -> Self {
+        // They are handed from one transfer to the next, which may want more.
+        let align = align.max(BOUNCE_ALIGNMENT);
         let bytes = vec![0; BOUNCE_BYTES + align];
         let start = bytes.as_ptr().align_offset(align);
         let iovec = libc::iovec {
@@ -96,6 +140,24 @@ impl BounceBuffer {
             iov_len: len,
         };
         round
+    }
+
+    /// Ends the round of whoever had it before.
+    pub(crate) fn reset(&mut self) {
+        self.iovec.iov_len = 0;
+    }
+
+    /// Begins the round again, with the bytes that are there.
+    fn rewind(&mut self, len: usize) {
+        self.begin(len);
+    }
+
+    /// Goes on behind the first `len` bytes of the round; true if that was its end.
+    fn consume(&mut self, len: usize) -> bool {
+        let len = len.min(self.iovec.iov_len);
+        self.iovec.iov_base = self.iovec.iov_base.cast::<u8>().wrapping_add(len).cast();
+        self.iovec.iov_len -= len;
+        self.iovec.iov_len == 0
     }
 
     /// The first `len` bytes of the round.
@@ -128,13 +190,57 @@ impl Transfer {
             Some(align) if !buffer.is_aligned_to(align) => Bounce::Wanted(align),
             _ => Bounce::NotNeeded,
         };
-        let buffer = Some(buffer);
+        let rest = Rest::Guest(buffer);
         Self {
             token,
             operation,
             file,
             at,
-            buffer,
+            rest,
+            bounce,
+            retries: 0,
+        }
+    }
+
+    /// Copies `len` bytes from one place to another (copy-on-write).
+    pub(crate) fn copy(
+        token: u64,
+        source: (Arc<File>, u64),
+        target: (Arc<File>, u64),
+        len: u64,
+    ) -> Self {
+        let (file, at) = source.clone();
+        let source = Some(source);
+        Self {
+            token,
+            operation: Operation::Read,
+            file,
+            at,
+            rest: Rest::Own(Own {
+                source,
+                target,
+                left: len,
+            }),
+            bounce: Bounce::Wanted(BOUNCE_ALIGNMENT),
+            retries: 0,
+        }
+    }
+
+    /// Makes `len` bytes of `file` at byte `at` zeros, by [`Operation::Punch`] or [`Operation::Zero`].
+    pub(crate) fn clear(
+        token: u64,
+        operation: Operation,
+        file: Arc<File>,
+        at: u64,
+        len: u64,
+    ) -> Self {
+        let (rest, bounce) = (Rest::Range(len), Bounce::NotNeeded);
+        Self {
+            token,
+            operation,
+            file,
+            at,
+            rest,
             bounce,
             retries: 0,
         }
@@ -148,7 +254,7 @@ impl Transfer {
             operation,
             file,
             at: 0,
-            buffer: None,
+            rest: Rest::Call,
             bounce,
             retries: 0,
         }
@@ -156,10 +262,10 @@ impl Transfer {
 
     /// Does all of it at once, on this thread.
     pub(crate) fn run(mut self) -> Finished {
-        if let Bounce::Wanted(align) = self.bounce {
-            self.bounce = Bounce::Held(BounceBuffer::new(align));
-        }
         loop {
+            if let Bounce::Wanted(align) = self.bounce {
+                self.bounce = Bounce::Held(BounceBuffer::new(align));
+            }
             self.prepare();
             let result = run_round(&self);
             if let Progress::Done(result) = self.advance(result) {
@@ -196,25 +302,48 @@ impl Transfer {
         &mut self.bounce
     }
 
+    /// Bytes of the file that a call about a range means.
+    pub(crate) fn range_len(&self) -> u64 {
+        match self.rest {
+            Rest::Range(len) => len,
+            Rest::Call | Rest::Guest(_) | Rest::Own(_) => 0,
+        }
+    }
+
     /// Fills the bounce buffer, if there is one, for the next round.
     pub(crate) fn prepare(&mut self) {
-        if let (Bounce::Held(bounce), Some(buffer)) = (&mut self.bounce, &self.buffer) {
-            let round = bounce.begin(to_usize(buffer.len().min(BOUNCE_BYTES as u64)));
-            if self.operation == Operation::Write {
-                buffer.copy_out(round);
+        let Bounce::Held(bounce) = &mut self.bounce else {
+            return;
+        };
+        match &self.rest {
+            Rest::Guest(buffer) => {
+                let round = bounce.begin(round_len(buffer.len()));
+                if self.operation == Operation::Write {
+                    buffer.copy_out(round);
+                }
             }
+            // Between rounds only: a round that was cut short goes on where it stopped.
+            Rest::Own(own) if bounce.iovec.iov_len == 0 => {
+                let round = bounce.begin(round_len(own.left));
+                if own.source.is_none() {
+                    round.fill(0);
+                }
+            }
+            Rest::Own(_) | Rest::Call | Rest::Range(_) => {}
         }
     }
 
     /// The memory of the next round.
     pub(crate) fn iovecs(&self) -> &[libc::iovec] {
-        match (&self.bounce, &self.buffer) {
+        match (&self.bounce, &self.rest) {
             (Bounce::Held(bounce), _) => std::slice::from_ref(&bounce.iovec),
-            (Bounce::NotNeeded | Bounce::Wanted(_), Some(buffer)) => {
+            (Bounce::NotNeeded | Bounce::Wanted(_), Rest::Guest(buffer)) => {
                 let left = buffer.left();
                 &left[..left.len().min(MAX_IOVECS)]
             }
-            (Bounce::NotNeeded | Bounce::Wanted(_), None) => &[],
+            (Bounce::NotNeeded | Bounce::Wanted(_), Rest::Call | Rest::Range(_) | Rest::Own(_)) => {
+                &[]
+            }
         }
     }
 
@@ -223,31 +352,78 @@ impl Transfer {
         let Ok(count) = u64::try_from(result) else {
             return self.failed(i32::try_from(-result).unwrap_or(libc::EIO));
         };
-        let Some(buffer) = &mut self.buffer else {
+        if matches!(self.rest, Rest::Call | Rest::Range(_)) {
             return Progress::Done(Ok(()));
-        };
+        }
         if count == 0 {
             return Progress::Done(Err(match self.operation {
                 Operation::Read => io::ErrorKind::UnexpectedEof.into(),
-                Operation::Write | Operation::Sync => io::ErrorKind::WriteZero.into(),
+                Operation::Write | Operation::Sync | Operation::Punch | Operation::Zero => {
+                    io::ErrorKind::WriteZero.into()
+                }
             }));
         }
-        if let (Bounce::Held(bounce), Operation::Read) = (&self.bounce, self.operation) {
-            buffer.fill_from(bounce.front(to_usize(count)));
-        }
-        buffer.consume(count);
         self.at += count;
         self.retries = 0;
-        if buffer.len() == 0 {
-            Progress::Done(Ok(()))
-        } else {
-            Progress::Again
+        match &mut self.rest {
+            Rest::Guest(buffer) => {
+                if let (Bounce::Held(bounce), Operation::Read) = (&self.bounce, self.operation) {
+                    buffer.fill_from(bounce.front(to_usize(count)));
+                }
+                buffer.consume(count);
+                match buffer.len() {
+                    0 => Progress::Done(Ok(())),
+                    _ => Progress::Again,
+                }
+            }
+            Rest::Own(_) => self.advance_own(to_usize(count)),
+            Rest::Call | Rest::Range(_) => Progress::Done(Ok(())),
         }
+    }
+
+    /// A round of its own reads all of the round, then writes it.
+    fn advance_own(&mut self, count: usize) -> Progress {
+        let (Rest::Own(own), Bounce::Held(bounce)) = (&mut self.rest, &mut self.bounce) else {
+            return Progress::Done(Ok(()));
+        };
+        if !bounce.consume(count) {
+            return Progress::Again;
+        }
+        if self.operation == Operation::Read {
+            bounce.rewind(round_len(own.left));
+            self.operation = Operation::Write;
+            (self.file, self.at) = own.target.clone();
+            return Progress::Again;
+        }
+        let done = round_len(own.left) as u64;
+        own.left -= done;
+        own.target.1 += done;
+        if own.left == 0 {
+            return Progress::Done(Ok(()));
+        }
+        if let Some((file, at)) = &mut own.source {
+            *at += done;
+            self.operation = Operation::Read;
+            (self.file, self.at) = (Arc::clone(file), *at);
+        }
+        Progress::Again
     }
 
     fn failed(&mut self, errno: i32) -> Progress {
         if matches!(errno, libc::EINTR | libc::EAGAIN) && self.retries < MAX_RETRIES {
             self.retries += 1;
+            return Progress::Again;
+        }
+        if let (libc::EOPNOTSUPP, Rest::Range(left)) = (errno, &self.rest) {
+            // The file system has no such call (ZERO_RANGE on tmpfs): zeros are written.
+            let (target, left) = ((Arc::clone(&self.file), self.at), *left);
+            self.operation = Operation::Write;
+            self.bounce = Bounce::Wanted(BOUNCE_ALIGNMENT);
+            self.rest = Rest::Own(Own {
+                source: None,
+                target,
+                left,
+            });
             return Progress::Again;
         }
         Progress::Done(Err(io::Error::from_raw_os_error(errno)))
@@ -261,6 +437,10 @@ impl Transfer {
         match (self.operation, iovecs) {
             (Operation::Sync, _) => opcode::Fsync::new(fd)
                 .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+            (Operation::Punch | Operation::Zero, _) => opcode::Fallocate::new(fd, self.range_len())
+                .offset(self.at)
+                .mode(self.operation.fallocate_mode())
                 .build(),
             // One stretch needs no vector. What exceeds 32 bits is left to the next round.
             (Operation::Read, [one]) => {
@@ -283,6 +463,11 @@ impl Transfer {
                 .build(),
         }
     }
+}
+
+/// Bytes of a round through a buffer of our own.
+fn round_len(left: u64) -> usize {
+    to_usize(left.min(BOUNCE_BYTES as u64))
 }
 
 /// A transfer that is over.
@@ -347,7 +532,9 @@ mod tests {
             let first = transfer.iovecs()[0].iov_len.min(step);
             let part = &bytes[from..][..first];
             // Stands for the kernel: fills the beginning of the round.
-            let buffer = transfer.buffer.as_ref().unwrap();
+            let Rest::Guest(buffer) = &transfer.rest else {
+                panic!("it has guest memory")
+            };
             buffer.fill_from(part);
             if let Progress::Done(result) = transfer.advance(i64::try_from(first).unwrap()) {
                 return result;

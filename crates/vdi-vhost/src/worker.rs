@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::task::{Wake, Waker};
 
+use vdi_core::{Flush, Reservation};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::engine::Engine;
@@ -26,11 +27,15 @@ use crate::memory::Memory;
 use crate::queue::{BURST, Broken, ErrorFd, Mode, Queue, Vring};
 use crate::request::{self, Refused, Status};
 use crate::ring::{Fired, WatchKey, owned};
+use crate::transfer::Transfer;
 use crate::workers::Served;
 
 /// Transfers of one worker beyond which it takes no more chains: far more than storage profits from, and a bound on
 /// the kernel memory that guests can bind.
 const MAX_TRANSFERS: usize = 4096;
+
+/// The token of data syncs; requests have smaller ones.
+const DATA_SYNC: u64 = u64::MAX;
 
 /// The watch of the doorbell; queues have higher keys.
 const DOORBELL: WatchKey = WatchKey(0);
@@ -123,6 +128,13 @@ enum Pending {
     Exit,
 }
 
+/// One sync for the data of many requests, before they are committed.
+struct DataSync {
+    flush: Flush,
+    keys: Vec<Key>,
+    reservations: Vec<Reservation>,
+}
+
 /// The state of the thread.
 pub(crate) struct Worker {
     context: Context,
@@ -130,6 +142,8 @@ pub(crate) struct Worker {
     memory: Arc<Memory>,
     doorbell: Arc<Doorbell>,
     commands: Receiver<(Command, Ack)>,
+    /// The data sync that is under way, and what it is for (W2).
+    syncing: Option<DataSync>,
     /// One at a time: the control thread waits for it.
     pending: Option<(Pending, Ack)>,
     next_watch: u32,
@@ -146,7 +160,8 @@ impl Worker {
         engine.watch(DOORBELL, owned(doorbell.eventfd.try_clone()?))?;
         let context = Context {
             disk: Arc::clone(&served.disk),
-            image: Arc::clone(&served.image),
+            lane: served.disk.lane(),
+            images: Arc::clone(&served.images),
             device: Arc::clone(&served.device),
             engine,
             waker: Waker::from(Arc::clone(&doorbell)),
@@ -154,16 +169,18 @@ impl Worker {
             continuing: Vec::new(),
             written: Vec::new(),
             reservations: Vec::new(),
+            unsynced: Vec::new(),
         };
         let memory = Arc::new(Memory::new());
-        let (queues, pending, next_watch) = (BTreeMap::new(), None, DOORBELL.0 + 1);
+        let (queues, next_watch) = (BTreeMap::new(), DOORBELL.0 + 1);
         Ok(Self {
             context,
             queues,
             memory,
             doorbell,
             commands,
-            pending,
+            syncing: None,
+            pending: None,
             next_watch,
         })
     }
@@ -178,6 +195,7 @@ impl Worker {
             self.retry();
             self.take();
             self.reap();
+            self.sync_data();
             self.commit();
             self.publish();
             if self.acknowledge() {
@@ -306,6 +324,10 @@ impl Worker {
     /// Takes the results of transfers to their requests.
     fn reap(&mut self) {
         while let Some(finished) = self.context.engine.next_finished() {
+            if finished.token == DATA_SYNC {
+                self.data_synced(finished.result);
+                continue;
+            }
             let key = Key::from_token(finished.token);
             self.step(key, |active, context| {
                 active.transferred(finished.result, context)
@@ -358,6 +380,50 @@ impl Worker {
             };
             if let Err(why) = take_from(index, queue, &self.memory, &mut self.context) {
                 queue.break_ring(index, &why);
+            }
+        }
+    }
+
+    /// Starts one sync for all data that need it, unless one is under way.
+    fn sync_data(&mut self) {
+        if self.syncing.is_some() || self.context.unsynced.is_empty() {
+            return;
+        }
+        let (keys, reservations) = self.context.unsynced.drain(..).unzip();
+        let flush = self.context.disk.begin_data_sync();
+        self.syncing = Some(DataSync {
+            flush,
+            keys,
+            reservations,
+        });
+        let sync = Transfer::sync(DATA_SYNC, self.context.images[0].to_sync());
+        self.context.engine.start(sync, false);
+    }
+
+    /// What was synced goes into the turn's commit (W2).
+    fn data_synced(&mut self, result: io::Result<()>) {
+        let Some(sync) = self.syncing.take() else {
+            return;
+        };
+        let DataSync {
+            flush,
+            keys,
+            mut reservations,
+        } = sync;
+        let disk = &self.context.disk;
+        match disk.end_data_sync(flush, result, &mut reservations) {
+            Ok(()) => {
+                self.context.written.extend(keys);
+                self.context.reservations.append(&mut reservations);
+            }
+            Err(error) => {
+                drop(reservations);
+                let error = Arc::new(error);
+                for key in keys {
+                    self.step(key, |active, context| {
+                        active.committed(Err(&error), context)
+                    });
+                }
             }
         }
     }

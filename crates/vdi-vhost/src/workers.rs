@@ -21,8 +21,8 @@ use crate::worker::{Ack, Command, Doorbell, Setup, Takeover, Worker};
 pub(crate) struct Served {
     /// The disk.
     pub(crate) disk: Arc<Disk>,
-    /// Its file.
-    pub(crate) image: Arc<ImageFile>,
+    /// The files of its images, the top one's first.
+    pub(crate) images: Arc<[ImageFile]>,
     /// The device that guests see.
     pub(crate) device: Arc<Device>,
     /// How data is moved.
