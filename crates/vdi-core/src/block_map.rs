@@ -341,6 +341,10 @@ impl Owners {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges are what is compared"
+)]
 mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;

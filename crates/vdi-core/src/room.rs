@@ -148,6 +148,10 @@ pub(crate) struct Counts {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges are what is compared"
+)]
 mod tests {
     use super::*;
     use crate::units::BlockSize;
