@@ -8,8 +8,8 @@ use std::sync::Arc;
 use vdi_core::{Access, Disk, Sector, Storage};
 use vdi_tests::random::Random;
 use vdi_tests::simulated::{
-    Contents, Crash, Cut, Found, Habits, Layout, Moment, Oracle, SimulatedFile, Workload,
-    for_each_seed, percent,
+    Contents, Crash, Cut, Found, Habits, Layout, Moment, Operation, Oracle, SimulatedFile,
+    Workload, for_each_seed, percent,
 };
 
 const HABITS: Habits = Habits {
@@ -114,7 +114,7 @@ fn a_power_cut_at_any_instant_keeps_what_was_flushed_and_all_blocks_apart() {
     for_each_seed(25, |mut random| {
         let layout = loop {
             let layout = Layout::any(&[128 << 10], &mut random);
-            if layout.offset_bmap % 4 == 0 {
+            if layout.offset_bmap.is_multiple_of(4) {
                 break layout;
             }
         };
@@ -152,9 +152,7 @@ fn room_that_is_made_in_steps_always_covers_every_entry() {
             }
         }
         let history = file.history();
-        let lengths = history
-            .since(Moment::START)
-            .filter_map(|operation| operation.new_len());
+        let lengths = history.since(Moment::START).filter_map(Operation::new_len);
         assert!(lengths.count() > 2, "room was made in steps");
         for moment in history.moments() {
             if !percent(&mut random, 5) {

@@ -8,7 +8,7 @@ use vdi_core::{
     Access, Disk, Reservation, Reserve, Sector, SectorRange, Source, Storage, WriteError,
 };
 use vdi_tests::random::Random;
-use vdi_tests::simulated::workload::flag;
+use vdi_tests::simulated::flag::flag;
 use vdi_tests::simulated::{Failure, Found, Kind, Layout, Moment, Operation, SimulatedFile};
 
 const BLOCK: u32 = 128 << 10;

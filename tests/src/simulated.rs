@@ -19,9 +19,11 @@ use nix::errno::Errno;
 use vdi_core::{FileOffset, Storage};
 
 pub mod contents;
+pub mod flag;
 pub mod history;
 pub mod layout;
 pub mod oracle;
+mod parts;
 pub mod workload;
 
 pub use contents::Contents;
