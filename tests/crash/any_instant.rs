@@ -37,12 +37,12 @@ fn used(layout: &Layout, steps: u64, random: &mut Random) -> Workload {
 }
 
 /// A crash, and what is known of the image that it hit.
-struct Scene<'w> {
-    layout: &'w Layout,
-    oracle: &'w Oracle,
+pub(crate) struct Scene<'w> {
+    pub(crate) layout: &'w Layout,
+    pub(crate) oracle: &'w Oracle,
     /// From when on no harm may come to the image from others. (One that was made with
     /// too small a count is mended by the first write.)
-    harmless_from: Moment,
+    pub(crate) harmless_from: Moment,
 }
 
 impl<'w> Scene<'w> {
@@ -61,7 +61,7 @@ impl<'w> Scene<'w> {
 
     /// P3: what is left is an image that others may write, that opens again for writing, and that reads
     /// as it may. Gives the bytes that it reads as.
-    fn check(&self, left: &Contents, moment: Moment, crash: Crash) -> Vec<u8> {
+    pub(crate) fn check(&self, left: &Contents, moment: Moment, crash: Crash) -> Vec<u8> {
         let image = Found::within(left, self.layout);
         if moment >= self.harmless_from {
             let harm = image.harm(self.layout);

@@ -23,7 +23,7 @@ pub mod flag;
 pub mod history;
 pub mod layout;
 pub mod oracle;
-mod parts;
+pub mod parts;
 pub mod workload;
 
 pub use contents::Contents;

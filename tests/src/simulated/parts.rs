@@ -5,7 +5,8 @@ use std::ops::Range;
 use vdi_core::{Disk, SectorRange, Source};
 
 /// The parts of a range, in bytes of the disk, that have storage.
-pub(super) fn stored_parts(disk: &Disk, range: SectorRange) -> Vec<Range<u64>> {
+#[must_use]
+pub fn stored_parts(disk: &Disk, range: SectorRange) -> Vec<Range<u64>> {
     let mut at = range.start_bytes();
     let mut stored = Vec::new();
     for extent in disk.map(range) {
@@ -18,7 +19,8 @@ pub(super) fn stored_parts(disk: &Disk, range: SectorRange) -> Vec<Range<u64>> {
 }
 
 /// What is left of a range without some parts of it, which are in order.
-pub(super) fn parts_without(whole: Range<u64>, without: &[Range<u64>]) -> Vec<Range<u64>> {
+#[must_use]
+pub fn parts_without(whole: Range<u64>, without: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut left = Vec::new();
     let mut at = whole.start;
     for part in without {
