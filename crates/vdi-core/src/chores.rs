@@ -50,7 +50,7 @@ impl Disk {
             self.final_io(writer, || {
                 // An image whose count is too small has blocks that others would overwrite.
                 if self.image.header.blocks_allocated() < owned_end {
-                    self.write_count(owned_end)?;
+                    self.write_count(writer, owned_end)?;
                 }
                 let uuid = RawUuid::from(Uuid::new_v4());
                 self.image
@@ -91,7 +91,10 @@ impl Disk {
         };
         let mut state = lock(&writer.state);
         match &done {
-            Ok(()) => state.room.add(plan),
+            Ok(()) => {
+                state.no_room = None;
+                state.room.add(plan);
+            }
             Err(error) => {
                 state.room.abandon(plan);
                 if wanted > 0 {
@@ -103,11 +106,14 @@ impl Disk {
         done.map(|()| true)
     }
 
-    /// Makes blocks without an owner read as zeros. The first sync is for the entries that once
+    /// Makes blocks without an owner read as zeros and brings them under W1: a header may count blocks
+    /// that the file does not hold, and a file hold some that are not counted. The first sync is for the entries that once
     /// named them: none of those may come back.
     fn recycle(&self, writer: &Writer, ranges: &[Range<u32>]) -> Result<(), WriteError> {
         let storage = &self.image.storage;
         self.final_io(writer, || storage.sync())?;
+        let highest = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        self.lengthen(highest)?;
         for range in ranges {
             let (start, end) = (
                 self.image.area.end_of(range.start),
@@ -117,10 +123,16 @@ impl Disk {
                 .punch(start, end.0 - start.0)
                 .map_err(|source| WriteError::NoSpace { source })?;
         }
-        self.final_io(writer, || storage.sync())
+        self.count(writer, highest)
     }
 
     fn extend(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
+        self.lengthen(blocks)?;
+        self.count(writer, blocks)
+    }
+
+    /// Makes the file hold the first `blocks`.
+    fn lengthen(&self, blocks: u32) -> Result<(), WriteError> {
         let storage = &self.image.storage;
         let end = self.image.area.end_of(blocks).0;
         let lengthen = || {
@@ -130,14 +142,21 @@ impl Disk {
                 Ok(())
             }
         };
-        lengthen().map_err(|source| WriteError::NoSpace { source })?;
+        lengthen().map_err(|source| WriteError::NoSpace { source })
+    }
+
+    /// Makes the header's count cover the first `blocks`, and all that was done durable.
+    fn count(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
         self.final_io(writer, || {
-            self.write_count(blocks)?;
-            storage.sync()
+            if writer.counted.load(Ordering::Acquire) < blocks {
+                self.write_count(writer, blocks)?;
+            }
+            self.image.storage.sync()
         })
     }
 
-    fn write_count(&self, blocks_allocated: u32) -> io::Result<()> {
+    fn write_count(&self, writer: &Writer, blocks_allocated: u32) -> io::Result<()> {
+        writer.counted.store(blocks_allocated, Ordering::Release);
         self.image
             .storage
             .write_all_at(&blocks_allocated.to_le_bytes(), AT_BLOCKS_ALLOCATED)
@@ -177,6 +196,7 @@ impl Disk {
         };
         match before {
             OPEN if writer.marked.load(Ordering::Acquire) => self.trim(writer),
+            OPEN if !writer.is_synced() => self.final_io(writer, || self.image.storage.sync()),
             OPEN | CLOSED => Ok(()),
             _ => Err(WriteError::Failed),
         }
@@ -188,7 +208,7 @@ impl Disk {
         let storage = &self.image.storage;
         self.final_io(writer, || {
             storage.sync()?;
-            self.write_count(exact)?;
+            self.write_count(writer, exact)?;
             if storage.len_bytes()? > end {
                 storage.set_len(end)?;
             }

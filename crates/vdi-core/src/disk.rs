@@ -133,11 +133,13 @@ impl Disk {
         let reservation = loop {
             match self.reserve(range, &waker)? {
                 Reserve::Ready(reservation) => break reservation,
-                Reserve::Parked => {
-                    if !self.do_chores()? {
-                        std::thread::park();
-                    }
-                }
+                Reserve::Parked => match self.do_chores() {
+                    Ok(true) => {}
+                    Ok(false) => std::thread::park(),
+                    // Told by `reserve`, to whom it concerns.
+                    Err(WriteError::NoSpace { .. }) => {}
+                    Err(error) => return Err(error),
+                },
             }
         };
         let mut rest = buf;

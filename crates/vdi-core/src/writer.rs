@@ -18,7 +18,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -44,6 +44,8 @@ pub(crate) struct Writer {
     synced: AtomicU64,
     /// The number behind the highest block used by entries beyond the disk's end.
     pub(crate) hidden_end: u32,
+    /// `blocks_allocated` as the file has it; chores alone change it.
+    pub(crate) counted: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -94,9 +96,11 @@ impl Writer {
             chores: Mutex::new(()),
             status: AtomicU8::new(OPEN),
             marked: AtomicBool::new(false),
-            written: AtomicU64::new(0),
+            // A program that was killed may have written what no sync covers yet (P1, P2).
+            written: AtomicU64::new(1),
             synced: AtomicU64::new(0),
             hidden_end: owners.hidden_end(),
+            counted: AtomicU32::new(counts.allocated),
         }
     }
 
@@ -106,6 +110,11 @@ impl Writer {
             CLOSED => Err(WriteError::Closed),
             _ => Err(WriteError::Failed),
         }
+    }
+
+    /// Whether all that was committed is durable.
+    pub(crate) fn is_synced(&self) -> bool {
+        self.written.load(Ordering::Acquire) <= self.synced.load(Ordering::Acquire)
     }
 
     /// W5: from now on nothing is written.
@@ -315,6 +324,8 @@ impl Disk {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
         // Dropped at the end, so on failure the blocks are given back.
         let mut written = std::mem::take(written);
+        // W5; and after a close the header's count does not cover them.
+        writer.check_status()?;
         let mut new: NewBlocks = written
             .iter()
             .filter_map(|one| one.new.as_ref())
@@ -356,7 +367,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Begins a flush: `None` if all that was committed before is durable already.
+    /// Begins a flush: `None` if all that was committed before is durable already. The first
+    /// one since open syncs in any case: it covers also what was committed before a `kill -9`.
     ///
     /// # Errors
     /// If an earlier sync failed: then nothing can be promised (W5).
@@ -368,19 +380,21 @@ impl Disk {
             return Err(WriteError::Failed);
         }
         let covers = writer.written.load(Ordering::Acquire);
-        Ok((writer.synced.load(Ordering::Acquire) < covers).then_some(Flush { covers }))
+        Ok((!writer.is_synced()).then_some(Flush { covers }))
     }
 
     /// Ends a flush with what the sync of the file returned.
     ///
     /// # Errors
-    /// If the sync failed.
+    /// If the sync failed, or another one meanwhile.
     #[expect(clippy::needless_pass_by_value, reason = "a flush ends once")]
     pub fn end_flush(&self, flush: Flush, result: io::Result<()>) -> Result<(), WriteError> {
         let Some(writer) = &self.writer else {
             return Ok(());
         };
         match result {
+            // The kernel tells a lost write to one of the syncs that run at the same time.
+            Ok(()) if self.is_failed() => Err(WriteError::Failed),
             Ok(()) => {
                 writer.synced.fetch_max(flush.covers, Ordering::AcqRel);
                 Ok(())
