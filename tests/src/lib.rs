@@ -1,1 +1,4 @@
 //! Helpers for the tests: what builds images, drives the daemon and boots guests.
+
+pub mod images;
+pub mod tool;
