@@ -19,7 +19,9 @@
 #![forbid(unsafe_code)]
 
 pub mod block_map;
+pub mod check;
 mod chores;
+pub mod convert;
 pub mod create;
 pub mod disk;
 pub mod format;
