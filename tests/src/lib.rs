@@ -1,1 +1,3 @@
 //! Helpers for the tests: what builds images, drives the daemon and boots guests.
+
+pub mod guest;
