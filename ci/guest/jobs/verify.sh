@@ -12,4 +12,4 @@ for i in 1 2 3 4 5 6 7 8; do
 done
 cd /
 umount /mnt
-VERIFY_ONLY=1 fio --eta=never --minimal --output=/tmp/fio.out /job/blocks.fio || { cat /tmp/fio.out; exit 1; }
+VERIFY_ONLY=1 fio --eta=never --minimal --output=/tmp/fio.out /job/blocks.fio || { grep -v "^3;" /tmp/fio.out; exit 1; }
