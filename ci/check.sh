@@ -12,7 +12,8 @@ say "cargo clippy"
 cargo clippy --workspace --all-targets -- -D warnings
 
 say "cargo doc"
-RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+# Written for those who read the code, so private items are in it and may be linked to.
+RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --workspace --no-deps --document-private-items
 
 say "shellcheck"
 has shellcheck || die "shellcheck is missing; run ci/setup"
