@@ -9,7 +9,7 @@ say "cargo fmt --check"
 cargo fmt --all -- --check
 
 say "cargo clippy"
-cargo clippy --workspace --all-targets -- -D warnings
+cargo clippy --locked --workspace --all-targets -- -D warnings
 
 say "cargo doc"
 # Written for those who read the code, so private items are in it and may be linked to.
