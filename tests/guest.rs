@@ -108,7 +108,6 @@ fn the_guest_chooses_its_cache_only_where_the_front_end_lets_it() {
         .device("config-wce=on")
         .set("CAN_CHANGE", "yes")
         .run("cache.sh");
-    // A device is reset between guests: the choice of the first is not the default of the second.
     Guest::on(&daemon, 1)
         .device("config-wce=off")
         .set("CAN_CHANGE", "no")

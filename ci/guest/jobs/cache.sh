@@ -12,7 +12,7 @@ if [ "$CAN_CHANGE" = no ]; then
     expect "cache as before" "write back" "$(attribute cache_type)"
     exit 0
 fi
-for mode in "write through" "write back" "write through"; do
+for mode in "write through" "write back" "write through" "write back"; do
     echo "$mode" >/sys/block/vda/cache_type
     expect "cache as chosen" "$mode" "$(attribute cache_type)"
     dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null
