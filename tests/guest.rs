@@ -100,6 +100,7 @@ fn a_read_only_disk_can_be_read_and_its_image_stays_as_it_is() {
     image.assert_clean();
 }
 
+/// What the choice does to the order of writes and syncs, a guest cannot see; the daemon's own tests can.
 #[test]
 fn the_guest_chooses_its_cache_only_where_the_front_end_lets_it() {
     let image = Image::create(64 * MIB);

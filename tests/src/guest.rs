@@ -182,7 +182,7 @@ impl Guest {
     }
 
     /// Boots it, lets it do the job of that name in `ci/guest/jobs`, and returns what its
-    /// console said. Panics unless the job ends with 0.
+    /// console said. Panics unless the job ends with 0 and QEMU had nothing to complain about.
     pub fn run(mut self, job: &str) -> String {
         let jobs = repository().join("ci/guest/jobs");
         self.command
@@ -191,6 +191,7 @@ impl Guest {
             .arg(jobs.join("blocks.fio"));
         let console = succeed(&mut self.command);
         println!("{console}");
+        assert!(!console.contains("qemu-system-x86_64: "), "QEMU complained");
         console
     }
 }
