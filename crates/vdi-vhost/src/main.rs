@@ -1,12 +1,12 @@
 //! `vdi-vhost`: a vhost-user-blk back end that serves VirtualBox VDI images.
 //!
 //! ```text
-//! session ─► backend ─► workers ─► worker ─► queue ─► chain ─► request
-//!  (one control thread)           (a thread each)                 │
-//!                         inflight ◄──────────────────────────────┘
-//!                            │ image_file
-//!                            ▼
-//!                         engine ─► transfer, ring
+//! session ─► backend ─► rings ─► workers ─► worker ─► queue ─► chain ─► request
+//!  (one control thread)                    (a thread each)                 │
+//!                                  inflight ◄──────────────────────────────┘
+//!                                     │ image_file
+//!                                     ▼
+//!                                  engine ─► transfer, ring
 //! ```
 //!
 //! This file opens the image, puts the parts together and takes them apart again in order: queues are drained, then the
@@ -24,6 +24,7 @@ mod memory;
 mod queue;
 mod request;
 mod ring;
+mod rings;
 mod session;
 mod socket;
 mod transfer;
