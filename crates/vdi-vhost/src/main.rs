@@ -39,6 +39,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{getsockopt, sockopt};
 use tracing_subscriber::EnvFilter;
 use vdi_core::{Access, Disk, FileError, HostFile, Locking, OpenError, WriteError};
@@ -112,6 +113,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     // First of all, while nothing else can have the descriptor.
     let inherited = args.fd.map(take_door).transpose()?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
+    allow_many_descriptors();
     let (disk, image) = open(args)?;
     let serial = args.serial.clone();
     let serial =
@@ -193,6 +195,14 @@ fn catch_signals() -> io::Result<UnixStream> {
         signal_hook::low_level::pipe::register(signal, said.try_clone()?)?;
     }
     Ok(heard)
+}
+
+/// Raises the soft limit of open files, often 1024, to the hard one: every memory region and queue of a front end needs
+/// some. If that fails, a front end that needs many is refused.
+fn allow_many_descriptors() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 fn worker_count(args: &Args) -> usize {
