@@ -22,10 +22,10 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
+use crate::command::Takeover;
 use crate::device::Device;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, RingError, Rings};
-use crate::worker::Takeover;
 use crate::workers::Workers;
 
 /// The device as a front end controls it.

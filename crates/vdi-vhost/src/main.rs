@@ -15,6 +15,8 @@
 mod args;
 mod backend;
 mod chain;
+mod command;
+mod complaints;
 mod device;
 mod engine;
 mod housekeeper;
@@ -34,7 +36,7 @@ mod workers;
 use std::error::Error;
 use std::io::{self, IsTerminal};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
@@ -61,8 +63,12 @@ const LOG_FILTER: &str = "info,virtio_queue=off";
 enum Fatal {
     #[error("cannot open the image")]
     File(#[from] FileError),
-    #[error("cannot serve the image")]
-    Open(#[from] OpenError),
+    #[error("cannot serve {}", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: OpenError,
+    },
     #[error("--cache direct is not possible")]
     Direct(#[from] DirectError),
     #[error("cannot duplicate the image's descriptor")]
@@ -125,6 +131,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
         disk: Arc::clone(&disk),
         image: Arc::new(image),
         device: Arc::clone(&device),
+        complaints: Arc::default(),
         engine: args.engine,
     };
     let workers = Workers::new(served, worker_count(args));
@@ -164,7 +171,11 @@ fn open(args: &Args) -> Result<(Arc<Disk>, ImageFile), Fatal> {
     };
     let file = HostFile::open(&args.blk_file, access, Locking::Locked)?;
     let data = file.file().try_clone().map_err(Fatal::Duplicate)?;
-    let disk = Disk::open(Arc::new(file), access)?;
+    let unfit = |source| Fatal::Open {
+        path: args.blk_file.clone(),
+        source,
+    };
+    let disk = Disk::open(Arc::new(file), access).map_err(unfit)?;
     for warning in disk.warnings() {
         tracing::warn!("{}: {warning}", args.blk_file.display());
     }

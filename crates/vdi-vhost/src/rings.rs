@@ -21,9 +21,9 @@ use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
+use crate::command::{Command, Setup, Takeover};
 use crate::memory::{self, Memory};
 use crate::queue::{ErrorFd, Mode, Vring};
-use crate::worker::{Command, Setup, Takeover};
 use crate::workers::Workers;
 
 /// The largest ring: QEMU's limit too. Bounds what a queue can have in flight.
