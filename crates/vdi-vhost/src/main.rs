@@ -1,2 +1,235 @@
-//! The daemon.
-fn main() {}
+//! `vdi-vhost`: a vhost-user-blk back end that serves VirtualBox VDI images.
+//!
+//! ```text
+//! session ─► backend ─► rings ─► workers ─► worker ─► queue ─► chain ─► request
+//!  (one control thread)                    (a thread each)                 │
+//!                                  inflight ◄──────────────────────────────┘
+//!                                     │ image_file
+//!                                     ▼
+//!                                  engine ─► transfer, ring
+//! ```
+//!
+//! This file opens the image, puts the parts together and takes them apart again in order: queues are drained, then the
+//! image is closed, then the socket goes away.
+
+mod args;
+mod backend;
+mod chain;
+mod command;
+mod complaints;
+mod device;
+mod engine;
+mod housekeeper;
+mod image_file;
+mod inflight;
+mod memory;
+mod queue;
+mod request;
+mod ring;
+mod rings;
+mod session;
+mod socket;
+mod transfer;
+mod worker;
+mod workers;
+
+use std::error::Error;
+use std::io::{self, IsTerminal};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{getsockopt, sockopt};
+use tracing_subscriber::EnvFilter;
+use vdi_core::{Access, Disk, FileError, HostFile, Locking, OpenError, WriteError};
+
+use crate::args::{Args, Cache};
+use crate::backend::Backend;
+use crate::device::{Device, Serial};
+use crate::housekeeper::Housekeeper;
+use crate::image_file::{DirectError, ImageFile};
+use crate::session::{Door, ServeError};
+use crate::socket::{SocketError, SocketFile};
+use crate::workers::{Served, Workers};
+
+/// What is logged unless RUST_LOG says otherwise. `virtio_queue` logs whatever a guest does wrong, without limit.
+const LOG_FILTER: &str = "info,virtio_queue=off";
+
+/// Why the daemon ends with exit code 1.
+#[derive(Debug, thiserror::Error)]
+enum Fatal {
+    #[error("cannot open the image")]
+    File(#[from] FileError),
+    #[error("cannot serve {}", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: OpenError,
+    },
+    #[error("--cache direct is not possible")]
+    Direct(#[from] DirectError),
+    #[error("cannot duplicate the image's descriptor")]
+    Duplicate(#[source] io::Error),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("descriptor {fd} is no socket to serve")]
+    Inherited {
+        fd: i32,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot catch signals")]
+    Signals(#[source] io::Error),
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error("cannot make queues")]
+    Queues(#[from] virtio_queue::Error),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("the image could not be closed clean")]
+    Close(#[from] WriteError),
+}
+
+fn main() -> ExitCode {
+    if args::asks_for_capabilities(std::env::args_os()) {
+        println!("{}", args::CAPABILITIES);
+        return ExitCode::SUCCESS;
+    }
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", chain_of(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Fatal> {
+    // First of all, while nothing else can have the descriptor.
+    let inherited = args.fd.map(take_door).transpose()?;
+    let signals = catch_signals().map_err(Fatal::Signals)?;
+    allow_many_descriptors();
+    let (disk, image) = open(args)?;
+    let serial = args.serial.clone();
+    let serial =
+        serial.unwrap_or_else(|| Serial::from_image_uuid(disk.header().uuid_image().into_bytes()));
+    let device = Device::new(disk.capacity(), disk.access(), args.num_queues, serial);
+    let device = Arc::new(device);
+    let housekeeper = Housekeeper::start(&disk).map_err(Fatal::Thread)?;
+    let served = Served {
+        disk: Arc::clone(&disk),
+        image: Arc::new(image),
+        device: Arc::clone(&device),
+        complaints: Arc::default(),
+        engine: args.engine,
+    };
+    let workers = Workers::new(served, worker_count(args));
+    let backend = Backend::new(device, Arc::clone(&disk), workers)?;
+    let backend = Arc::new(Mutex::new(backend));
+    let (socket_file, door) = match (inherited, &args.socket_path) {
+        (Some(door), _) => (None, door),
+        (None, path) => {
+            let path = path.as_deref().unwrap_or(Path::new(""));
+            let (file, listener) = SocketFile::listen(path)?;
+            (Some(file), Door::Listener(listener))
+        }
+    };
+    tracing::info!(
+        "serving {} ({} bytes)",
+        args.blk_file.display(),
+        disk.capacity().bytes()
+    );
+    let served = session::serve(door, &backend, &signals);
+    drop(socket_file);
+    // Ends the workers; the housekeeper must still be there for requests that wait for room.
+    drop(backend);
+    drop(housekeeper);
+    let closed = disk.close();
+    served?;
+    closed?;
+    tracing::info!("the image is closed");
+    Ok(())
+}
+
+/// Opens the image and the ways to its data.
+fn open(args: &Args) -> Result<(Arc<Disk>, ImageFile), Fatal> {
+    let access = if args.read_only {
+        Access::ReadOnly
+    } else {
+        Access::Writable
+    };
+    let file = HostFile::open(&args.blk_file, access, Locking::Locked)?;
+    let data = file.file().try_clone().map_err(Fatal::Duplicate)?;
+    let unfit = |source| Fatal::Open {
+        path: args.blk_file.clone(),
+        source,
+    };
+    let disk = Disk::open(Arc::new(file), access).map_err(unfit)?;
+    for warning in disk.warnings() {
+        tracing::warn!("{}: {warning}", args.blk_file.display());
+    }
+    let area = disk.data_area();
+    let image = match args.cache {
+        Cache::Writeback => ImageFile::buffered(data),
+        Cache::Direct => ImageFile::direct(data, access, area.start(), area.stride_bytes())?,
+    };
+    Ok((Arc::new(disk), image))
+}
+
+/// The socket that this process was started with.
+fn take_door(fd: i32) -> Result<Door, Fatal> {
+    let failed = |source| Fatal::Inherited { fd, source };
+    let socket = ring::inherited(fd).map_err(failed)?;
+    let listens = getsockopt(&socket, sockopt::AcceptConn).map_err(|errno| failed(errno.into()))?;
+    Ok(if listens {
+        Door::Listener(UnixListener::from(socket))
+    } else {
+        Door::Connected(UnixStream::from(socket))
+    })
+}
+
+/// A stream that becomes readable when the daemon should end.
+fn catch_signals() -> io::Result<UnixStream> {
+    let (heard, said) = UnixStream::pair()?;
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, said.try_clone()?)?;
+    }
+    Ok(heard)
+}
+
+/// Raises the soft limit of open files, often 1024, to the hard one: every memory region and queue of a front end needs
+/// some. If that fails, a front end that needs many is refused.
+fn allow_many_descriptors() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+fn worker_count(args: &Args) -> usize {
+    let queues = usize::from(args.num_queues);
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    args.workers.map_or(cores, usize::from).min(queues)
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain_of(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}

@@ -1,0 +1,140 @@
+//! The command line, by the conventions of QEMU's vhost-user back-end programs (docs/interop/vhost-user.rst).
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Parser, ValueEnum};
+
+use crate::device::{SERIAL_BYTES, Serial};
+use crate::engine::EngineChoice;
+
+/// Most queues: the protocol's messages have 8 bits for the number of one.
+const MAX_QUEUES: u16 = 256;
+
+/// Serves a VirtualBox VDI image to a virtual machine as a vhost-user-blk device.
+///
+/// SIGTERM and SIGINT end it: requests in flight are finished and the image is closed clean. Exit code 0: ended so, or the
+/// only connection (--fd) ended. 1: it could not start or go on. 2: wrong usage.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+#[command(group(ArgGroup::new("door").required(true).args(["socket_path", "fd"])))]
+pub(crate) struct Args {
+    /// Where front ends connect; one is served after the other.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket_path: Option<PathBuf>,
+
+    /// An inherited socket, connected or listening.
+    #[arg(long, value_name = "FDNUM", value_parser = clap::value_parser!(i32).range(3..))]
+    pub(crate) fd: Option<RawFd>,
+
+    /// The image to serve.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) blk_file: PathBuf,
+
+    /// Serve it read-only.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+
+    /// How many queues front ends may use. QEMU wants one per virtual CPU. Queues cost nothing until they are used.
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub(crate) num_queues: u16,
+
+    /// Whether data go through the host's page cache or past it.
+    #[arg(long, value_enum, default_value_t = Cache::Writeback)]
+    pub(crate) cache: Cache,
+
+    /// The serial number that the guest sees, at most 20 printable characters [default: from the image's UUID].
+    #[arg(long, value_name = "ID", value_parser = parse_serial)]
+    pub(crate) serial: Option<Serial>,
+
+    /// How many threads serve queues [default: one per CPU, at most one per queue].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub(crate) workers: Option<u16>,
+
+    /// How data are moved.
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
+    pub(crate) engine: EngineChoice,
+
+    /// Print what this program can do as JSON and exit, whatever else is said.
+    #[arg(long)]
+    pub(crate) print_capabilities: bool,
+}
+
+/// The role of the host's page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cache {
+    /// Data go through it; a flush by the guest makes them durable.
+    Writeback,
+    /// Data go past it (O_DIRECT).
+    Direct,
+}
+
+/// What `--print-capabilities` prints: docs/interop/vhost-user.json, `VHostUserBackendCapabilities`.
+pub(crate) const CAPABILITIES: &str = r#"{
+  "type": "block",
+  "features": [
+    "read-only",
+    "blk-file"
+  ]
+}"#;
+
+/// Whether the capabilities are asked for, which lets everything else be ignored, even nonsense.
+pub(crate) fn asks_for_capabilities(args: impl IntoIterator<Item = OsString>) -> bool {
+    args.into_iter()
+        .skip(1)
+        .any(|arg| arg == "--print-capabilities")
+}
+
+fn parse_serial(text: &str) -> Result<Serial, String> {
+    Serial::new(text).ok_or_else(|| format!("at most {SERIAL_BYTES} printable ASCII characters"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        Args::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn exactly_one_door_is_given() {
+        assert!(parse("vdi-vhost --blk-file a.vdi --socket-path s").is_ok());
+        assert!(parse("vdi-vhost --blk-file a.vdi --fd=3").is_ok());
+        assert!(parse("vdi-vhost --blk-file a.vdi").is_err());
+        assert!(parse("vdi-vhost --blk-file a.vdi --fd=3 --socket-path s").is_err());
+    }
+
+    #[test]
+    fn values_outside_their_limits_are_refused() {
+        let with = |rest| parse(&format!("vdi-vhost --blk-file a --fd=3 {rest}"));
+        for bad in [
+            "--num-queues 0",
+            "--num-queues 257",
+            "--workers 0",
+            "--cache none",
+            "--fd=2",
+        ] {
+            assert!(with(bad).is_err(), "{bad}");
+        }
+        assert!(with("--serial 123456789012345678901").is_err());
+        assert_eq!(with("--num-queues 256").unwrap().num_queues, 256);
+    }
+
+    #[test]
+    fn capabilities_are_printed_whatever_else_is_said() {
+        let asks = |line: &str| asks_for_capabilities(line.split_whitespace().map(OsString::from));
+        assert!(asks("vdi-vhost --nonsense --print-capabilities --fd=x"));
+        assert!(!asks("vdi-vhost --fd=3"));
+        let value: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
+        assert_eq!(value["type"], "block");
+    }
+}

@@ -1,0 +1,300 @@
+//! The control plane: what a front end's messages do. Runs on one thread; workers are told by acknowledged commands.
+//!
+//! Our own handler on the `vhost` crate rather than `vhost-user-backend`'s daemon, whose event loop neither drains a
+//! queue nor reports its own failures; the ring state is that crate's. Not here: the rings (`rings`), the device's features
+//! and configuration (`device`).
+//!
+//! Everything a front end says is checked. An error is answered (if an answer was asked for) and ends the connection: a
+//! front end that breaks the protocol cannot be relied on for the rest.
+//!
+//! Source: vhost-user protocol, "Front-end message types".
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vdi_core::Disk;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use crate::command::Takeover;
+use crate::device::Device;
+use crate::memory::{self, Memory, MemoryError, Region};
+use crate::rings::{Addresses, RingError, Rings};
+use crate::workers::Workers;
+
+/// The device as a front end controls it.
+pub(crate) struct Backend {
+    device: Arc<Device>,
+    disk: Arc<Disk>,
+    rings: Rings,
+}
+
+/// Why a message is refused. `vhost` sees it as an error of the handler.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("features {features:#x} were accepted, but only {offered:#x} were offered")]
+    Features { features: u64, offered: u64 },
+    #[error(
+        "{len} bytes at {offset} of the configuration space cannot be written, only `writeback`"
+    )]
+    Config { offset: u32, len: usize },
+    #[error("{what} was not offered")]
+    NotOffered { what: &'static str },
+    #[error("{}", crate::chain_of(.0))]
+    Memory(#[from] MemoryError),
+    #[error("{}", crate::chain_of(.0))]
+    Ring(#[from] RingError),
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        Self::ReqHandlerError(io::Error::other(refusal))
+    }
+}
+
+impl From<RingError> for Error {
+    fn from(error: RingError) -> Self {
+        Refusal::from(error).into()
+    }
+}
+
+impl From<MemoryError> for Error {
+    fn from(error: MemoryError) -> Self {
+        Refusal::from(error).into()
+    }
+}
+
+impl Backend {
+    /// The control plane of a device whose queues are served by `workers`.
+    pub(crate) fn new(
+        device: Arc<Device>,
+        disk: Arc<Disk>,
+        workers: Workers,
+    ) -> std::result::Result<Self, virtio_queue::Error> {
+        let rings = Rings::new(device.num_queues(), workers)?;
+        Ok(Self {
+            device,
+            disk,
+            rings,
+        })
+    }
+
+    /// The front end is gone: answers what is in flight, then forgets it.
+    pub(crate) fn end_session(&mut self) -> std::result::Result<(), RingError> {
+        self.rings.reset()?;
+        self.rings.set_memory(Memory::new(), Takeover::WhenIdle)?;
+        self.device.forget_features();
+        Ok(())
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Backend {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Obsolete; back ends are told to ignore it.
+    fn reset_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.rings.reset()?;
+        self.device.forget_features();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.device.features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let offered = self.device.features();
+        self.device
+            .ack_features(features)
+            .ok_or(Refusal::Features { features, offered })?;
+        if self.device.rings_start_enabled() {
+            self.rings.enable_all()?;
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let map = |(region, file)| Region::map(region, file).map(Arc::new);
+        let mapped = regions.iter().zip(files).map(map);
+        let mapped = mapped.collect::<std::result::Result<_, MemoryError>>()?;
+        let memory = memory::from_regions(mapped)?;
+        self.rings.set_memory(memory, Takeover::WhenIdle)?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, size: u32) -> Result<()> {
+        Ok(self.rings.set_size(index, size)?)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        table: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let addresses = Addresses {
+            table,
+            available,
+            used,
+        };
+        Ok(self.rings.set_addresses(index, addresses)?)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        Ok(self.rings.set_base(index, base)?)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let base = self.rings.stop(index)?;
+        Ok(VhostUserVringState::new(index, u32::from(base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let event_idx = self.device.has_event_idx();
+        Ok(self.rings.set_kick(index.into(), file, event_idx)?)
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        Ok(self.rings.set_call(index.into(), file)?)
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        Ok(self.rings.set_error(index.into(), file)?)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        Ok(self.rings.set_enabled(index, enable)?)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(Device::protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let offered = Device::protocol_features().bits();
+        if features & !offered != 0 {
+            return Err(Refusal::Features { features, offered }.into());
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::from(self.device.num_queues()))
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Ok(self.device.read_config(offset as usize, size as usize))
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        let refusal = Refusal::Config {
+            offset,
+            len: bytes.len(),
+        };
+        let writeback = self
+            .device
+            .write_config(offset as usize, bytes)
+            .ok_or(refusal)?;
+        if !writeback && let Err(error) = self.disk.flush() {
+            // Later writes fail on their own.
+            tracing::error!(
+                "cannot make earlier writes durable: {}",
+                crate::chain_of(&error)
+            );
+        }
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(memory::MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let region = Region::map(region, file)?;
+        let memory = memory::with_region(&self.rings.memory(), region)?;
+        self.rings.set_memory(memory, Takeover::Now)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = memory::without_region(&self.rings.memory(), region)?;
+        Ok(self.rings.set_memory(memory, Takeover::WhenIdle)?)
+    }
+
+    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+        Err(Refusal::NotOffered { what: "a GPU" }.into())
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        Err(Refusal::NotOffered {
+            what: "SHARED_OBJECT",
+        }
+        .into())
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Refusal::NotOffered {
+            what: "INFLIGHT_SHMFD",
+        }
+        .into())
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        Err(Refusal::NotOffered {
+            what: "INFLIGHT_SHMFD",
+        }
+        .into())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        Err(Refusal::NotOffered {
+            what: "DEVICE_STATE",
+        }
+        .into())
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Refusal::NotOffered {
+            what: "DEVICE_STATE",
+        }
+        .into())
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Refusal::NotOffered { what: "SHMEM" }.into())
+    }
+
+    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        Err(Refusal::NotOffered { what: "LOG_SHMFD" }.into())
+    }
+}

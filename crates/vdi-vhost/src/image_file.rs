@@ -1,0 +1,208 @@
+//! The image's file as data goes through it: by the page cache, or past it (`--cache direct`).
+//!
+//! Not here: where the data is (`vdi-core`), and the file's metadata, which the core always writes through the page
+//! cache. So that the two never hold different versions of one page, data that shares a page with metadata goes
+//! through the page cache too, and all that lies behind goes through O_DIRECT:
+//!
+//! ```text
+//! 0          data_start   floor = data_start rounded up to a page
+//! | header, map | data .. | data ...........................
+//! |<--- page cache ------>|<--- O_DIRECT -------------------
+//! ```
+//!
+//! Source: open(2), section on O_DIRECT ("applications should avoid mixing").
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use vdi_core::{Access, FileOffset};
+
+use crate::ring::{DirectAlignment, direct_alignment};
+
+/// The page cache's unit.
+const PAGE: u64 = 4096;
+
+/// The largest offset alignment that guests can meet, who write in sectors.
+const SECTOR: u64 = 512;
+
+/// The open image, as data is read and written.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    buffered: Arc<File>,
+    direct: Option<Direct>,
+}
+
+#[derive(Debug)]
+struct Direct {
+    file: Arc<File>,
+    floor: u64,
+    memory_alignment: usize,
+}
+
+/// How a stretch of the file is reached.
+#[derive(Debug)]
+pub(crate) struct Route {
+    /// Through which descriptor.
+    pub(crate) file: Arc<File>,
+    /// For how many bytes this holds.
+    pub(crate) len_bytes: u64,
+    /// What O_DIRECT asks of buffers; `None` for the page cache.
+    pub(crate) alignment: Option<usize>,
+}
+
+/// Why `--cache direct` cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DirectError {
+    /// The file system has no O_DIRECT, or the descriptor cannot be opened again.
+    #[error("cannot open the image for direct I/O; use --cache writeback")]
+    Open(#[source] io::Error),
+    /// statx failed.
+    #[error("cannot learn what direct I/O asks for; use --cache writeback")]
+    Alignment(#[source] io::Error),
+    /// 4Kn storage.
+    #[error(
+        "direct I/O on this storage works in units of {offset_alignment} bytes, \
+         but guests write sectors of 512 bytes; use --cache writeback"
+    )]
+    CoarseStorage { offset_alignment: u64 },
+    /// The blocks of the image lie askew.
+    #[error(
+        "the image's data begin at byte {data_start} in blocks of {block_bytes} bytes, which is no multiple of the \
+         {offset_alignment} bytes that direct I/O works in; use --cache writeback or convert the image"
+    )]
+    Misaligned {
+        data_start: u64,
+        block_bytes: u64,
+        offset_alignment: u64,
+    },
+}
+
+impl ImageFile {
+    /// All I/O goes through the page cache.
+    pub(crate) fn buffered(file: File) -> Self {
+        Self {
+            buffered: Arc::new(file),
+            direct: None,
+        }
+    }
+
+    /// Data go past the page cache, as far as they share no page with metadata. `block_bytes` is the distance of
+    /// blocks in the file.
+    pub(crate) fn direct(
+        file: File,
+        access: Access,
+        data_start: FileOffset,
+        block_bytes: u64,
+    ) -> Result<Self, DirectError> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let direct = File::options()
+            .read(true)
+            .write(access == Access::Writable)
+            .custom_flags(libc::O_DIRECT)
+            .open(path)
+            .map_err(DirectError::Open)?;
+        let alignment = direct_alignment(&direct).map_err(DirectError::Alignment)?;
+        check_layout(alignment, data_start.0, block_bytes)?;
+        // Read-ahead would bring pages with metadata and data into the cache as one folio. Advice only.
+        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+        let direct = Direct {
+            file: Arc::new(direct),
+            floor: data_start.0.next_multiple_of(PAGE),
+            memory_alignment: alignment.memory,
+        };
+        Ok(Self {
+            buffered: Arc::new(file),
+            direct: Some(direct),
+        })
+    }
+
+    /// How the first of `len_bytes` bytes at `at` are reached.
+    pub(crate) fn route(&self, at: FileOffset, len_bytes: u64) -> Route {
+        match &self.direct {
+            None => Route {
+                file: Arc::clone(&self.buffered),
+                len_bytes,
+                alignment: None,
+            },
+            Some(direct) if at.0 >= direct.floor => Route {
+                file: Arc::clone(&direct.file),
+                len_bytes,
+                alignment: Some(direct.memory_alignment),
+            },
+            Some(direct) => Route {
+                file: Arc::clone(&self.buffered),
+                len_bytes: len_bytes.min(direct.floor - at.0),
+                alignment: None,
+            },
+        }
+    }
+
+    /// The descriptor to sync: one file, so one sync covers both ways.
+    pub(crate) fn to_sync(&self) -> Arc<File> {
+        Arc::clone(&self.buffered)
+    }
+}
+
+fn check_layout(
+    alignment: DirectAlignment,
+    data_start: u64,
+    block_bytes: u64,
+) -> Result<(), DirectError> {
+    let offset_alignment = alignment.offset;
+    if offset_alignment > SECTOR {
+        return Err(DirectError::CoarseStorage { offset_alignment });
+    }
+    if [data_start, block_bytes]
+        .iter()
+        .any(|at| !at.is_multiple_of(offset_alignment))
+    {
+        return Err(DirectError::Misaligned {
+            data_start,
+            block_bytes,
+            offset_alignment,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn direct_io_is_refused_where_sectors_would_lie_askew() {
+        let alignment = |offset| DirectAlignment {
+            memory: 512,
+            offset,
+        };
+        assert!(check_layout(alignment(512), 0x1200, 1 << 20).is_ok());
+        let coarse = check_layout(alignment(4096), 0x2000, 1 << 20);
+        assert!(matches!(coarse, Err(DirectError::CoarseStorage { .. })));
+        let start = check_layout(alignment(512), 0x1201, 1 << 20);
+        assert!(matches!(start, Err(DirectError::Misaligned { .. })));
+        let stride = check_layout(alignment(512), 0x1200, (1 << 20) + 256);
+        assert!(matches!(stride, Err(DirectError::Misaligned { .. })));
+    }
+
+    #[test]
+    fn data_in_the_last_page_of_metadata_goes_through_the_page_cache() {
+        let file = || Arc::new(tempfile::tempfile().unwrap());
+        let direct = Direct {
+            file: file(),
+            floor: 0x2000,
+            memory_alignment: 512,
+        };
+        let image = ImageFile {
+            buffered: file(),
+            direct: Some(direct),
+        };
+        let below = image.route(FileOffset(0x1200), 0x10000);
+        assert_eq!((below.len_bytes, below.alignment), (0xe00, None));
+        let above = image.route(FileOffset(0x2000), 0xf200);
+        assert_eq!((above.len_bytes, above.alignment), (0xf200, Some(512)));
+    }
+}

@@ -1,0 +1,245 @@
+//! One virtqueue as its worker sees it: heads come out, used entries go in, and nobody is notified in vain.
+//!
+//! Not here: what the chains mean (`chain`, `request`) and what becomes of them (`inflight`, `worker`).
+//!
+//! - **R2** A slot per head: a chain is in flight at most once, and leaves its slot only when it is answered.
+//! - A ring that the guest broke is left alone (virtio 1.2 section 2.7.13 has no other word for it): its err eventfd is
+//!   written, other rings go on.
+//! - Notifications are switched on only before the worker sleeps, and the available index is looked at again after
+//!   that (virtio 1.2 section 2.7.10), so no kick is lost.
+
+use std::io::Write;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use smallvec::SmallVec;
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+
+use crate::chain::{self, Chain, ChainError};
+use crate::complaints::Complaints;
+use crate::inflight::Active;
+use crate::memory::Memory;
+use crate::request::Used;
+use crate::ring::WatchKey;
+
+/// A ring's state, shared by the control thread and its worker.
+pub(crate) type Vring = VringMutex<GuestMemoryAtomic<Memory>>;
+
+/// The err eventfd of a ring, if the front end gave one. (`VringState` keeps its own without a way to it.)
+pub(crate) type ErrorFd = Arc<Mutex<Option<std::fs::File>>>;
+
+/// Chains taken in one go, so that answers to the first do not wait for the last.
+pub(crate) const BURST: usize = 32;
+
+/// What the worker does with a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Takes chains.
+    Running,
+    /// Takes none: disabled by the front end, or about to stop.
+    Paused,
+    /// Takes none any more: the guest broke the ring.
+    Broken,
+}
+
+/// One started virtqueue.
+pub(crate) struct Queue {
+    vring: Vring,
+    error_fd: ErrorFd,
+    /// Where its kicks are heard.
+    pub(crate) watch: WatchKey,
+    /// Whether chains are taken.
+    pub(crate) mode: Mode,
+    /// Whether the ring is looked at without having been kicked.
+    awake: bool,
+    /// What is in flight, by head.
+    slots: Vec<Option<Active>>,
+    in_flight: usize,
+    /// Answered in this turn.
+    used: Vec<Used>,
+    size: u16,
+    table: GuestAddress,
+    event_idx: bool,
+}
+
+/// How a guest broke a ring.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Broken {
+    /// The rings cannot be read or written, or the available index jumped.
+    #[error("the ring cannot be used")]
+    Ring(#[from] virtio_queue::Error),
+    /// An available entry that names no descriptor.
+    #[error("the available ring names descriptor {head} of a queue of {size}")]
+    BadHead { head: u16, size: u16 },
+    /// R2.
+    #[error("the chain at descriptor {head} was made available again before it was used")]
+    HeadInFlight { head: u16 },
+    /// It cannot be followed to its end.
+    #[error("the chain at descriptor {head} is broken")]
+    Chain {
+        head: u16,
+        #[source]
+        source: ChainError,
+    },
+    /// There is no byte for a status.
+    #[error("the chain at descriptor {head} has no writable byte for a status")]
+    Unanswerable { head: u16 },
+    /// The kick descriptor is gone.
+    #[error("the kick descriptor cannot be watched")]
+    Kick,
+}
+
+/// Heads that were taken.
+pub(crate) type Heads = SmallVec<[u16; BURST]>;
+
+impl Queue {
+    /// A queue whose ring is set up and valid.
+    pub(crate) fn new(vring: Vring, error_fd: ErrorFd, watch: WatchKey, mode: Mode) -> Self {
+        let (size, table, event_idx) = {
+            let state = vring.get_ref();
+            let queue = state.get_queue();
+            (
+                queue.size(),
+                GuestAddress(queue.desc_table()),
+                queue.event_idx_enabled(),
+            )
+        };
+        Self {
+            vring,
+            error_fd,
+            watch,
+            mode,
+            awake: true,
+            slots: std::iter::repeat_with(|| None)
+                .take(usize::from(size))
+                .collect(),
+            in_flight: 0,
+            used: Vec::new(),
+            size,
+            table,
+            event_idx,
+        }
+    }
+
+    /// Chains that were taken and not answered yet.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether there may be chains to take.
+    pub(crate) fn is_awake(&self) -> bool {
+        self.awake && self.mode == Mode::Running
+    }
+
+    /// The ring was kicked, or should be looked at for another reason.
+    pub(crate) fn wake(&mut self, memory: &Memory) {
+        if self.awake || self.mode != Mode::Running {
+            return;
+        }
+        self.awake = true;
+        let mut state = self.vring.get_mut();
+        // Only a hint for the guest: a failure here shows when chains are taken.
+        let _ = state.get_queue_mut().disable_notification(memory);
+    }
+
+    /// Takes chains as long as it is kicked, from now on.
+    pub(crate) fn resume(&mut self) {
+        if self.mode == Mode::Paused {
+            self.mode = Mode::Running;
+            self.awake = true;
+        }
+    }
+
+    /// Asks the guest to kick; true if nothing came in meanwhile, so that the worker may sleep.
+    pub(crate) fn sleep(&mut self, memory: &Memory) -> Result<bool, Broken> {
+        let mut state = self.vring.get_mut();
+        let more = state.get_queue_mut().enable_notification(memory)?;
+        self.awake = more;
+        Ok(!more)
+    }
+
+    /// Takes up to [`BURST`] heads; none are left if there are fewer.
+    pub(crate) fn take_heads(&mut self, memory: &Memory) -> Result<Heads, Broken> {
+        let mut state = self.vring.get_mut();
+        let chains = state.get_queue_mut().iter(memory)?;
+        Ok(chains.take(BURST).map(|chain| chain.head_index()).collect())
+    }
+
+    /// Follows the chain of a head that was taken.
+    pub(crate) fn walk(&self, memory: &Memory, head: u16) -> Result<Chain, Broken> {
+        let size = self.size;
+        match self.slots.get(usize::from(head)) {
+            None => Err(Broken::BadHead { head, size }),
+            Some(Some(_)) => Err(Broken::HeadInFlight { head }),
+            Some(None) => chain::walk(memory, self.table, size, head)
+                .map_err(|source| Broken::Chain { head, source }),
+        }
+    }
+
+    /// Keeps a request until it is answered.
+    pub(crate) fn keep(&mut self, head: u16, active: Active) {
+        self.slots[usize::from(head)] = Some(active);
+        self.in_flight += 1;
+    }
+
+    /// The request of a head.
+    pub(crate) fn active(&mut self, head: u16) -> Option<&mut Active> {
+        self.slots.get_mut(usize::from(head))?.as_mut()
+    }
+
+    /// Ends keeping it, because it is about to be answered.
+    pub(crate) fn release(&mut self, head: u16) -> Option<Active> {
+        let active = self.slots.get_mut(usize::from(head))?.take();
+        self.in_flight -= usize::from(active.is_some());
+        active
+    }
+
+    /// Gives an answered chain back with the next [`Queue::publish`].
+    pub(crate) fn give_back(&mut self, used: Used) {
+        self.used.push(used);
+    }
+
+    /// Puts what was answered into the used ring and calls the guest, once and if it wants it.
+    pub(crate) fn publish(&mut self, memory: &Memory) -> Result<(), Broken> {
+        if self.used.is_empty() {
+            return Ok(());
+        }
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        for used in self.used.drain(..) {
+            queue.add_used(memory, used.head, used.len)?;
+        }
+        let mut call = queue.needs_notification(memory)?;
+        if call && !self.event_idx {
+            // `needs_notification` looks at `used_event` only; this is the other way to decline.
+            let flags: u16 = memory
+                .load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            call = u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+        }
+        if call {
+            // A front end that closed the descriptor is not interested.
+            let _ = state.signal_used_queue();
+        }
+        Ok(())
+    }
+
+    /// Leaves the ring alone from now on and tells the front end.
+    pub(crate) fn break_ring(&mut self, index: u16, why: &Broken, complaints: &Complaints) {
+        if self.mode == Mode::Broken {
+            return;
+        }
+        self.mode = Mode::Broken;
+        complaints.warn(format_args!(
+            "queue {index} is stopped: {}",
+            crate::chain_of(why)
+        ));
+        let error_fd = self.error_fd.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mut fd) = error_fd.as_ref() {
+            let _ = fd.write(&1_u64.to_ne_bytes());
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! From a descriptor chain to a request: where virtio-blk's bytes become types that cannot be wrong.
+//!
+//! Whatever a guest can get wrong is found here. What comes out names memory that exists and sectors that lie on the
+//! disk.
+//!
+//! - **R2** Every request is answered exactly once: [`Reply`] is the duty to do it.
+//! - **R3** The header is copied out of guest memory once, then judged.
+//!
+//! Sources: virtio 1.2 sections 2.7.4 (framing is free) and 5.2.6 (request layout and device requirements).
+
+use std::sync::Arc;
+
+use vdi_core::{Sector, SectorRange};
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_BARRIER,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::chain::{Chain, Piece, Pieces};
+use crate::device::Device;
+use crate::memory::Memory;
+use crate::ring::GuestBuffer;
+
+/// Bytes of `struct virtio_blk_req` before its data.
+const HEADER_BYTES: usize = 16;
+
+/// The unit of a request's data, whatever the block size (virtio 1.2 section 5.2.6).
+const SECTOR_BYTES: u64 = 512;
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// Done.
+    Ok,
+    /// Impossible, malformed or failed.
+    IoError,
+    /// Not a request that this device has.
+    Unsupported,
+}
+
+impl Status {
+    fn byte(self) -> u8 {
+        let code = match self {
+            Self::Ok => VIRTIO_BLK_S_OK,
+            Self::IoError => VIRTIO_BLK_S_IOERR,
+            Self::Unsupported => VIRTIO_BLK_S_UNSUPP,
+        };
+        code.to_le_bytes()[0]
+    }
+}
+
+/// The duty to answer a chain (R2).
+#[must_use = "every chain is answered"]
+#[derive(Debug)]
+pub(crate) struct Reply {
+    head: u16,
+    status_at: GuestAddress,
+}
+
+/// An answered chain, ready for the used ring.
+#[must_use = "an answered chain goes back to the guest"]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Used {
+    /// The chain.
+    pub(crate) head: u16,
+    /// Bytes written to its buffers, status included.
+    pub(crate) len: u32,
+}
+
+impl Reply {
+    /// Writes the status, after `data_bytes` of data were written.
+    pub(crate) fn send(self, memory: &Memory, status: Status, data_bytes: u64) -> Used {
+        // It was part of the guest's memory when the chain was parsed. If the front end has taken it away since,
+        // there is no one to tell.
+        let _ = memory.write_obj(status.byte(), self.status_at);
+        let len = u32::try_from(data_bytes.saturating_add(1)).unwrap_or(u32::MAX);
+        Used {
+            head: self.head,
+            len,
+        }
+    }
+}
+
+/// What a guest asks for.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// Fill the buffer, which is as long as the range.
+    Read {
+        range: SectorRange,
+        into: GuestBuffer,
+    },
+    /// Write the buffer, which is as long as the range, to a disk that can be written.
+    Write {
+        range: SectorRange,
+        from: GuestBuffer,
+    },
+    /// Make all completed writes durable.
+    Flush,
+    /// Tell the serial number.
+    GetId { into: GuestBuffer },
+}
+
+/// A chain that is not a request. It still goes back to the guest.
+#[derive(Debug)]
+pub(crate) enum Refused {
+    /// Answer it so.
+    WithStatus(Reply, Status),
+    /// There is no writable byte to put a status in.
+    Unanswerable,
+}
+
+/// Reads a chain as a request to `device`.
+pub(crate) fn parse(
+    memory: &Arc<Memory>,
+    chain: Chain,
+    head: u16,
+    device: &Device,
+) -> Result<(Reply, Request), Refused> {
+    let Chain {
+        mut readable,
+        mut writable,
+        out_of_order,
+    } = chain;
+    let status_at = take_last_byte(&mut writable)
+        .filter(|at| memory.check_range(*at, 1))
+        .ok_or(Refused::Unanswerable)?;
+    let reply = Reply { head, status_at };
+    let header = if out_of_order {
+        None
+    } else {
+        take_header(memory, &mut readable)
+    };
+    let Some(header) = header else {
+        return Err(Refused::WithStatus(reply, Status::IoError));
+    };
+    let data = |pieces: &Pieces| GuestBuffer::new(memory, pieces).ok_or(Status::IoError);
+    let request = match header.kind {
+        VIRTIO_BLK_T_IN => data(&writable).and_then(|into| {
+            let range = range(device, header.sector, &into)?;
+            Ok(Request::Read { range, into })
+        }),
+        VIRTIO_BLK_T_OUT if device.is_read_only() => Err(Status::IoError),
+        VIRTIO_BLK_T_OUT => data(&readable).and_then(|from| {
+            let range = range(device, header.sector, &from)?;
+            Ok(Request::Write { range, from })
+        }),
+        VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
+        VIRTIO_BLK_T_GET_ID => data(&writable).map(|into| Request::GetId { into }),
+        _ => Err(Status::Unsupported),
+    };
+    match request {
+        Ok(request) => Ok((reply, request)),
+        Err(status) => Err(Refused::WithStatus(reply, status)),
+    }
+}
+
+/// The part of `struct virtio_blk_req` that says what to do.
+struct Header {
+    kind: u32,
+    sector: u64,
+}
+
+/// Takes the first 16 readable bytes, however they are cut up (R3).
+fn take_header(memory: &Memory, readable: &mut Pieces) -> Option<Header> {
+    let mut bytes = [0; HEADER_BYTES];
+    let mut missing = &mut bytes[..];
+    let mut whole = 0;
+    for piece in readable.iter_mut() {
+        let count = missing.len().min(usize::try_from(piece.len).ok()?);
+        let (now, later) = missing.split_at_mut(count);
+        memory.read_slice(now, piece.at).ok()?;
+        missing = later;
+        let count = u32::try_from(count).ok()?;
+        piece.at = piece.at.checked_add(u64::from(count))?;
+        piece.len -= count;
+        if piece.len > 0 {
+            break;
+        }
+        whole += 1;
+        if missing.is_empty() {
+            break;
+        }
+    }
+    if !missing.is_empty() {
+        return None;
+    }
+    readable.drain(..whole);
+    let [a, b, c, d, _, _, _, _, sector @ ..] = bytes;
+    Some(Header {
+        // The barrier bit is a legacy hint that asks for nothing.
+        kind: u32::from_le_bytes([a, b, c, d]) & !VIRTIO_BLK_T_BARRIER,
+        sector: u64::from_le_bytes(sector),
+    })
+}
+
+/// Takes the last writable byte, the place of the status.
+fn take_last_byte(writable: &mut Pieces) -> Option<GuestAddress> {
+    let Piece { at, len } = writable.last_mut()?;
+    *len -= 1;
+    let status_at = at.checked_add(u64::from(*len));
+    if *len == 0 {
+        writable.pop();
+    }
+    status_at
+}
+
+/// The sectors that a buffer's worth of data from `sector` on covers.
+fn range(device: &Device, sector: u64, data: &GuestBuffer) -> Result<SectorRange, Status> {
+    if !data.len().is_multiple_of(SECTOR_BYTES) {
+        return Err(Status::IoError);
+    }
+    let count = data.len() / SECTOR_BYTES;
+    device
+        .capacity()
+        .range(Sector(sector), count)
+        .ok_or(Status::IoError)
+}
+
+#[cfg(test)]
+mod tests {
+    use vdi_core::{Access, Capacity};
+
+    use super::*;
+    use crate::chain::tests::memory;
+    use crate::device::Serial;
+
+    /// Where tests keep the header.
+    const HEADER: u64 = 0x1000;
+
+    struct Guest {
+        memory: Arc<Memory>,
+        device: Device,
+    }
+
+    /// A guest with a disk of 100 sectors.
+    fn guest(access: Access) -> Guest {
+        let capacity = Capacity::from_bytes_rounded_down(100 * 512);
+        let serial = Serial::new("serial").unwrap();
+        Guest {
+            memory: Arc::new(memory()),
+            device: Device::new(capacity, access, 1, serial),
+        }
+    }
+
+    impl Guest {
+        fn parse(
+            &self,
+            kind: u32,
+            sector: u64,
+            readable: &[(u64, u32)],
+            writable: &[(u64, u32)],
+        ) -> Result<(Reply, Request), Refused> {
+            let mut header = [0; HEADER_BYTES];
+            header[..4].copy_from_slice(&kind.to_le_bytes());
+            header[8..].copy_from_slice(&sector.to_le_bytes());
+            self.memory
+                .write_slice(&header, GuestAddress(HEADER))
+                .unwrap();
+            let pieces = |pieces: &[(u64, u32)]| {
+                let piece = |&(at, len)| Piece {
+                    at: GuestAddress(at),
+                    len,
+                };
+                pieces.iter().map(piece).collect()
+            };
+            let (readable, writable) = (pieces(readable), pieces(writable));
+            let chain = Chain {
+                readable,
+                writable,
+                out_of_order: false,
+            };
+            parse(&self.memory, chain, 5, &self.device)
+        }
+
+        fn status(&self, kind: u32, sector: u64, writable: &[(u64, u32)]) -> Option<Status> {
+            match self.parse(kind, sector, &[(HEADER, 16), (0x4000, 1024)], writable) {
+                Err(Refused::WithStatus(_, status)) => Some(status),
+                _ => None,
+            }
+        }
+    }
+
+    #[test]
+    fn the_header_may_be_cut_up_and_share_a_descriptor_with_data() {
+        let guest = guest(Access::Writable);
+        let readable = [
+            (HEADER, 3),
+            (HEADER + 3, 12),
+            (HEADER + 15, 1 + 512),
+            (0x4000, 512),
+        ];
+        let (_, request) = guest
+            .parse(VIRTIO_BLK_T_OUT, 7, &readable, &[(0x5000, 1)])
+            .unwrap();
+        let Request::Write { range, from } = request else {
+            panic!("{request:?}")
+        };
+        assert_eq!((range.start(), range.count()), (Sector(7), 2));
+        let mut expected = vec![0; 1024];
+        guest
+            .memory
+            .read_slice(&mut expected[..512], GuestAddress(HEADER + 16))
+            .unwrap();
+        let mut found = vec![1; 1024];
+        from.copy_out(&mut found);
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn the_status_byte_is_the_last_writable_byte_however_it_is_framed() {
+        let guest = guest(Access::Writable);
+        for (writable, status_at) in [
+            (&[(0x5000, 512), (0x6000, 1)][..], 0x6000),
+            (&[(0x5000, 513)], 0x5200),
+            (&[(0x5000, 100), (0x6000, 413)], 0x6000 + 412),
+        ] {
+            let parsed = guest.parse(VIRTIO_BLK_T_IN, 0, &[(HEADER, 16)], writable);
+            let (reply, request) = parsed.unwrap();
+            let Request::Read { into, .. } = request else {
+                panic!("{request:?}")
+            };
+            assert_eq!(into.len(), 512);
+            assert_eq!(reply.status_at, GuestAddress(status_at));
+            let used = reply.send(&guest.memory, Status::Unsupported, 512);
+            assert_eq!(used, Used { head: 5, len: 513 });
+            let status: u8 = guest.memory.read_obj(GuestAddress(status_at)).unwrap();
+            assert_eq!(status, 2);
+        }
+    }
+
+    #[test]
+    fn a_chain_without_a_byte_for_the_status_cannot_be_answered() {
+        let guest = guest(Access::Writable);
+        for writable in [&[][..], &[(0x10_0000, 1)], &[(u64::MAX, 2)]] {
+            let refused = guest.parse(VIRTIO_BLK_T_FLUSH, 0, &[(HEADER, 16)], writable);
+            assert!(
+                matches!(refused, Err(Refused::Unanswerable)),
+                "{writable:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn requests_beyond_the_end_of_the_disk_fail() {
+        let guest = guest(Access::Writable);
+        let sectors = |count: u32| [(0x5000, count * 512 + 1)];
+        assert_eq!(guest.status(VIRTIO_BLK_T_IN, 99, &sectors(1)), None);
+        for (sector, count) in [(99, 2), (100, 1), (101, 0), (u64::MAX, 1), (1 << 55, 1)] {
+            let status = guest.status(VIRTIO_BLK_T_IN, sector, &sectors(count));
+            assert_eq!(status, Some(Status::IoError), "{sector} {count}");
+        }
+        assert_eq!(
+            guest.status(VIRTIO_BLK_T_OUT, 99, &[(0x5000, 1)]),
+            Some(Status::IoError)
+        );
+    }
+
+    #[test]
+    fn malformed_requests_fail_and_unknown_ones_are_not_supported() {
+        let guest = guest(Access::Writable);
+        let status = |kind, writable: &[(u64, u32)]| guest.status(kind, 0, writable);
+        assert_eq!(
+            status(VIRTIO_BLK_T_IN, &[(0x5000, 514)]),
+            Some(Status::IoError)
+        );
+        assert_eq!(
+            status(VIRTIO_BLK_T_IN, &[(0x9_0000_0000, 512), (0x5000, 1)]),
+            Some(Status::IoError)
+        );
+        for kind in [2, 5, 11, 13, 14, 16, 99, u32::MAX] {
+            assert_eq!(
+                status(kind, &[(0x5000, 1)]),
+                Some(Status::Unsupported),
+                "{kind}"
+            );
+        }
+        let short = guest.parse(VIRTIO_BLK_T_FLUSH, 0, &[(HEADER, 15)], &[(0x5000, 1)]);
+        assert!(matches!(
+            short,
+            Err(Refused::WithStatus(_, Status::IoError))
+        ));
+        let outside = guest.parse(VIRTIO_BLK_T_FLUSH, 0, &[(0x10_0000, 16)], &[(0x5000, 1)]);
+        assert!(matches!(
+            outside,
+            Err(Refused::WithStatus(_, Status::IoError))
+        ));
+    }
+
+    #[test]
+    fn a_chain_out_of_order_fails() {
+        let guest = guest(Access::Writable);
+        let piece = |at, len| Piece {
+            at: GuestAddress(at),
+            len,
+        };
+        let chain = Chain {
+            readable: [piece(HEADER, 16)].into_iter().collect(),
+            writable: [piece(0x5000, 1)].into_iter().collect(),
+            out_of_order: true,
+        };
+        let refused = parse(&guest.memory, chain, 0, &guest.device);
+        assert!(matches!(
+            refused,
+            Err(Refused::WithStatus(_, Status::IoError))
+        ));
+    }
+
+    #[test]
+    fn a_read_only_disk_takes_no_writes_but_flushes() {
+        let guest = guest(Access::ReadOnly);
+        assert_eq!(
+            guest.status(VIRTIO_BLK_T_OUT, 0, &[(0x5000, 1)]),
+            Some(Status::IoError)
+        );
+        let flush = guest.parse(VIRTIO_BLK_T_FLUSH, 9, &[(HEADER, 16)], &[(0x5000, 1)]);
+        assert!(matches!(flush, Ok((_, Request::Flush))));
+    }
+
+    #[test]
+    fn the_barrier_bit_asks_for_nothing() {
+        let guest = guest(Access::Writable);
+        let kind = VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_BARRIER;
+        let (_, request) = guest
+            .parse(kind, 0, &[(HEADER, 16), (0x4000, 512)], &[(0x5000, 1)])
+            .unwrap();
+        assert!(matches!(request, Request::Write { .. }));
+    }
+}

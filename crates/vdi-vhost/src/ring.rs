@@ -1,0 +1,502 @@
+//! Where memory meets the kernel: buffers in guest memory, and the io_uring that carries transfers. The only file with
+//! `unsafe`, behind a safe interface.
+//!
+//! Not here: what a transfer is and how it goes on (`transfer`), which bytes of which file (`image_file`, `inflight`), and
+//! the engine for hosts without io_uring (`engine`).
+//!
+//! - **R1** The kernel touches only what an in-flight [`Transfer`] owns: its iovecs, its bounce buffer, and guest
+//!   memory that its [`GuestBuffer`] keeps mapped. [`Ring`] owns a transfer from submission until its completion is
+//!   reaped; only the completion frees it; a ring is drained, then dropped.
+//!
+//! Sources: io_uring(7), preadv(2), statx(2) (STATX_DIOALIGN), open(2) (O_DIRECT).
+#![expect(
+    unsafe_code,
+    reason = "io_uring, vectored I/O on guest memory and adopting a descriptor have no safe interface"
+)]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use smallvec::SmallVec;
+use vm_memory::GuestMemoryBackend;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::chain::Piece;
+use crate::memory::Memory;
+use crate::transfer::{Bounce, BounceBuffer, Finished, Operation, Progress, Transfer};
+
+/// Bounce buffers of one engine: 4 MiB, however many unaligned requests a guest sends; the others wait.
+const MAX_BOUNCES: usize = 16;
+
+/// Entries of the submission queue: a turn's worth; a fuller one is submitted in between.
+const SUBMISSIONS: u32 = 256;
+
+/// Entries of the completion queue. The kernel keeps what does not fit (IORING_FEAT_NODROP).
+const COMPLETIONS: u32 = 1024;
+
+/// Marks a completion as a watch's; transfers have their slot number alone.
+const WATCH: u64 = 1 << 63;
+
+/// The completion of taking a watch away, in which nobody is interested.
+const UNWATCHED: u64 = u64::MAX;
+
+/// A run of guest memory that stays mapped as long as this exists.
+#[derive(Debug)]
+pub(crate) struct GuestBuffer {
+    /// Keeps what `iovecs` point to mapped.
+    memory: Arc<Memory>,
+    /// Never empty ones.
+    iovecs: SmallVec<[libc::iovec; 8]>,
+    /// How many of `iovecs` are used up.
+    used: usize,
+    /// Bytes in the iovecs that are left.
+    len: u64,
+}
+
+impl GuestBuffer {
+    /// The pieces as one buffer, if all of them lie in the guest's memory.
+    pub(crate) fn new(memory: &Arc<Memory>, pieces: &[Piece]) -> Option<Self> {
+        let mut iovecs = SmallVec::new();
+        let mut len = 0;
+        for piece in pieces {
+            for slice in memory.get_slices(piece.at, usize::try_from(piece.len).ok()?) {
+                let slice = slice.ok()?;
+                iovecs.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+            len += u64::from(piece.len);
+        }
+        Some(Self {
+            memory: Arc::clone(memory),
+            iovecs,
+            used: 0,
+            len,
+        })
+    }
+
+    /// How many bytes are left.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Takes the first `len` bytes away as a buffer of their own.
+    pub(crate) fn split_front(&mut self, len: u64) -> Self {
+        assert!(len <= self.len, "a buffer is split within its length");
+        let mut front = Self {
+            memory: Arc::clone(&self.memory),
+            iovecs: SmallVec::new(),
+            used: 0,
+            len,
+        };
+        if len == self.len {
+            std::mem::swap(&mut front.iovecs, &mut self.iovecs);
+            front.used = std::mem::take(&mut self.used);
+            self.len = 0;
+            return front;
+        }
+        let mut missing = len;
+        while missing > 0 {
+            let iovec = self.iovecs[self.used];
+            let take = missing.min(iovec.iov_len as u64);
+            front.iovecs.push(libc::iovec {
+                iov_base: iovec.iov_base,
+                iov_len: to_usize(take),
+            });
+            self.consume(take);
+            missing -= take;
+        }
+        front
+    }
+
+    /// Writes zeros all over what is left.
+    pub(crate) fn fill_with_zeros(&self) {
+        for iovec in self.left() {
+            // SAFETY: `memory` keeps the range mapped (checked by `new`); the guest may change it at the same
+            // time, which only affects what the guest sees.
+            unsafe { std::ptr::write_bytes(iovec.iov_base.cast::<u8>(), 0, iovec.iov_len) };
+        }
+    }
+
+    /// Copies as many of `bytes` as there is room for; how many.
+    pub(crate) fn fill_from(&self, bytes: &[u8]) -> usize {
+        let mut copied = 0;
+        for iovec in self.left() {
+            let part = &bytes[copied..];
+            let count = part.len().min(iovec.iov_len);
+            // SAFETY: `memory` keeps the target mapped and `bytes` is not guest memory.
+            unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), iovec.iov_base.cast(), count) };
+            copied += count;
+        }
+        copied
+    }
+
+    /// Copies the first bytes that are left into all of `bytes`.
+    pub(crate) fn copy_out(&self, bytes: &mut [u8]) {
+        let mut copied = 0;
+        for iovec in self.left() {
+            let part = &mut bytes[copied..];
+            let count = part.len().min(iovec.iov_len);
+            // SAFETY: `memory` keeps the source mapped and `bytes` is not guest memory.
+            unsafe {
+                std::ptr::copy_nonoverlapping(iovec.iov_base.cast(), part.as_mut_ptr(), count);
+            }
+            copied += count;
+        }
+    }
+
+    /// What is left of it, for the kernel.
+    pub(crate) fn left(&self) -> &[libc::iovec] {
+        &self.iovecs[self.used..]
+    }
+
+    /// Gives up the first `len` bytes.
+    pub(crate) fn consume(&mut self, len: u64) {
+        self.len -= len;
+        let mut rest = to_usize(len);
+        while rest > 0 {
+            let iovec = &mut self.iovecs[self.used];
+            let count = rest.min(iovec.iov_len);
+            iovec.iov_base = iovec.iov_base.cast::<u8>().wrapping_add(count).cast();
+            iovec.iov_len -= count;
+            rest -= count;
+            if iovec.iov_len == 0 {
+                self.used += 1;
+            }
+        }
+    }
+
+    /// Whether every address and length is a multiple of `align`.
+    pub(crate) fn is_aligned_to(&self, align: usize) -> bool {
+        let fits = |v: &libc::iovec| {
+            (v.iov_base as usize).is_multiple_of(align) && v.iov_len.is_multiple_of(align)
+        };
+        self.left().iter().all(fits)
+    }
+}
+
+/// Does the next round of a transfer in one system call; its result as io_uring would report it.
+pub(crate) fn run_round(transfer: &Transfer) -> i64 {
+    let (fd, at) = (transfer.fd().as_raw_fd(), transfer.at().cast_signed());
+    let iovecs = transfer.iovecs();
+    let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
+    let result = match transfer.operation() {
+        // SAFETY: R1: `transfer` owns the memory that the iovecs name, for longer than the call.
+        Operation::Read => unsafe { libc::preadv(fd, iovecs.as_ptr(), count, at) },
+        // SAFETY: R1, as above.
+        Operation::Write => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, at) },
+        // SAFETY: no memory is involved.
+        Operation::Sync => unsafe { libc::fdatasync(fd) as isize },
+    };
+    if result < 0 {
+        -i64::from(
+            io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EIO),
+        )
+    } else {
+        result as i64
+    }
+}
+
+/// A watched descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct WatchKey(pub(crate) u32);
+
+/// What a watch has to tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fired {
+    /// Someone wrote to it.
+    Ready,
+    /// It cannot be watched (any longer).
+    Dead,
+}
+
+/// An io_uring with everything that is in flight on it.
+pub(crate) struct Ring {
+    uring: IoUring,
+    /// R1: what the kernel works on. Boxed, so that it stays in its place.
+    transfers: Vec<Option<Box<Transfer>>>,
+    free: Vec<usize>,
+    in_flight: usize,
+    /// Slots whose transfers wait for a bounce buffer.
+    waiting: VecDeque<usize>,
+    bounces: Vec<BounceBuffer>,
+    bounces_made: usize,
+    watches: BTreeMap<WatchKey, OwnedFd>,
+    /// Reaped, and not looked at yet: user data, result, flags.
+    reaped: VecDeque<(u64, i32, u32)>,
+    finished: VecDeque<Finished>,
+    fired: VecDeque<(WatchKey, Fired)>,
+}
+
+impl Ring {
+    /// A ring of this thread; an error where the host forbids it.
+    pub(crate) fn new() -> io::Result<Self> {
+        let uring = IoUring::builder()
+            .dontfork()
+            .setup_cqsize(COMPLETIONS)
+            .build(SUBMISSIONS)?;
+        Ok(Self {
+            uring,
+            transfers: Vec::new(),
+            free: Vec::new(),
+            in_flight: 0,
+            waiting: VecDeque::new(),
+            bounces: Vec::new(),
+            bounces_made: 0,
+            watches: BTreeMap::new(),
+            reaped: VecDeque::new(),
+            finished: VecDeque::new(),
+            fired: VecDeque::new(),
+        })
+    }
+
+    /// Reports under `key` whenever someone writes to `fd`, an eventfd, which is never read.
+    pub(crate) fn watch(&mut self, key: WatchKey, fd: OwnedFd) {
+        let poll = poll(fd.as_raw_fd(), key);
+        self.watches.insert(key, fd);
+        self.push(&poll);
+    }
+
+    /// Ends a watch; nothing is reported for it any more.
+    pub(crate) fn unwatch(&mut self, key: WatchKey) {
+        let Some(fd) = self.watches.remove(&key) else {
+            return;
+        };
+        let remove = opcode::PollRemove::new(WATCH | u64::from(key.0))
+            .build()
+            .user_data(UNWATCHED);
+        self.push(&remove);
+        // The kernel must have seen both before the descriptor's number can mean something else.
+        self.enter(0);
+        drop(fd);
+    }
+
+    /// Starts a transfer. It is submitted by the next [`Ring::turn`].
+    pub(crate) fn start(&mut self, transfer: Transfer) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.transfers.push(None);
+            self.transfers.len() - 1
+        });
+        self.transfers[slot] = Some(Box::new(transfer));
+        self.in_flight += 1;
+        self.submit(slot);
+    }
+
+    /// Does a transfer at once, on this thread.
+    pub(crate) fn run(&mut self, transfer: Transfer) {
+        self.finished.push_back(transfer.run());
+    }
+
+    /// Submits what was started and collects what is over; with `block`, waits for something to report.
+    pub(crate) fn turn(&mut self, block: bool) {
+        self.collect();
+        let idle = self.reaped.is_empty() && self.finished.is_empty() && self.fired.is_empty();
+        let want = usize::from(block && idle);
+        if want > 0 || !self.uring.submission().is_empty() {
+            self.enter(want);
+        }
+        self.collect();
+        while let Some((user_data, result, flags)) = self.reaped.pop_front() {
+            if user_data == UNWATCHED {
+                continue;
+            }
+            if user_data & WATCH != 0 {
+                self.watch_reported(user_data, result, flags);
+            } else {
+                self.transfer_reported(user_data, result);
+            }
+        }
+    }
+
+    /// The next transfer that is over.
+    pub(crate) fn next_finished(&mut self) -> Option<Finished> {
+        self.finished.pop_front()
+    }
+
+    /// The next watch that has something to tell.
+    pub(crate) fn next_fired(&mut self) -> Option<(WatchKey, Fired)> {
+        self.fired.pop_front()
+    }
+
+    /// Transfers that the kernel or a queue for it has.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn submit(&mut self, slot: usize) {
+        let Some(transfer) = &mut self.transfers[slot] else {
+            return;
+        };
+        if let Bounce::Wanted(align) = *transfer.bounce() {
+            let bounce = self.bounces.pop().or_else(|| {
+                let room = self.bounces_made < MAX_BOUNCES;
+                self.bounces_made += usize::from(room);
+                room.then(|| BounceBuffer::new(align))
+            });
+            let Some(bounce) = bounce else {
+                self.waiting.push_back(slot);
+                return;
+            };
+            *transfer.bounce() = Bounce::Held(bounce);
+        }
+        transfer.prepare();
+        let entry = transfer.submission().user_data(slot as u64);
+        self.push(&entry);
+    }
+
+    fn transfer_reported(&mut self, user_data: u64, result: i32) {
+        let slot = to_usize(user_data);
+        let Some(transfer) = self.transfers.get_mut(slot).and_then(Option::as_mut) else {
+            return;
+        };
+        let Progress::Done(result) = transfer.advance(i64::from(result)) else {
+            self.submit(slot);
+            return;
+        };
+        let token = transfer.token();
+        self.finished.push_back(Finished { token, result });
+        self.in_flight -= 1;
+        self.free.push(slot);
+        let ended = self.transfers[slot].take();
+        let bounce = ended.map(|mut ended| std::mem::replace(ended.bounce(), Bounce::NotNeeded));
+        if let Some(Bounce::Held(bounce)) = bounce {
+            self.bounces.push(bounce);
+            if let Some(next) = self.waiting.pop_front() {
+                self.submit(next);
+            }
+        }
+    }
+
+    fn watch_reported(&mut self, user_data: u64, result: i32, flags: u32) {
+        let key = WatchKey(u32::try_from(user_data & u64::from(u32::MAX)).unwrap_or(u32::MAX));
+        let Some(fd) = self.watches.get(&key) else {
+            return;
+        };
+        let bad = i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL);
+        if result < 0 || result & bad != 0 {
+            self.watches.remove(&key);
+            self.fired.push_back((key, Fired::Dead));
+            return;
+        }
+        let entry = poll(fd.as_raw_fd(), key);
+        self.fired.push_back((key, Fired::Ready));
+        // The kernel may end a multishot poll, for example when it was short of memory.
+        if !cqueue::more(flags) {
+            self.push(&entry);
+        }
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: R1: what the entry points to is owned by a boxed transfer in `transfers` until its
+            // completion is reaped; polls point to nothing.
+            if unsafe { self.uring.submission().push(entry) }.is_ok() {
+                return;
+            }
+            self.enter(0);
+        }
+    }
+
+    /// Hands over submissions and waits for `want` completions.
+    fn enter(&mut self, want: usize) {
+        loop {
+            let Err(error) = self.uring.submit_and_wait(want) else {
+                return;
+            };
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // Completions must be taken before the kernel accepts more.
+                Some(libc::EAGAIN | libc::EBUSY) => self.collect(),
+                // The ring is ours alone and was set up, so this is a defect, and nothing can be answered any more.
+                _ => panic!("io_uring_enter failed: {error}"),
+            }
+            if want > 0 && !self.reaped.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn collect(&mut self) {
+        let completions = self.uring.completion();
+        let triple = |c: cqueue::Entry| (c.user_data(), c.result(), c.flags());
+        self.reaped.extend(completions.map(triple));
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // R1: rather a leak than a kernel that writes to freed memory.
+            std::mem::forget(std::mem::take(&mut self.transfers));
+            return;
+        }
+        while self.in_flight > 0 {
+            self.finished.clear();
+            self.fired.clear();
+            self.turn(true);
+        }
+    }
+}
+
+fn poll(fd: RawFd, key: WatchKey) -> squeue::Entry {
+    let events = u32::from(libc::POLLIN.cast_unsigned());
+    opcode::PollAdd::new(types::Fd(fd), events)
+        .multi(true)
+        .build()
+        .user_data(WATCH | u64::from(key.0))
+}
+
+/// What O_DIRECT asks of buffers and offsets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DirectAlignment {
+    /// Addresses and lengths in memory.
+    pub(crate) memory: usize,
+    /// Offsets and lengths in the file.
+    pub(crate) offset: u64,
+}
+
+/// What the file system says about O_DIRECT on `file`; sectors where it says nothing (tmpfs, old kernels).
+pub(crate) fn direct_alignment(file: &File) -> io::Result<DirectAlignment> {
+    // SAFETY: all zeros is a value of this plain structure.
+    let mut info: libc::statx = unsafe { std::mem::zeroed() };
+    let (path, flags, mask) = (c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
+    // SAFETY: the path is a C string, and `info` is written by the call alone.
+    let result = unsafe { libc::statx(file.as_raw_fd(), path, flags, mask, &raw mut info) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let known = info.stx_mask & libc::STATX_DIOALIGN != 0;
+    let or_sector = |value: u32| if known && value > 0 { value } else { 512 };
+    Ok(DirectAlignment {
+        memory: to_usize(u64::from(or_sector(info.stx_dio_mem_align))),
+        offset: u64::from(or_sector(info.stx_dio_offset_align)),
+    })
+}
+
+/// Takes over a descriptor that this process was started with (`--fd`).
+pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD touches no memory.
+    if fd < 3 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: it is open, and called once and first of all, so nothing in this process owns it yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// An eventfd as a plain descriptor, which `vmm-sys-util` has no safe way to.
+pub(crate) fn owned(eventfd: EventFd) -> OwnedFd {
+    // SAFETY: `into_raw_fd` gives up the only ownership of an open descriptor.
+    unsafe { OwnedFd::from_raw_fd(eventfd.into_raw_fd()) }
+}
+
+/// Lengths of memory fit an address: this daemon runs on 64-bit hosts only.
+pub(crate) fn to_usize(value: u64) -> usize {
+    usize::try_from(value).expect("a 64-bit host")
+}

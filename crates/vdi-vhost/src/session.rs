@@ -1,0 +1,209 @@
+//! Connections: one front end after the other, and the signal that ends it all.
+//!
+//! One thread waits for whatever comes first: a signal, a connection, a message. Others who connect meanwhile wait in
+//! the socket's backlog. Nothing a front end does or leaves undone may keep this thread from hearing a signal for long: a message
+//! is only begun when its header is there and its answer has room.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
+use vhost::vhost_user::{BackendReqHandler, Error};
+
+use crate::backend::Backend;
+use crate::rings::RingError;
+
+/// How long the rest of a message may take to follow its beginning.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often a message that is not complete is looked at again, in milliseconds.
+const RECHECK_MS: u16 = 5;
+
+/// Bytes of a message's header.
+const HEADER_BYTES: usize = 12;
+
+/// What a front end speaks to.
+#[derive(Debug)]
+pub(crate) enum Door {
+    /// A socket where front ends connect, one after the other.
+    Listener(UnixListener),
+    /// The one connection there will be (`--fd`).
+    Connected(UnixStream),
+}
+
+/// Why serving cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServeError {
+    /// poll failed.
+    #[error("cannot wait for front ends")]
+    Wait(#[source] io::Error),
+    /// accept failed.
+    #[error("cannot accept a front end's connection")]
+    Accept(#[source] io::Error),
+    /// A worker died.
+    #[error("cannot end a front end's session")]
+    EndSession(#[source] RingError),
+}
+
+/// What ended a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Heard {
+    Signal,
+    Peer,
+    Nothing,
+}
+
+/// What there is to read.
+enum Message {
+    Begun,
+    Incomplete,
+    End,
+}
+
+/// Serves front ends until a signal makes `signals` readable, or the only connection ends.
+pub(crate) fn serve(
+    door: Door,
+    backend: &Arc<Mutex<Backend>>,
+    signals: &UnixStream,
+) -> Result<(), ServeError> {
+    let listener = match door {
+        Door::Connected(stream) => return converse(stream, backend, signals).map(|_| ()),
+        Door::Listener(listener) => listener,
+    };
+    listener.set_nonblocking(true).map_err(ServeError::Wait)?;
+    loop {
+        if wait(signals, &listener, PollFlags::POLLIN, PollTimeout::NONE)? == Heard::Signal {
+            return Ok(());
+        }
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if is_passing(&error) => continue,
+            Err(error) => return Err(ServeError::Accept(error)),
+        };
+        if converse(stream, backend, signals)? == Heard::Signal {
+            return Ok(());
+        }
+    }
+}
+
+/// Serves one front end until it goes away or a signal comes, and answers what it left in flight.
+fn converse(
+    stream: UnixStream,
+    backend: &Arc<Mutex<Backend>>,
+    signals: &UnixStream,
+) -> Result<Heard, ServeError> {
+    tracing::info!("a front end is connected");
+    let ended = converse_until_end(stream, backend, signals);
+    let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
+    backend.end_session().map_err(ServeError::EndSession)?;
+    tracing::info!("the front end's session has ended");
+    ended
+}
+
+fn converse_until_end(
+    stream: UnixStream,
+    backend: &Arc<Mutex<Backend>>,
+    signals: &UnixStream,
+) -> Result<Heard, ServeError> {
+    stream.set_nonblocking(false).map_err(ServeError::Wait)?;
+    stream
+        .set_read_timeout(Some(MESSAGE_TIMEOUT))
+        .map_err(ServeError::Wait)?;
+    let own = stream.try_clone().map_err(ServeError::Wait)?;
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(backend));
+    let mut begun: Option<Instant> = None;
+    loop {
+        let heard = match begun {
+            // A readable socket cannot be waited on for more.
+            Some(_) => wait_signal(signals, RECHECK_MS.into())?,
+            None => wait(signals, &own, PollFlags::POLLIN, PollTimeout::NONE)?,
+        };
+        if heard == Heard::Signal {
+            return Ok(heard);
+        }
+        match peek(&own) {
+            Message::End => return Ok(Heard::Peer),
+            Message::Incomplete => {
+                if begun.get_or_insert_with(Instant::now).elapsed() > MESSAGE_TIMEOUT {
+                    tracing::warn!("the front end sent half a message, it is disconnected");
+                    return Ok(Heard::Peer);
+                }
+                continue;
+            }
+            Message::Begun => begun = None,
+        }
+        // Room for the answer; a front end that does not read its answers waits here, not we.
+        if wait(signals, &own, PollFlags::POLLOUT, PollTimeout::NONE)? == Heard::Signal {
+            return Ok(Heard::Signal);
+        }
+        match handler.handle_request() {
+            Ok(()) => {}
+            Err(Error::Disconnected) => return Ok(Heard::Peer),
+            Err(error) => {
+                tracing::warn!("the front end is disconnected: {error}");
+                return Ok(Heard::Peer);
+            }
+        }
+    }
+}
+
+/// Looks whether a message's header is there, without taking it.
+fn peek(stream: &UnixStream) -> Message {
+    let mut header = [0; HEADER_BYTES];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    match recv(stream.as_raw_fd(), &mut header, flags) {
+        Ok(HEADER_BYTES) => Message::Begun,
+        Ok(0) => Message::End,
+        Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => Message::Incomplete,
+        Err(_) => Message::End,
+    }
+}
+
+/// Waits for a signal or an event of the peer's descriptor.
+fn wait(
+    signals: &UnixStream,
+    peer: &impl AsFd,
+    events: PollFlags,
+    timeout: PollTimeout,
+) -> Result<Heard, ServeError> {
+    let mut fds = [
+        PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        PollFd::new(peer.as_fd(), events),
+    ];
+    loop {
+        match poll(&mut fds, timeout) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(ServeError::Wait(error.into())),
+            Ok(_) => break,
+        }
+    }
+    let happened = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
+    Ok(match fds {
+        [ref signals, _] if happened(signals) => Heard::Signal,
+        [_, ref peer] if happened(peer) => Heard::Peer,
+        _ => Heard::Nothing,
+    })
+}
+
+/// Waits for a signal alone.
+fn wait_signal(signals: &UnixStream, timeout: PollTimeout) -> Result<Heard, ServeError> {
+    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut fds, timeout) {
+        Ok(0) | Err(Errno::EINTR) => Ok(Heard::Nothing),
+        Ok(_) => Ok(Heard::Signal),
+        Err(error) => Err(ServeError::Wait(error.into())),
+    }
+}
+
+/// Whether accepting may work the next time: the peer has gone, or another resource is short.
+fn is_passing(error: &io::Error) -> bool {
+    let passing = [libc::EAGAIN, libc::EINTR, libc::ECONNABORTED, libc::EPROTO];
+    error
+        .raw_os_error()
+        .is_some_and(|errno| passing.contains(&errno))
+}

@@ -1,0 +1,454 @@
+//! Transfers: one piece of work on a file each, with everything the kernel needs for it.
+//!
+//! A transfer goes in rounds: what one system call left undone, because it was cut short, interrupted, had too many
+//! iovecs or went through a bounce buffer, the next one does. Not here: the calls themselves (`ring`).
+//!
+//! - **R1** A transfer owns what the kernel touches: iovecs, bounce buffer, and guest memory that stays mapped. It must not move
+//!   between a submission and its completion, so the ring boxes it.
+//! - **R4** Iovecs point into guest memory; a bounce buffer is used only where O_DIRECT's alignment asks for it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use io_uring::{opcode, squeue, types};
+
+use crate::ring::{GuestBuffer, run_round, to_usize};
+
+/// Iovecs of one system call: the kernel's UIO_MAXIOV; more is EINVAL.
+const MAX_IOVECS: usize = 1024;
+
+/// Bytes of a bounce buffer: large enough that a round costs little beside its copying.
+const BOUNCE_BYTES: usize = 256 << 10;
+
+/// How often a transfer that the kernel interrupted or could not queue is started again.
+const MAX_RETRIES: u8 = 100;
+
+/// What a transfer does with its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// From the file into guest memory.
+    Read,
+    /// From guest memory into the file.
+    Write,
+    /// `fdatasync`.
+    Sync,
+}
+
+/// One piece of work on a file, with everything the kernel needs for it (R1).
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    /// Whose work it is; given back with the result.
+    token: u64,
+    operation: Operation,
+    file: Arc<File>,
+    /// Where in the file the rest goes.
+    at: u64,
+    /// What is left to do.
+    buffer: Option<GuestBuffer>,
+    bounce: Bounce,
+    retries: u8,
+}
+
+/// How a transfer meets the alignment of its file.
+#[derive(Debug)]
+pub(crate) enum Bounce {
+    /// It does, or there is none to meet.
+    NotNeeded,
+    /// Needed at this alignment, and not there yet.
+    Wanted(usize),
+    /// In use.
+    Held(BounceBuffer),
+}
+
+/// An aligned buffer between an unaligned guest buffer and an O_DIRECT file.
+#[derive(Debug)]
+pub(crate) struct BounceBuffer {
+    bytes: Vec<u8>,
+    /// Where the aligned part begins.
+    start: usize,
+    /// The current round's part of `bytes`.
+    iovec: libc::iovec,
+}
+
+impl BounceBuffer {
+    /// A buffer for rounds of up to [`BOUNCE_BYTES`].
+    pub(crate) fn new(align: usize) -> Self {
+        let bytes = vec![0; BOUNCE_BYTES + align];
+        let start = bytes.as_ptr().align_offset(align);
+        let iovec = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        Self {
+            bytes,
+            start,
+            iovec,
+        }
+    }
+
+    /// Begins a round of `len` bytes.
+    fn begin(&mut self, len: usize) -> &mut [u8] {
+        let round = &mut self.bytes[self.start..][..len];
+        self.iovec = libc::iovec {
+            iov_base: round.as_mut_ptr().cast(),
+            iov_len: len,
+        };
+        round
+    }
+
+    /// The first `len` bytes of the round.
+    fn front(&self, len: usize) -> &[u8] {
+        &self.bytes[self.start..][..len.min(self.iovec.iov_len)]
+    }
+}
+
+/// What became of a transfer's round.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// It was the last.
+    Done(io::Result<()>),
+    /// Another one follows.
+    Again,
+}
+
+impl Transfer {
+    /// All of `buffer`, from or to `file` at byte `at`. With an alignment, a buffer that does not meet it is
+    /// copied through an aligned one.
+    pub(crate) fn data(
+        token: u64,
+        operation: Operation,
+        file: Arc<File>,
+        at: u64,
+        buffer: GuestBuffer,
+        align: Option<usize>,
+    ) -> Self {
+        let bounce = match align {
+            Some(align) if !buffer.is_aligned_to(align) => Bounce::Wanted(align),
+            _ => Bounce::NotNeeded,
+        };
+        let buffer = Some(buffer);
+        Self {
+            token,
+            operation,
+            file,
+            at,
+            buffer,
+            bounce,
+            retries: 0,
+        }
+    }
+
+    /// Everything written to `file` so far becomes durable.
+    pub(crate) fn sync(token: u64, file: Arc<File>) -> Self {
+        let (operation, bounce) = (Operation::Sync, Bounce::NotNeeded);
+        Self {
+            token,
+            operation,
+            file,
+            at: 0,
+            buffer: None,
+            bounce,
+            retries: 0,
+        }
+    }
+
+    /// Does all of it at once, on this thread.
+    pub(crate) fn run(mut self) -> Finished {
+        if let Bounce::Wanted(align) = self.bounce {
+            self.bounce = Bounce::Held(BounceBuffer::new(align));
+        }
+        loop {
+            self.prepare();
+            let result = run_round(&self);
+            if let Progress::Done(result) = self.advance(result) {
+                return Finished {
+                    token: self.token,
+                    result,
+                };
+            }
+        }
+    }
+
+    /// Whose work it is.
+    pub(crate) fn token(&self) -> u64 {
+        self.token
+    }
+
+    /// What it does.
+    pub(crate) fn operation(&self) -> Operation {
+        self.operation
+    }
+
+    /// Its file.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Where in the file the next round begins.
+    pub(crate) fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Its bounce buffer, or the need for one.
+    pub(crate) fn bounce(&mut self) -> &mut Bounce {
+        &mut self.bounce
+    }
+
+    /// Fills the bounce buffer, if there is one, for the next round.
+    pub(crate) fn prepare(&mut self) {
+        if let (Bounce::Held(bounce), Some(buffer)) = (&mut self.bounce, &self.buffer) {
+            let round = bounce.begin(to_usize(buffer.len().min(BOUNCE_BYTES as u64)));
+            if self.operation == Operation::Write {
+                buffer.copy_out(round);
+            }
+        }
+    }
+
+    /// The memory of the next round.
+    pub(crate) fn iovecs(&self) -> &[libc::iovec] {
+        match (&self.bounce, &self.buffer) {
+            (Bounce::Held(bounce), _) => std::slice::from_ref(&bounce.iovec),
+            (Bounce::NotNeeded | Bounce::Wanted(_), Some(buffer)) => {
+                let left = buffer.left();
+                &left[..left.len().min(MAX_IOVECS)]
+            }
+            (Bounce::NotNeeded | Bounce::Wanted(_), None) => &[],
+        }
+    }
+
+    /// Takes the result of a round: bytes moved, or a negative error number.
+    pub(crate) fn advance(&mut self, result: i64) -> Progress {
+        let Ok(count) = u64::try_from(result) else {
+            return self.failed(i32::try_from(-result).unwrap_or(libc::EIO));
+        };
+        let Some(buffer) = &mut self.buffer else {
+            return Progress::Done(Ok(()));
+        };
+        if count == 0 {
+            return Progress::Done(Err(match self.operation {
+                Operation::Read => io::ErrorKind::UnexpectedEof.into(),
+                Operation::Write | Operation::Sync => io::ErrorKind::WriteZero.into(),
+            }));
+        }
+        if let (Bounce::Held(bounce), Operation::Read) = (&self.bounce, self.operation) {
+            buffer.fill_from(bounce.front(to_usize(count)));
+        }
+        buffer.consume(count);
+        self.at += count;
+        self.retries = 0;
+        if buffer.len() == 0 {
+            Progress::Done(Ok(()))
+        } else {
+            Progress::Again
+        }
+    }
+
+    fn failed(&mut self, errno: i32) -> Progress {
+        if matches!(errno, libc::EINTR | libc::EAGAIN) && self.retries < MAX_RETRIES {
+            self.retries += 1;
+            return Progress::Again;
+        }
+        Progress::Done(Err(io::Error::from_raw_os_error(errno)))
+    }
+
+    /// The next round as a submission. Whoever submits it must keep `self` where it is until its completion (R1).
+    pub(crate) fn submission(&self) -> squeue::Entry {
+        let fd = types::Fd(self.file.as_raw_fd());
+        let iovecs = self.iovecs();
+        let count = u32::try_from(iovecs.len()).unwrap_or(u32::MAX);
+        match (self.operation, iovecs) {
+            (Operation::Sync, _) => opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+            // One stretch needs no vector. What exceeds 32 bits is left to the next round.
+            (Operation::Read, [one]) => {
+                let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
+                opcode::Read::new(fd, one.iov_base.cast(), len)
+                    .offset(self.at)
+                    .build()
+            }
+            (Operation::Write, [one]) => {
+                let len = u32::try_from(one.iov_len).unwrap_or(u32::MAX);
+                opcode::Write::new(fd, one.iov_base.cast(), len)
+                    .offset(self.at)
+                    .build()
+            }
+            (Operation::Read, many) => opcode::Readv::new(fd, many.as_ptr(), count)
+                .offset(self.at)
+                .build(),
+            (Operation::Write, many) => opcode::Writev::new(fd, many.as_ptr(), count)
+                .offset(self.at)
+                .build(),
+        }
+    }
+}
+
+/// A transfer that is over.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    /// As given to [`Transfer::data`] or [`Transfer::sync`].
+    pub(crate) token: u64,
+    /// Whether all of it was done.
+    pub(crate) result: io::Result<()>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::chain::Piece;
+    use crate::chain::tests::memory;
+    use crate::memory::Memory;
+
+    const AT: u64 = 0x1000;
+
+    fn pieces(pieces: &[(u64, u32)]) -> Vec<Piece> {
+        let piece = |&(at, len)| Piece {
+            at: GuestAddress(at),
+            len,
+        };
+        pieces.iter().map(piece).collect()
+    }
+
+    fn file(bytes: &[u8]) -> Arc<File> {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(bytes, 0).unwrap();
+        Arc::new(file)
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len)
+            .map(|i| u8::try_from(i * 7 % 251).unwrap())
+            .collect()
+    }
+
+    fn transfer(
+        memory: &Arc<Memory>,
+        operation: Operation,
+        file: &Arc<File>,
+        into: &[(u64, u32)],
+        align: Option<usize>,
+    ) -> Transfer {
+        let buffer = GuestBuffer::new(memory, &pieces(into)).unwrap();
+        Transfer::data(1, operation, Arc::clone(file), 0, buffer, align)
+    }
+
+    /// Does at most `step` bytes of a round, as a kernel may that cuts calls short.
+    fn run_in_steps(transfer: &mut Transfer, step: usize) -> io::Result<()> {
+        loop {
+            transfer.prepare();
+            let bytes = pattern(0x4000);
+            let from = to_usize(transfer.at());
+            let first = transfer.iovecs()[0].iov_len.min(step);
+            let part = &bytes[from..][..first];
+            // Stands for the kernel: fills the beginning of the round.
+            let buffer = transfer.buffer.as_ref().unwrap();
+            buffer.fill_from(part);
+            if let Progress::Done(result) = transfer.advance(i64::try_from(first).unwrap()) {
+                return result;
+            }
+        }
+    }
+
+    #[test]
+    fn a_read_that_is_cut_short_goes_on_where_it_stopped() {
+        let memory = Arc::new(memory());
+        let into = [(AT, 100), (0x7_ff00, 0x200), (0x3000, 0x1000)];
+        let mut read = transfer(&memory, Operation::Read, &file(&[]), &into, None);
+        run_in_steps(&mut read, 33).unwrap();
+        let mut found = vec![0; 100 + 0x200 + 0x1000];
+        memory
+            .read_slice(&mut found[..100], GuestAddress(AT))
+            .unwrap();
+        memory
+            .read_slice(&mut found[100..0x264], GuestAddress(0x7_ff00))
+            .unwrap();
+        memory
+            .read_slice(&mut found[0x264..], GuestAddress(0x3000))
+            .unwrap();
+        assert!(found == pattern(found.len()));
+    }
+
+    #[test]
+    fn reading_beyond_the_end_of_the_file_is_an_error_and_no_zeros() {
+        let memory = Arc::new(memory());
+        let read = transfer(
+            &memory,
+            Operation::Read,
+            &file(&pattern(700)),
+            &[(AT, 1024)],
+            None,
+        );
+        let error = read.run().result.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn interruptions_are_retried_and_other_errors_are_not() {
+        let memory = Arc::new(memory());
+        let mut read = transfer(&memory, Operation::Read, &file(&[]), &[(AT, 512)], None);
+        for errno in [libc::EINTR, libc::EAGAIN] {
+            assert!(matches!(read.advance(-i64::from(errno)), Progress::Again));
+        }
+        let failed = read.advance(-i64::from(libc::ENOSPC));
+        let Progress::Done(Err(error)) = failed else {
+            panic!("{failed:?}")
+        };
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        let again = (0..=MAX_RETRIES).map(|_| read.advance(-i64::from(libc::EAGAIN)));
+        assert!(matches!(again.last(), Some(Progress::Done(Err(_)))));
+    }
+
+    #[test]
+    fn more_iovecs_than_a_call_takes_are_done_in_rounds() {
+        let memory = Arc::new(memory());
+        let into: Vec<_> = (0..1500).map(|i| (AT + i * 8, 8)).collect();
+        let bytes = pattern(1500 * 8);
+        let read = transfer(&memory, Operation::Read, &file(&bytes), &into, None);
+        assert_eq!(read.iovecs().len(), MAX_IOVECS);
+        read.run().result.unwrap();
+        let mut found = vec![0; bytes.len()];
+        memory.read_slice(&mut found, GuestAddress(AT)).unwrap();
+        assert!(found == bytes);
+    }
+
+    #[test]
+    fn an_unaligned_buffer_goes_through_an_aligned_one_in_both_directions() {
+        let memory = Arc::new(memory());
+        let len = 0x5_0000;
+        let bytes = pattern(len);
+        let source = file(&bytes);
+        let into = [(AT + 1, 511), (0x1_0003, 0x4_fe01)];
+        let read = transfer(&memory, Operation::Read, &source, &into, Some(512));
+        assert!(matches!(read.bounce, Bounce::Wanted(512)));
+        read.run().result.unwrap();
+        let target = file(&[]);
+        let mut write = transfer(&memory, Operation::Write, &target, &into, Some(512));
+        *write.bounce() = Bounce::Held(BounceBuffer::new(512));
+        write.prepare();
+        assert!((write.iovecs()[0].iov_base as usize).is_multiple_of(512));
+        write.run().result.unwrap();
+        let mut found = vec![0; len];
+        target.read_exact_at(&mut found, 0).unwrap();
+        assert!(found == bytes);
+    }
+
+    #[test]
+    fn an_aligned_buffer_is_not_bounced() {
+        let memory = Arc::new(memory());
+        // Mappings begin at pages, so guest alignment is alignment here.
+        let read = transfer(
+            &memory,
+            Operation::Read,
+            &file(&[]),
+            &[(AT, 512), (0x3200, 1024)],
+            Some(512),
+        );
+        assert!(matches!(read.bounce, Bounce::NotNeeded));
+    }
+}

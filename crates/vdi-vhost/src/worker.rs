@@ -1,0 +1,404 @@
+//! A worker: one thread, one engine, the queues it serves. One loop that a reader can hold in mind:
+//!
+//! ```text
+//! wait ─► hear kicks and commands ─► reap ─► retry ─► take, parse, start ─► commit ─► publish, call ─► acknowledge
+//! ```
+//!
+//! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
+//! - While there is work, kicks stay suppressed; nothing ticks and nothing spins.
+//! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
+//!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile.
+//! - Requests never wait for each other while holding something (W7), so draining always ends.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::task::Waker;
+
+use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
+use crate::complaints::Complaints;
+use crate::engine::Engine;
+use crate::inflight::{Active, Context, Key, Next};
+use crate::memory::Memory;
+use crate::queue::{BURST, Broken, Mode, Queue};
+use crate::request::{self, Refused, Status};
+use crate::ring::{Fired, WatchKey};
+use crate::workers::Served;
+
+/// Transfers of one worker beyond which it takes no more chains: far more than storage profits from, and a bound on
+/// the kernel memory that guests can bind.
+const MAX_TRANSFERS: usize = 4096;
+
+/// The watch of the doorbell; queues have higher keys.
+const DOORBELL: WatchKey = WatchKey(0);
+
+/// A command that waits for something in flight.
+enum Pending {
+    Pause(u16),
+    Stop(u16),
+    Memory(Arc<Memory>),
+    Exit,
+}
+
+/// The state of the thread.
+pub(crate) struct Worker {
+    context: Context,
+    queues: BTreeMap<u16, Queue>,
+    memory: Arc<Memory>,
+    doorbell: Arc<Doorbell>,
+    commands: Receiver<(Command, Ack)>,
+    /// One at a time: the control thread waits for it.
+    pending: Option<(Pending, Ack)>,
+    next_watch: u32,
+}
+
+impl Worker {
+    /// A worker of this thread.
+    pub(crate) fn new(
+        served: &Served,
+        doorbell: Arc<Doorbell>,
+        commands: Receiver<(Command, Ack)>,
+    ) -> io::Result<Self> {
+        let mut engine = Engine::new(served.engine)?;
+        engine.watch(DOORBELL, doorbell.watched()?)?;
+        let context = Context {
+            disk: Arc::clone(&served.disk),
+            image: Arc::clone(&served.image),
+            device: Arc::clone(&served.device),
+            engine,
+            waker: Waker::from(Arc::clone(&doorbell)),
+            parked: Vec::new(),
+            continuing: Vec::new(),
+            complaints: Arc::clone(&served.complaints),
+            written: Vec::new(),
+            reservations: Vec::new(),
+        };
+        let memory = Arc::new(Memory::new());
+        let (queues, pending, next_watch) = (BTreeMap::new(), None, DOORBELL.0 + 1);
+        Ok(Self {
+            context,
+            queues,
+            memory,
+            doorbell,
+            commands,
+            pending,
+            next_watch,
+        })
+    }
+
+    /// Serves until told to exit.
+    pub(crate) fn run(mut self) {
+        loop {
+            let block = self.may_sleep();
+            self.context.engine.turn(block);
+            self.hear();
+            self.reap();
+            self.retry();
+            self.take();
+            self.reap();
+            self.commit();
+            self.publish();
+            if self.acknowledge() {
+                return;
+            }
+        }
+    }
+
+    /// Whether there is nothing to do but wait. Asks all guests to kick before it says so.
+    fn may_sleep(&mut self) -> bool {
+        if !self.context.continuing.is_empty() {
+            return false;
+        }
+        if self.is_full() || self.is_closed() {
+            return true;
+        }
+        let mut sleep = true;
+        for (index, queue) in &mut self.queues {
+            if queue.is_awake() {
+                match queue.sleep(&self.memory) {
+                    Ok(asleep) => sleep &= asleep,
+                    Err(why) => queue.break_ring(*index, &why, &self.context.complaints),
+                }
+            }
+        }
+        sleep
+    }
+
+    /// Whether so much is in flight that no more chains are taken.
+    fn is_full(&self) -> bool {
+        self.context.engine.in_flight() >= MAX_TRANSFERS
+    }
+
+    /// Whether no queue may take chains, because the memory is about to change.
+    fn is_closed(&self) -> bool {
+        matches!(self.pending, Some((Pending::Memory(_) | Pending::Exit, _)))
+    }
+
+    /// Hears kicks and takes the next command.
+    fn hear(&mut self) {
+        while let Some((key, fired)) = self.context.engine.next_fired() {
+            let Some((index, queue)) = self.queues.iter_mut().find(|(_, queue)| queue.watch == key)
+            else {
+                continue;
+            };
+            match fired {
+                Fired::Ready => queue.wake(&self.memory),
+                Fired::Dead => queue.break_ring(*index, &Broken::Kick, &self.context.complaints),
+            }
+        }
+        while self.pending.is_none() {
+            let Ok((command, ack)) = self.commands.try_recv() else {
+                return;
+            };
+            self.obey(command, ack);
+        }
+    }
+
+    fn obey(&mut self, command: Command, ack: Ack) {
+        let mut result = Ok(());
+        match command {
+            Command::Start(setup, memory) => result = self.start(*setup, memory),
+            Command::Rekick(index, kick) => result = self.rekick(index, kick),
+            Command::Memory(memory, Takeover::Now) => self.memory = memory,
+            Command::Resume(index) => {
+                if let Some(queue) = self.queues.get_mut(&index) {
+                    queue.resume();
+                }
+            }
+            Command::Pause(index) => return self.pause(index, Pending::Pause(index), ack),
+            Command::Stop(index) => return self.pause(index, Pending::Stop(index), ack),
+            Command::Memory(memory, Takeover::WhenIdle) => {
+                self.pending = Some((Pending::Memory(memory), ack));
+                return;
+            }
+            Command::Exit => {
+                self.pending = Some((Pending::Exit, ack));
+                return;
+            }
+        }
+        // The control thread waits for it, or has died, and then nobody does.
+        let _ = ack.send(result);
+    }
+
+    fn start(&mut self, setup: Setup, memory: Arc<Memory>) -> io::Result<()> {
+        let Setup {
+            index,
+            vring,
+            kick,
+            error_fd,
+            mode,
+        } = setup;
+        let watch = self.watch(kick)?;
+        self.memory = memory;
+        self.queues
+            .insert(index, Queue::new(vring, error_fd, watch, mode));
+        Ok(())
+    }
+
+    fn rekick(&mut self, index: u16, kick: OwnedFd) -> io::Result<()> {
+        let watch = self.watch(kick)?;
+        if let Some(queue) = self.queues.get_mut(&index) {
+            self.context.engine.unwatch(queue.watch);
+            queue.watch = watch;
+            queue.wake(&self.memory);
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, kick: OwnedFd) -> io::Result<WatchKey> {
+        let key = WatchKey(self.next_watch);
+        self.next_watch = self.next_watch.checked_add(1).unwrap_or(DOORBELL.0 + 1);
+        self.context.engine.watch(key, kick)?;
+        Ok(key)
+    }
+
+    fn pause(&mut self, index: u16, then: Pending, ack: Ack) {
+        if let Some(queue) = self.queues.get_mut(&index)
+            && queue.mode == Mode::Running
+        {
+            queue.mode = Mode::Paused;
+        }
+        self.pending = Some((then, ack));
+    }
+
+    /// Takes the results of transfers to their requests.
+    fn reap(&mut self) {
+        while let Some(finished) = self.context.engine.next_finished() {
+            let key = Key::from_token(finished.token);
+            self.step(key, |active, context| {
+                active.transferred(finished.result, context)
+            });
+        }
+    }
+
+    /// Goes on with large requests, and tries parked ones again if something changed for them.
+    fn retry(&mut self) {
+        for key in std::mem::take(&mut self.context.continuing) {
+            self.step(key, Active::go_on);
+        }
+        if self.doorbell.wants_retry() {
+            for key in std::mem::take(&mut self.context.parked) {
+                self.step(key, Active::go_on);
+            }
+        }
+    }
+
+    /// Does one step of a request and answers it if that was the last.
+    fn step(&mut self, key: Key, step: impl FnOnce(&mut Active, &mut Context) -> Next) {
+        let Some(queue) = self.queues.get_mut(&key.queue) else {
+            return;
+        };
+        let Some(active) = queue.active(key.head) else {
+            return;
+        };
+        if let Next::Answer(status, data_bytes) = step(active, &mut self.context)
+            && let Some(active) = queue.release(key.head)
+        {
+            answer(
+                queue,
+                &self.memory,
+                active,
+                status,
+                data_bytes,
+                &self.context.complaints,
+            );
+        }
+    }
+
+    /// Takes chains from all queues that may have some, and starts their requests.
+    fn take(&mut self) {
+        if self.is_closed() {
+            return;
+        }
+        let indexes = self.queues.iter().filter(|(_, queue)| queue.is_awake());
+        for index in indexes
+            .map(|(index, _)| *index)
+            .collect::<smallvec::SmallVec<[u16; 8]>>()
+        {
+            if self.is_full() {
+                return;
+            }
+            let Some(queue) = self.queues.get_mut(&index) else {
+                continue;
+            };
+            if let Err(why) = take_from(index, queue, &self.memory, &mut self.context) {
+                queue.break_ring(index, &why, &self.context.complaints);
+            }
+        }
+    }
+
+    /// Makes the turn's writes visible (W3), all in one.
+    fn commit(&mut self) {
+        if self.context.written.is_empty() {
+            return;
+        }
+        let written = std::mem::take(&mut self.context.written);
+        let result = self
+            .context
+            .disk
+            .commit(&mut self.context.reservations)
+            .map_err(Arc::new);
+        self.context.reservations.clear();
+        for key in written {
+            self.step(key, |active, context| {
+                active.committed(result.as_ref().copied(), context)
+            });
+        }
+    }
+
+    fn publish(&mut self) {
+        for (index, queue) in &mut self.queues {
+            if let Err(why) = queue.publish(&self.memory) {
+                queue.break_ring(*index, &why, &self.context.complaints);
+            }
+        }
+    }
+
+    /// Acknowledges the pending command if what it waits for has happened; true if that was the last.
+    fn acknowledge(&mut self) -> bool {
+        let busy = |queue: &Queue| queue.in_flight() > 0;
+        let wait = match &self.pending {
+            None => return false,
+            Some((Pending::Pause(index) | Pending::Stop(index), _)) => {
+                self.queues.get(index).is_some_and(busy)
+            }
+            Some((Pending::Memory(_) | Pending::Exit, _)) => self.queues.values().any(busy),
+        };
+        let (false, Some((pending, ack))) = (wait, self.pending.take_if(|_| !wait)) else {
+            return false;
+        };
+        match pending {
+            Pending::Pause(_) => {}
+            Pending::Stop(index) => {
+                if let Some(queue) = self.queues.remove(&index) {
+                    self.context.engine.unwatch(queue.watch);
+                }
+            }
+            Pending::Memory(memory) => self.memory = memory,
+            Pending::Exit => {
+                let _ = ack.send(Ok(()));
+                return true;
+            }
+        }
+        let _ = ack.send(Ok(()));
+        // The next command may have come while this one waited.
+        self.doorbell.ring();
+        false
+    }
+}
+
+/// Takes one burst of chains from a queue.
+fn take_from(
+    index: u16,
+    queue: &mut Queue,
+    memory: &Arc<Memory>,
+    context: &mut Context,
+) -> Result<(), Broken> {
+    let heads = queue.take_heads(memory)?;
+    debug_assert!(heads.len() <= BURST);
+    for head in heads {
+        let chain = queue.walk(memory, head)?;
+        match request::parse(memory, chain, head, &context.device) {
+            Ok((reply, request)) => {
+                let key = Key { queue: index, head };
+                let (active, next) = Active::start(key, reply, request, context);
+                match next {
+                    Next::Wait => queue.keep(head, active),
+                    Next::Answer(status, bytes) => {
+                        answer(queue, memory, active, status, bytes, &context.complaints);
+                    }
+                }
+            }
+            Err(Refused::WithStatus(reply, status)) => {
+                if status == Status::IoError {
+                    let line = format_args!("queue {index}: the guest sent an impossible request");
+                    context.complaints.warn(line);
+                }
+                queue.give_back(reply.send(memory, status, 0));
+            }
+            Err(Refused::Unanswerable) => return Err(Broken::Unanswerable { head }),
+        }
+    }
+    Ok(())
+}
+
+/// Answers a request that is over (R2).
+fn answer(
+    queue: &mut Queue,
+    memory: &Memory,
+    active: Active,
+    status: Status,
+    data_bytes: u64,
+    complaints: &Complaints,
+) {
+    let (reply, failure) = active.finish();
+    if let Some(failure) = failure {
+        complaints.error(format_args!(
+            "a request failed: {}",
+            crate::chain_of(&failure)
+        ));
+    }
+    queue.give_back(reply.send(memory, status, data_bytes));
+}

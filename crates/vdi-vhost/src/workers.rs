@@ -1,0 +1,135 @@
+//! The workers from outside: who serves which queue, and commands to them.
+//!
+//! Queue `i` is served by worker `i % count`. A thread is started when its first queue starts, and then stays for later
+//! connections.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+
+use vdi_core::Disk;
+
+use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
+use crate::complaints::Complaints;
+use crate::device::Device;
+use crate::engine::EngineChoice;
+use crate::image_file::ImageFile;
+use crate::memory::Memory;
+use crate::worker::Worker;
+
+/// What all workers serve.
+#[derive(Debug, Clone)]
+pub(crate) struct Served {
+    /// The disk.
+    pub(crate) disk: Arc<Disk>,
+    /// Its file.
+    pub(crate) image: Arc<ImageFile>,
+    /// The device that guests see.
+    pub(crate) device: Arc<Device>,
+    /// What is said about wrong requests.
+    pub(crate) complaints: Arc<Complaints>,
+    /// How data is moved.
+    pub(crate) engine: EngineChoice,
+}
+
+/// All workers, running or not; dropping it ends them, after what is in flight.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    served: Served,
+    handles: Vec<Option<Handle>>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    commands: Sender<(Command, Ack)>,
+    doorbell: Arc<Doorbell>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// `count` workers, none of which runs yet.
+    pub(crate) fn new(served: Served, count: usize) -> Self {
+        let handles = std::iter::repeat_with(|| None).take(count.max(1)).collect();
+        Self { served, handles }
+    }
+
+    /// Serves a queue.
+    pub(crate) fn start(&mut self, setup: Setup, memory: Arc<Memory>) -> io::Result<()> {
+        let slot = self.slot(setup.index);
+        if self.handles[slot].is_none() {
+            self.handles[slot] = Some(Handle::spawn(&self.served, slot)?);
+        }
+        self.tell(setup.index, Command::Start(Box::new(setup), memory))
+    }
+
+    /// Has a queue's worker do something, and waits until it is done. Nothing happens if it does not run.
+    pub(crate) fn tell(&self, index: u16, command: Command) -> io::Result<()> {
+        match &self.handles[self.slot(index)] {
+            Some(handle) => done(&handle.send(command)),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives all workers new memory, and waits until they use it.
+    pub(crate) fn set_memory(&self, memory: &Arc<Memory>, takeover: Takeover) -> io::Result<()> {
+        let running = self.handles.iter().flatten();
+        let sent: Vec<_> = running
+            .map(|handle| handle.send(Command::Memory(Arc::clone(memory), takeover)))
+            .collect();
+        sent.iter().try_for_each(done)
+    }
+
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index) % self.handles.len()
+    }
+}
+
+impl Handle {
+    fn spawn(served: &Served, slot: usize) -> io::Result<Self> {
+        let (commands, inbox) = mpsc::channel();
+        let doorbell = Arc::new(Doorbell::new()?);
+        let (served, its_doorbell) = (served.clone(), Arc::clone(&doorbell));
+        let (started, ready) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name(format!("worker-{slot}"))
+            .spawn(move || match Worker::new(&served, its_doorbell, inbox) {
+                Ok(worker) => {
+                    let _ = started.send(Ok(()));
+                    worker.run();
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                }
+            })?;
+        done(&ready)?;
+        Ok(Self {
+            commands,
+            doorbell,
+            thread: Some(thread),
+        })
+    }
+
+    fn send(&self, command: Command) -> Receiver<io::Result<()>> {
+        let (ack, acknowledged) = mpsc::channel();
+        // If the worker is gone, the acknowledgement fails.
+        let _ = self.commands.send((command, ack));
+        self.doorbell.ring();
+        acknowledged
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let _ = done(&self.send(Command::Exit));
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Waits for an acknowledgement.
+fn done(acknowledged: &Receiver<io::Result<()>>) -> io::Result<()> {
+    let died = || Err(io::Error::other("the worker thread has died"));
+    acknowledged.recv().unwrap_or_else(|_| died())
+}
