@@ -1,1 +1,5 @@
 //! Helpers for the tests: what builds images, drives the daemon and boots guests.
+
+pub mod driver;
+pub mod qemu;
+pub mod server;
