@@ -5,6 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,7 @@ pub struct Launch {
     program: PathBuf,
     before: Vec<OsString>,
     arguments: Vec<OsString>,
+    input: Option<OwnedFd>,
     directory: TempDir,
     socket: PathBuf,
 }
@@ -57,7 +59,19 @@ impl Launch {
     pub fn image(image: &Path) -> Self {
         let launch = Self::bare();
         let socket = launch.socket.clone();
-        launch.args([
+        launch.serving(image, &socket)
+    }
+
+    /// The daemon, serving an image on a socket at a given path, which outlives this.
+    #[must_use]
+    pub fn image_at(image: &Path, socket: &Path) -> Self {
+        let mut launch = Self::bare();
+        launch.socket = socket.to_owned();
+        launch.serving(image, socket)
+    }
+
+    fn serving(self, image: &Path, socket: &Path) -> Self {
+        self.args([
             OsStr::new("--socket-path"),
             socket.as_os_str(),
             OsStr::new("--blk-file"),
@@ -87,6 +101,7 @@ impl Launch {
             program,
             before: Vec::new(),
             arguments: Vec::new(),
+            input: None,
             directory,
             socket,
         }
@@ -110,6 +125,13 @@ impl Launch {
     #[must_use]
     pub fn under(mut self, command: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
         self.before = command.into_iter().map(|a| a.as_ref().to_owned()).collect();
+        self
+    }
+
+    /// The same with something to inherit as its standard input.
+    #[must_use]
+    pub fn input(mut self, input: OwnedFd) -> Self {
+        self.input = Some(input);
         self
     }
 
@@ -159,7 +181,7 @@ impl Launch {
             |name| File::create(self.directory.path().join(name)).expect("a file can be made");
         let child = Command::new(&line[0])
             .args(&line[1..])
-            .stdin(Stdio::null())
+            .stdin(self.input.map_or_else(Stdio::null, Stdio::from))
             .stdout(file("output"))
             .stderr(file("log"))
             .spawn()

@@ -187,7 +187,6 @@ pub struct Queue {
     offered: Vec<u16>,
     returned: Vec<Used>,
     kicks: u64,
-    calls_seen: u64,
 }
 
 impl Queue {
@@ -214,7 +213,6 @@ impl Queue {
             offered: Vec::new(),
             returned: Vec::new(),
             kicks: 0,
-            calls_seen: 0,
         }
     }
 
@@ -254,10 +252,16 @@ impl Queue {
         self.in_flight.len()
     }
 
-    /// How often the device was kicked, and how often its calls were seen.
+    /// How often the device was kicked.
     #[must_use]
-    pub fn notifications(&self) -> (u64, u64) {
-        (self.kicks, self.calls_seen)
+    pub fn kicks(&self) -> u64 {
+        self.kicks
+    }
+
+    /// How often the device called since this was last asked, or since the driver last woke up.
+    #[must_use]
+    pub fn take_calls(&self) -> u64 {
+        self.call.read().unwrap_or(0)
     }
 
     /// Says whether calls are wanted from now on.
@@ -329,18 +333,26 @@ impl Queue {
     /// # Panics
     /// If none comes.
     pub fn wait_any(&mut self) -> (Token, Answer) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            self.reap();
-            if let Some(first) = self.answers.pop_first() {
-                return first;
-            }
-            assert!(
-                self.sleep_until(deadline),
+        self.wait_any_within(PATIENCE).unwrap_or_else(|| {
+            panic!(
                 "queue {}: no answer within {PATIENCE:?}, {} in flight",
                 self.index,
                 self.in_flight.len()
-            );
+            )
+        })
+    }
+
+    /// Waits for any answer for a limited time.
+    pub fn wait_any_within(&mut self, time: Duration) -> Option<(Token, Answer)> {
+        let deadline = Instant::now() + time;
+        loop {
+            self.reap();
+            if let Some(first) = self.answers.pop_first() {
+                return Some(first);
+            }
+            if !self.sleep_until(deadline) {
+                return None;
+            }
         }
     }
 
@@ -545,9 +557,7 @@ impl Queue {
                 self.index
             );
         }
-        if self.call.read().is_ok() {
-            self.calls_seen += 1;
-        }
+        let _count = self.take_calls();
         true
     }
 }
