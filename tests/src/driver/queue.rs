@@ -409,6 +409,17 @@ impl Queue {
         self.kick();
     }
 
+    /// Shows the device one head twice at once, and kicks.
+    pub fn offer_twice(&mut self, head: u16) {
+        for _ in 0..2 {
+            self.offered.push(head);
+            self.ring.set_available(self.available, head);
+            self.available = self.available.wrapping_add(1);
+        }
+        self.ring.set_available_index(self.available);
+        self.kick();
+    }
+
     /// Shows the device any available index, and kicks.
     pub fn jump_to(&mut self, index: u16) {
         self.ring.set_available_index(index);
