@@ -1,7 +1,7 @@
 //! What the daemon says about the disk: features, config space, serial number.
 
 use vdi_tests::driver::{Config, Layout, Options, Request, feature};
-use vdi_tests::image::{Image, MIB};
+use vdi_tests::image::{Image, MIB, are_zeros};
 use vdi_tests::server::Launch;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP};
@@ -71,7 +71,7 @@ fn the_config_space_is_found_at_0_and_at_0x100_and_is_zero_beyond_its_end() {
     assert_eq!(control.config_bytes(4, 8).unwrap(), fields[4..12]);
     let longer = control.config_bytes(0, 256).unwrap();
     assert_eq!(longer[..60], fields);
-    assert!(longer[60..].iter().all(|&byte| byte == 0));
+    assert!(are_zeros(&longer[60..]));
     assert_eq!(control.config_bytes(200, 40).unwrap(), [0; 40]);
     assert_eq!(control.config_bytes(0x300, 16).unwrap(), [0; 16]);
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use vdi_tests::driver::{Layout, Options, PATIENCE, Queue, Request, Token, feature};
-use vdi_tests::image::{Image, MIB, field};
+use vdi_tests::image::{Image, MIB, are_zeros, field};
 use vdi_tests::page_cache::unwritten_pages;
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
@@ -224,7 +224,7 @@ fn expect_slots(disk: &[u8], slots: &[u64], may_be_zeros: bool) {
         let expected = stamp(slot);
         for (nth, wanted) in expected.chunks(512).enumerate() {
             let sector = &disk[start + nth * 512..start + (nth + 1) * 512];
-            let zeros = may_be_zeros && sector.iter().all(|&byte| byte == 0);
+            let zeros = may_be_zeros && are_zeros(&sector);
             assert!(
                 sector == wanted || zeros,
                 "sector {nth} of slot {slot} is not what was written"
@@ -241,7 +241,7 @@ fn expect_written(disk: &[u8], written: &Written) {
         untouched[usize::try_from(*slot).unwrap()] = false;
     }
     for (slot, contents) in disk.chunks(512 * 12).enumerate().take(untouched.len()) {
-        let zeros = contents.iter().all(|&byte| byte == 0);
+        let zeros = are_zeros(&contents);
         assert!(zeros || !untouched[slot], "slot {slot} was never written");
     }
 }
@@ -265,9 +265,10 @@ fn after_kill_9_under_load_all_that_was_answered_is_there_for_qemu_and_for_a_new
         expect_written(&qemu::contents(image.path()), &written);
         let server = Launch::image(image.path()).start();
         let mut driver = server.driver(&Options::new());
-        let disk: Vec<u8> = (0..DISK / (4 * MIB))
-            .flat_map(|nth| driver.read(nth * 8192, 4 << 20))
-            .collect();
+        let mut disk = Vec::new();
+        for nth in 0..DISK / (4 * MIB) {
+            disk.extend_from_slice(&driver.read(nth * 8192, 4 << 20));
+        }
         expect_written(&disk, &written);
         assert_eq!(
             image.bytes(field::BLOCKS_ALLOCATED),
@@ -277,16 +278,25 @@ fn after_kill_9_under_load_all_that_was_answered_is_there_for_qemu_and_for_a_new
         driver.write(0, &[1; 512]);
         drop(driver);
         assert_eq!(server.terminate().code, Some(0));
-        qemu_finds_leaks_at_most(&image);
+        expect_leaks_at_most(&image);
     }
 }
 
 /// Blocks that were handed out and not used are lost by a kill; anything else is damage.
-fn qemu_finds_leaks_at_most(image: &Image) {
+///
+/// `qemu-img check` calls that a mismatch of "is" (in the map) and "should be" (in the header).
+fn expect_leaks_at_most(image: &Image) {
     let path = image.path().to_str().unwrap();
-    let output = qemu::img(["check", "-f", "vdi", "--output=json", path]);
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(!text.contains("\"corruptions\""), "{text}");
+    let output = qemu::img(["check", "-f", "vdi", path]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    for error in text.lines().filter(|line| line.starts_with("ERROR")) {
+        let numbers: Vec<u32> = error
+            .split(|c: char| !c.is_ascii_digit())
+            .filter_map(|number| number.parse().ok())
+            .collect();
+        let leak = error.contains("allocated blocks mismatch") && numbers[0] < numbers[1];
+        assert!(leak, "{error}");
+    }
 }
 
 #[test]

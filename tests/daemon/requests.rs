@@ -3,7 +3,7 @@
 use std::sync::Barrier;
 
 use vdi_tests::driver::{Answer, Cut, Driver, Layout, Options, Region, Request, feature};
-use vdi_tests::image::{Image, MIB};
+use vdi_tests::image::{Image, MIB, are_zeros};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
 use vdi_tests::server::{Launch, Server};
@@ -21,7 +21,7 @@ fn an_unwritten_disk_reads_as_zeros() {
     for cache in CACHES {
         let server = serve(&image, cache);
         let data = server.driver(&Options::new()).read(3, 3 << 20);
-        assert!(data.iter().all(|&byte| byte == 0));
+        assert!(are_zeros(&data));
     }
 }
 
@@ -231,10 +231,7 @@ fn two_queues_that_write_parts_of_one_fresh_block_at_once_both_succeed() {
         for block in 0..BLOCKS {
             let data = driver.read(block * 2048, 2 * 65536);
             assert!(data[..65536] == expected, "block {block}, {cache}");
-            assert!(
-                data[65536..].iter().all(|&byte| byte == 0),
-                "block {block}, {cache}"
-            );
+            assert!(are_zeros(&data[65536..]), "block {block}, {cache}");
         }
         drop(driver);
         assert_eq!(server.terminate().code, Some(0));
@@ -260,10 +257,7 @@ fn a_request_may_span_blocks_of_every_kind() {
                 0
             };
             assert_eq!(contents[..512], [stamp; 512], "block {block}");
-            assert!(
-                contents[512..].iter().all(|&byte| byte == 0),
-                "block {block}"
-            );
+            assert!(are_zeros(&contents[512..]), "block {block}");
         }
         let all = Random::seeded(5).bytes(4 << 20);
         let odd = Layout::cut(Cut::Sizes(vec![16, 1 << 20, (2 << 20) + 512]), Cut::Framed);

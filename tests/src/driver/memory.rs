@@ -133,7 +133,7 @@ impl Memory {
     #[must_use]
     pub fn allocate(self: &Arc<Self>, len_bytes: u64, align: u64) -> Buffer {
         let mut free = self.free.lock().expect("no panic");
-        let len = len_bytes.max(1);
+        let len = len_bytes.max(1).next_multiple_of(align); // so that no splinters are left over
         let (start, end, at) = free
             .iter()
             .find_map(|(&start, &end)| {

@@ -264,6 +264,13 @@ impl Queue {
         self.call.read().unwrap_or(0)
     }
 
+    /// Goes on as if `index` elements had been used already. The ring must be stopped, nothing in flight.
+    pub fn continue_at(&mut self, index: u16) {
+        assert!(self.in_flight.is_empty(), "requests are in flight");
+        (self.available, self.used) = (index, index);
+        self.ring.set_indexes(index);
+    }
+
     /// Says whether calls are wanted from now on.
     pub fn set_calls(&mut self, calls: Calls) {
         self.calls = calls;
@@ -533,11 +540,10 @@ impl Queue {
     }
 
     fn answer(&self, in_flight: &InFlight, used_bytes: u32) -> Answer {
-        let mut data: Vec<u8> = in_flight
-            .writable
-            .iter()
-            .flat_map(|&(at, len)| self.memory.read(at, len as usize))
-            .collect();
+        let mut data = Vec::new();
+        for &(at, len) in &in_flight.writable {
+            data.extend_from_slice(&self.memory.read(at, len as usize));
+        }
         let status = data.pop().expect("every layout has a status byte");
         Answer {
             status,

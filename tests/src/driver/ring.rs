@@ -88,6 +88,12 @@ impl Ring {
         self.used.write(&vec![0; 6 + 8 * len]);
     }
 
+    /// Sets both indexes, as in the memory of a guest that came from elsewhere.
+    pub fn set_indexes(&self, index: u16) {
+        self.memory.store_u16(self.available.at() + 2, index);
+        self.memory.store_u16(self.used.at() + 2, index);
+    }
+
     /// Number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
