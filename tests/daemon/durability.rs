@@ -224,7 +224,7 @@ fn expect_slots(disk: &[u8], slots: &[u64], may_be_zeros: bool) {
         let expected = stamp(slot);
         for (nth, wanted) in expected.chunks(512).enumerate() {
             let sector = &disk[start + nth * 512..start + (nth + 1) * 512];
-            let zeros = may_be_zeros && are_zeros(&sector);
+            let zeros = may_be_zeros && are_zeros(sector);
             assert!(
                 sector == wanted || zeros,
                 "sector {nth} of slot {slot} is not what was written"
@@ -241,7 +241,7 @@ fn expect_written(disk: &[u8], written: &Written) {
         untouched[usize::try_from(*slot).unwrap()] = false;
     }
     for (slot, contents) in disk.chunks(512 * 12).enumerate().take(untouched.len()) {
-        let zeros = are_zeros(&contents);
+        let zeros = are_zeros(contents);
         assert!(zeros || !untouched[slot], "slot {slot} was never written");
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use vdi_core::NewKind;
 use vdi_tests::driver::{Layout, Options, Queue, Request, Token};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::qemu;
@@ -162,4 +163,28 @@ fn random_load_on_1_2_and_4_queues_is_verified_through_the_page_cache() {
 #[test]
 fn random_load_on_1_2_and_4_queues_is_verified_with_direct_io() {
     load_on_images_that_qemu_reads("direct");
+}
+
+#[test]
+fn random_load_is_verified_on_every_block_size_and_on_fixed_images() {
+    let mut random = Random::printed();
+    for (nth, block_size) in [128 << 10, 256 << 10, 512 << 10, 2 << 20, 4 << 20]
+        .into_iter()
+        .enumerate()
+    {
+        let cache = ["writeback", "direct"][nth % 2];
+        let image = Image::by_us(DISK_SECTORS * 512, block_size, NewKind::Dynamic);
+        let disk = run_load(&image, cache, 2, &mut random);
+        assert!(
+            image.contents() == disk,
+            "the core reads something else, {block_size}"
+        );
+    }
+    let image = Image::by_us(DISK_SECTORS * 512, 1 << 20, NewKind::Fixed);
+    let disk = run_load(&image, "writeback", 2, &mut random);
+    qemu::expect_clean(image.path());
+    assert!(
+        qemu::contents(image.path()) == disk,
+        "QEMU reads something else"
+    );
 }

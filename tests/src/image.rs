@@ -8,7 +8,10 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use std::sync::Arc;
+
 use tempfile::TempDir;
+use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, NewKind};
 
 use crate::qemu;
 use crate::server::scratch;
@@ -32,6 +35,24 @@ impl Image {
         image
     }
 
+    /// An image as we make it.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn by_us(capacity_bytes: u64, block_size: u32, kind: NewKind) -> Self {
+        let image = Self::nowhere();
+        let uuid = None;
+        let options = CreateOptions {
+            capacity_bytes,
+            block_size,
+            kind,
+            uuid,
+        };
+        vdi_core::create(&image.path, &options).expect("the options are legal");
+        image
+    }
+
     /// A path with nothing there.
     #[must_use]
     pub fn nowhere() -> Self {
@@ -46,6 +67,22 @@ impl Image {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What the core reads, whatever the block size.
+    ///
+    /// # Panics
+    /// If the image cannot be opened: nobody may be writing to it.
+    #[must_use]
+    pub fn contents(&self) -> Vec<u8> {
+        let file = HostFile::open(&self.path, Access::ReadOnly, Locking::Locked);
+        let file = Arc::new(file.expect("nobody writes to the image"));
+        let disk = Disk::open(file, Access::ReadOnly).expect("the image is sound");
+        let len = usize::try_from(disk.capacity().bytes()).expect("test disks are small");
+        let mut bytes = vec![0; len];
+        let whole = disk.capacity().whole();
+        disk.read_at(whole, &mut bytes).expect("the image is sound");
+        bytes
     }
 
     /// Overwrites bytes of the file.

@@ -8,6 +8,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -91,6 +92,14 @@ impl RawFrontEnd {
     /// Sends bytes as they are; errors are ignored, since the back end may have closed.
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         let _may_be_closed = self.socket.write_all(bytes);
+    }
+
+    /// Sends the same bytes again and again until the back end takes no more for a while.
+    pub fn send_until_full(&self, bytes: &[u8]) {
+        let a_while = Some(Duration::from_millis(300));
+        let mut socket = &self.socket;
+        socket.set_write_timeout(a_while).expect("it is not 0");
+        while socket.write_all(bytes).is_ok() {}
     }
 
     /// Sends a message whose header says what is said here, whatever the payload is.
