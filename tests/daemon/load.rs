@@ -114,10 +114,10 @@ fn bytes(sectors: Range<u64>) -> Range<usize> {
 }
 
 /// Returns what the disk must hold.
-fn run_load(image: &Image, cache: &str, queues: usize, random: &mut Random) -> Vec<u8> {
+fn run_load(image: &Image, options: &[&str], queues: usize, random: &mut Random) -> Vec<u8> {
     let count = queues.to_string();
-    let arguments = ["--cache", cache, "--num-queues", &count];
-    let server = Launch::image(image.path()).args(arguments).start();
+    let launch = Launch::image(image.path()).args(["--num-queues", &count]);
+    let server = launch.args(options).start();
     let mut driver = server.driver(&Options::new().queues(queues).queue_size(256));
     let mut workers: Vec<_> = (0..queues)
         .map(|_| Worker::new(random.fork(), queues))
@@ -146,7 +146,7 @@ fn load_on_images_that_qemu_reads(cache: &str) {
     let mut random = Random::printed();
     for queues in [1, 2, 4] {
         let image = Image::by_qemu(DISK_SECTORS * 512);
-        let disk = run_load(&image, cache, queues, &mut random);
+        let disk = run_load(&image, &["--cache", cache], queues, &mut random);
         qemu::expect_clean(image.path());
         assert!(
             qemu::contents(image.path()) == disk,
@@ -174,17 +174,36 @@ fn random_load_is_verified_on_every_block_size_and_on_fixed_images() {
     {
         let cache = ["writeback", "direct"][nth % 2];
         let image = Image::by_us(DISK_SECTORS * 512, block_size, NewKind::Dynamic);
-        let disk = run_load(&image, cache, 2, &mut random);
+        let disk = run_load(&image, &["--cache", cache], 2, &mut random);
         assert!(
             image.contents() == disk,
             "the core reads something else, {block_size}"
         );
     }
     let image = Image::by_us(DISK_SECTORS * 512, 1 << 20, NewKind::Fixed);
-    let disk = run_load(&image, "writeback", 2, &mut random);
+    let disk = run_load(&image, &[], 2, &mut random);
     qemu::expect_clean(image.path());
     assert!(
         qemu::contents(image.path()) == disk,
         "QEMU reads something else"
     );
+}
+
+#[test]
+fn random_load_is_verified_with_one_worker_for_all_queues_and_without_io_uring() {
+    let mut random = Random::printed();
+    for options in [
+        &["--workers", "1"][..],
+        &["--workers", "1", "--cache", "direct"],
+        &["--engine", "sync"],
+        &["--engine", "sync", "--cache", "direct"],
+    ] {
+        let image = Image::by_qemu(DISK_SECTORS * 512);
+        let disk = run_load(&image, options, 4, &mut random);
+        qemu::expect_clean(image.path());
+        assert!(
+            qemu::contents(image.path()) == disk,
+            "QEMU reads something else"
+        );
+    }
 }

@@ -323,18 +323,23 @@ fn beside_a_busy_queue(queue: &mut Queue, what: impl FnOnce()) {
 #[test]
 fn stopping_one_queue_does_not_stall_another() {
     let image = Image::by_qemu(64 * MIB);
-    let server = serve(&image);
-    let mut driver = server.driver(&Options::new().queues(2));
-    let (first, second) = driver.queues.split_at_mut(1);
-    let control = &mut driver.control;
-    beside_a_busy_queue(&mut second[0], || {
-        for _ in 0..50 {
-            let base = control.stop(0).unwrap();
-            std::thread::sleep(Duration::from_millis(1));
-            control.start(&first[0], base).unwrap();
-            assert_eq!(first[0].read(0, 512), [0; 512]);
-        }
-    });
+    for workers in ["1", "2"] {
+        let server = Launch::image(image.path())
+            .args(["--workers", workers])
+            .start();
+        let mut driver = server.driver(&Options::new().queues(2));
+        let (first, second) = driver.queues.split_at_mut(1);
+        let control = &mut driver.control;
+        beside_a_busy_queue(&mut second[0], || {
+            for _ in 0..50 {
+                let base = control.stop(0).unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+                control.start(&first[0], base).unwrap();
+                assert_eq!(first[0].read(0, 512), [0; 512]);
+            }
+        });
+        assert_eq!(server.terminate().code, Some(0));
+    }
 }
 
 #[test]
