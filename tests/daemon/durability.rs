@@ -3,11 +3,12 @@
 //! Power cannot be cut here. What is seen instead is what a power loss would take: the pages of the image that
 //! the kernel has and the disk has not.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use vdi_tests::driver::{Layout, Options, PATIENCE, Queue, Request, Token, feature};
+use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Queue, Request, Token, feature};
 use vdi_tests::image::{Image, MIB, are_zeros, field};
 use vdi_tests::page_cache::unwritten_pages;
 use vdi_tests::qemu;
@@ -320,4 +321,107 @@ fn a_kill_at_the_first_write_leaves_an_image_that_opens() {
         assert_eq!(data[0], stamp);
         assert!(!answered || stamp == 1, "an answered write is lost");
     }
+}
+
+/// A shell that makes a file that would be too long an error instead of a signal.
+const NO_SIGNAL: [&str; 3] = ["sh", "-c", "trap '' XFSZ; exec \"$0\" \"$@\""];
+
+/// Lets a process write no file beyond so many bytes.
+fn limit_files(pid: u32, bytes: &str) {
+    let arguments = [
+        "--pid",
+        &pid.to_string(),
+        &format!("--fsize={bytes}:unlimited"),
+    ];
+    let status = Command::new("prlimit").args(arguments).status();
+    assert!(status.unwrap().success());
+}
+
+fn write_block(driver: &mut Driver, block: u8) -> u8 {
+    let request = Request::write(u64::from(block) * 2048, vec![block; 4096]);
+    driver.queue().run(&request, &Layout::framed()).status
+}
+
+#[test]
+fn a_write_that_the_host_refuses_fails_alone_and_works_when_there_is_room_again() {
+    for cache in ["writeback", "direct"] {
+        let image = Image::by_qemu(DISK);
+        let launch = Launch::image(image.path()).args(["--cache", cache]);
+        let server = launch.under(NO_SIGNAL).start();
+        let mut driver = server.driver(&Options::new());
+        assert_eq!(write_block(&mut driver, 0), 0);
+        limit_files(server.pid(), "10485760");
+        let (kept, failed): (Vec<u8>, Vec<u8>) =
+            (1..40).partition(|&block| write_block(&mut driver, block) == 0);
+        assert!(
+            (5..10).contains(&kept.len()),
+            "10 MiB hold some blocks, {cache}: {kept:?}"
+        );
+        assert_eq!(
+            write_block(&mut driver, kept[0]),
+            0,
+            "a block that has its room"
+        );
+        for &block in &failed {
+            let data = driver.read(u64::from(block) * 2048, 8192);
+            assert!(are_zeros(&data), "block {block}, whose write failed");
+        }
+        limit_files(server.pid(), "unlimited");
+        for &block in &failed {
+            assert_eq!(write_block(&mut driver, block), 0, "block {block}, {cache}");
+        }
+        for block in 1..40 {
+            let data = driver.read(u64::from(block) * 2048, 8192);
+            assert!(
+                data[..4096] == [block; 4096] && are_zeros(&data[4096..]),
+                "block {block}"
+            );
+        }
+        drop(driver);
+        assert_eq!(server.terminate().code, Some(0));
+        expect_leaks_at_most(&image); // the blocks of failed writes may lie between others
+    }
+}
+
+#[test]
+fn when_the_host_has_no_room_for_new_blocks_the_others_are_served_until_there_is() {
+    let image = Image::by_qemu(DISK);
+    assert!(qemu::io(image.path(), "write -P 1 1M 1M").status.success());
+    let server = Launch::image(image.path()).under(NO_SIGNAL).start();
+    let mut driver = server.driver(&Options::new());
+    limit_files(server.pid(), "2097152");
+    for block in 2..12 {
+        assert_eq!(write_block(&mut driver, block), 1, "block {block}");
+        assert_eq!(write_block(&mut driver, 1), 0, "a block that has its room");
+        driver.flush();
+    }
+    limit_files(server.pid(), "unlimited");
+    for block in 2..12 {
+        assert_eq!(write_block(&mut driver, block), 0, "block {block}");
+    }
+    drop(driver);
+    assert_eq!(server.terminate().code, Some(0));
+    qemu::expect_clean(image.path());
+}
+
+#[test]
+fn writes_that_fail_again_and_again_use_nothing_up() {
+    let image = Image::by_qemu(DISK);
+    let server = Launch::image(image.path()).under(NO_SIGNAL).start();
+    let mut driver = server.driver(&Options::new());
+    assert_eq!(write_block(&mut driver, 0), 0);
+    limit_files(server.pid(), "1048576"); // the first block ends behind that
+    for nth in 0..300 {
+        assert_eq!(
+            write_block(&mut driver, 2 + u8::try_from(nth % 30).unwrap()),
+            1
+        );
+    }
+    limit_files(server.pid(), "unlimited");
+    for block in 1..64 {
+        assert_eq!(write_block(&mut driver, block), 0, "block {block}");
+    }
+    drop(driver);
+    assert_eq!(server.terminate().code, Some(0));
+    qemu::expect_clean(image.path());
 }

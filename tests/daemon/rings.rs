@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vdi_tests::driver::{
-    Calls, Layout, Options, PATIENCE, Queue, Region, Request, UNTOUCHED, feature,
+    Calls, Driver, Layout, Options, PATIENCE, Queue, Region, Request, UNTOUCHED, feature,
 };
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::random::Random;
@@ -179,9 +179,14 @@ fn a_ring_of_any_legal_size_works() {
 
 #[test]
 fn get_vring_base_answers_all_that_was_taken_and_nothing_is_touched_afterwards() {
-    let image = Image::by_qemu(64 * MIB);
-    let server = serve(&image);
-    let mut driver = server.driver(&Options::new());
+    for cache in ["writeback", "direct"] {
+        let image = Image::by_qemu(128 * MIB);
+        let server = Launch::image(image.path()).args(["--cache", cache]).start();
+        stop_again_and_again(&mut server.driver(&Options::new()));
+    }
+}
+
+fn stop_again_and_again(driver: &mut Driver) {
     driver.write(0, &vec![9; 4 << 20]);
     for round in 0..20 {
         let before = driver.queue().available_index();
