@@ -14,6 +14,7 @@ use vdi_tests::page_cache::unwritten_pages;
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
 use vdi_tests::server::Launch;
+use vdi_tests::stop::StopOnDrop;
 
 const DISK: u64 = 64 * MIB;
 
@@ -193,13 +194,14 @@ fn end_under_load(image: &Image, cache: &str, after_answers: usize, signal: Sign
         let workers: Vec<_> = queues
             .map(|queue| scope.spawn(move || write_slots(queue, 2, stop, count)))
             .collect();
+        let at_last = StopOnDrop::new(stop);
         let start = std::time::Instant::now();
         while count.load(Ordering::Relaxed) < after_answers && start.elapsed() < PATIENCE {
             std::thread::yield_now();
         }
         server.signal(signal);
         let exit = server.wait();
-        stop.store(true, Ordering::Relaxed);
+        drop(at_last);
         if signal == Signal::SIGTERM {
             assert_eq!(exit.code, Some(0), "{}", exit.log);
             assert!(

@@ -1,8 +1,8 @@
 //! Reads and writes: every size, every layout, every place.
 
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vdi_tests::driver::{Answer, Cut, Driver, Layout, Options, Region, Request, feature};
+use vdi_tests::driver::{Answer, Cut, Driver, Layout, Options, Queue, Region, Request, feature};
 use vdi_tests::image::{Image, MIB, are_zeros};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
@@ -195,6 +195,25 @@ fn requests_without_data_are_answered() {
     driver.flush();
 }
 
+/// Writes half of the first 64 KiB of a block, as soon as another queue is about to write the other half.
+fn write_every_other_page(queue: &mut Queue, block: u64, ready: &AtomicUsize) {
+    let mine = queue.index() as u64;
+    let stamp = vec![0x40 + u8::try_from(mine).unwrap(); 4096];
+    ready.fetch_add(1, Ordering::Relaxed);
+    while ready.load(Ordering::Relaxed) < 2 {
+        std::hint::spin_loop();
+    }
+    let tokens: Vec<_> = (0..8)
+        .map(|part| {
+            let sector = block * 2048 + (2 * part + mine) * 8;
+            queue.submit(&Request::write(sector, stamp.clone()), &Layout::framed())
+        })
+        .collect();
+    for token in tokens {
+        let _none = queue.wait(token).expect_ok();
+    }
+}
+
 #[test]
 fn two_queues_that_write_parts_of_one_fresh_block_at_once_both_succeed() {
     const BLOCKS: u64 = 64;
@@ -202,29 +221,14 @@ fn two_queues_that_write_parts_of_one_fresh_block_at_once_both_succeed() {
         let image = Image::by_qemu(BLOCKS * MIB);
         let server = serve(&image, cache);
         let mut driver = server.driver(&Options::new().queues(2));
-        let barrier = Barrier::new(2);
-        std::thread::scope(|scope| {
-            for queue in &mut driver.queues {
-                let barrier = &barrier;
-                scope.spawn(move || {
-                    let mine = queue.index() as u64;
-                    let stamp = vec![0x40 + u8::try_from(mine).unwrap(); 4096];
-                    for block in 0..BLOCKS {
-                        barrier.wait();
-                        let write = |part: u64| {
-                            let sector = block * 2048 + (2 * part + mine) * 8;
-                            Request::write(sector, stamp.clone())
-                        };
-                        let tokens: Vec<_> = (0..8)
-                            .map(|part| queue.submit(&write(part), &Layout::framed()))
-                            .collect();
-                        for token in tokens {
-                            let _none = queue.wait(token).expect_ok();
-                        }
-                    }
-                });
-            }
-        });
+        for block in 0..BLOCKS {
+            let ready = AtomicUsize::new(0);
+            std::thread::scope(|scope| {
+                for queue in &mut driver.queues {
+                    scope.spawn(|| write_every_other_page(queue, block, &ready));
+                }
+            });
+        }
         let expected: Vec<u8> = (0..16)
             .flat_map(|part| vec![0x40 + part % 2; 4096])
             .collect();

@@ -9,6 +9,7 @@ use vdi_tests::driver::{
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::random::Random;
 use vdi_tests::server::{Launch, Server};
+use vdi_tests::stop::StopOnDrop;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_IOERR;
 
@@ -306,6 +307,7 @@ fn beside_a_busy_queue(queue: &mut Queue, what: impl FnOnce()) {
     let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     let longest = std::thread::scope(|scope| {
         let worker = scope.spawn(|| busy(queue, &stop, &rounds));
+        let at_last = StopOnDrop::new(&stop);
         let deadline = Instant::now() + PATIENCE;
         while rounds.load(Ordering::Relaxed) < 10 && Instant::now() < deadline {
             std::thread::yield_now();
@@ -315,7 +317,7 @@ fn beside_a_busy_queue(queue: &mut Queue, what: impl FnOnce()) {
         while rounds.load(Ordering::Relaxed) < before + 10 && Instant::now() < deadline {
             std::thread::yield_now();
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(at_last);
         worker.join().unwrap()
     });
     assert!(

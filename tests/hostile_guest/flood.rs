@@ -8,6 +8,7 @@ use vdi_tests::image::{Image, MIB, are_zeros};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
 use vdi_tests::server::Launch;
+use vdi_tests::stop::StopOnDrop;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
 use crate::bench::{Bench, FIRST, HOLE, NOWHERE, RING, linked};
@@ -134,6 +135,7 @@ fn huge_misaligned_requests_with_direct_io_need_bounded_memory() {
                 std::thread::sleep(Duration::from_millis(1));
             }
         });
+        let _at_last = StopOnDrop::new(&done);
         let layout = Layout::framed().misaligned(1);
         let tokens: Vec<_> = (0..4)
             .map(|nth| {
@@ -148,7 +150,6 @@ fn huge_misaligned_requests_with_direct_io_need_bounded_memory() {
             assert!(answer.status <= 1);
             assert!(answer.status == 1 || are_zeros(&answer.data));
         }
-        done.store(true, Ordering::Relaxed);
     });
     let most = most.load(Ordering::Relaxed);
     assert!(most < 160 * MIB, "it used {} MiB of its own", most / MIB);

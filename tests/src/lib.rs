@@ -6,3 +6,4 @@ pub mod page_cache;
 pub mod qemu;
 pub mod random;
 pub mod server;
+pub mod stop;
