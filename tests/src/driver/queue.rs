@@ -24,6 +24,9 @@ use super::ring::{Descriptor, INDIRECT, NEXT, Ring, Used, WRITE, passed};
 /// How long anything may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long after a device gave a ring up the last answers may come.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
 /// What memory holds before the device writes it.
 pub const UNTOUCHED: u8 = 0xee;
 
@@ -187,6 +190,8 @@ pub struct Queue {
     offered: Vec<u16>,
     returned: Vec<Used>,
     kicks: u64,
+    /// When the device said that it gave the ring up, if nobody has been told yet.
+    broken_since: Option<Instant>,
 }
 
 impl Queue {
@@ -213,6 +218,7 @@ impl Queue {
             offered: Vec::new(),
             returned: Vec::new(),
             kicks: 0,
+            broken_since: None,
         }
     }
 
@@ -329,7 +335,7 @@ impl Queue {
             if let Some(answer) = self.answers.remove(&token) {
                 return Some(answer);
             }
-            if !self.sleep_until(deadline) {
+            if !self.sleep_unless_broken(deadline) {
                 return None;
             }
         }
@@ -357,7 +363,7 @@ impl Queue {
             if let Some(first) = self.answers.pop_first() {
                 return Some(first);
             }
-            if !self.sleep_until(deadline) {
+            if !self.sleep_unless_broken(deadline) {
                 return None;
             }
         }
@@ -447,19 +453,13 @@ impl Queue {
             if let Some(used) = self.returned.pop() {
                 return Fate::Used(used);
             }
-            if self.is_broken() {
+            if self.broken_since.take().is_some() {
                 return Fate::Broken;
             }
             if !self.sleep_until(deadline) {
                 return Fate::Silence;
             }
         }
-    }
-
-    /// Whether the device signalled the error eventfd since this was last asked.
-    #[must_use]
-    pub fn is_broken(&self) -> bool {
-        self.error.read().is_ok()
     }
 
     fn prepare(&mut self, request: &Request, layout: &Layout) -> (Token, u16) {
@@ -552,8 +552,31 @@ impl Queue {
         }
     }
 
-    /// Sleeps until the device has perhaps answered; false when the deadline has passed.
+    /// Sleeps for an answer, which does not come for long from a ring that the device gave up.
+    fn sleep_unless_broken(&mut self, deadline: Instant) -> bool {
+        let Some(since) = self.broken_since else {
+            return self.sleep_until(deadline);
+        };
+        let last = deadline.min(since + LAST_ANSWERS);
+        assert!(
+            self.sleep_until(last) || last == deadline,
+            "queue {}: the device gave the ring up with {} in flight",
+            self.index,
+            self.in_flight.len()
+        );
+        Instant::now() < deadline
+    }
+
+    /// Sleeps until the device has perhaps answered or given the ring up; false when the deadline has passed.
     fn sleep_until(&mut self, deadline: Instant) -> bool {
+        let slept = self.sleep_until_called(deadline);
+        if self.error.read().is_ok() {
+            self.broken_since = Some(Instant::now());
+        }
+        slept
+    }
+
+    fn sleep_until_called(&mut self, deadline: Instant) -> bool {
         if self.calls == Calls::Unwanted {
             std::thread::sleep(Duration::from_micros(50));
             return Instant::now() < deadline;
