@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use tempfile::TempDir;
 use vdi_tests::images::image;
 use vdi_tests::tool::{program, spawn, vdi};
@@ -507,8 +509,8 @@ fn interrupted_convert(raw: &Path, out: &Path) -> Option<String> {
         assert!(start.elapsed() < Duration::from_secs(60), "it begins");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let pid = child.id().to_string();
-    Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
     let mut err = String::new();
     child
         .stderr

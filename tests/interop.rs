@@ -360,7 +360,10 @@ fn qemu_maps_the_same_data_to_the_same_offsets() {
                 .map(|extent| extent.as_object().unwrap().keys().cloned().collect())
                 .unwrap_or_default()
         };
-        assert_eq!(keys(&ours), keys(&theirs), "{}", case.name);
+        // QEMU has got more keys over the years (`compressed` is not in 7.2).
+        let (ours, theirs) = (keys(&ours), keys(&theirs));
+        let missing: Vec<_> = theirs.iter().filter(|key| !ours.contains(key)).collect();
+        assert!(missing.is_empty(), "{}: {missing:?}", case.name);
         compared += 1;
     }
     assert!(compared >= 15, "{compared}");

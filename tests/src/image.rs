@@ -2,7 +2,7 @@
 //!
 //! Not a model of the format: fields are patched by their offsets in a file that nobody has open.
 //!
-//! Source: `vdi-format.md` in words; VirtualBox `VDICore.h` for the offsets.
+//! Source: VirtualBox `VDICore.h` for the offsets.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
