@@ -8,8 +8,8 @@ use std::sync::Arc;
 use vdi_core::{Access, Disk, Sector, Storage};
 use vdi_tests::random::Random;
 use vdi_tests::simulated::{
-    Contents, Crash, Cut, Found, Habits, Layout, Moment, Oracle, SimulatedFile, Workload,
-    for_each_seed, percent,
+    Contents, Crash, Cut, Found, Habits, Layout, Moment, Operation, Oracle, SimulatedFile,
+    Workload, for_each_seed, percent,
 };
 
 const HABITS: Habits = Habits {
@@ -37,12 +37,12 @@ fn used(layout: &Layout, steps: u64, random: &mut Random) -> Workload {
 }
 
 /// A crash, and what is known of the image that it hit.
-struct Scene<'w> {
-    layout: &'w Layout,
-    oracle: &'w Oracle,
+pub(crate) struct Scene<'w> {
+    pub(crate) layout: &'w Layout,
+    pub(crate) oracle: &'w Oracle,
     /// From when on no harm may come to the image from others. (One that was made with
     /// too small a count is mended by the first write.)
-    harmless_from: Moment,
+    pub(crate) harmless_from: Moment,
 }
 
 impl<'w> Scene<'w> {
@@ -61,7 +61,7 @@ impl<'w> Scene<'w> {
 
     /// P3: what is left is an image that others may write, that opens again for writing, and that reads
     /// as it may. Gives the bytes that it reads as.
-    fn check(&self, left: &Contents, moment: Moment, crash: Crash) -> Vec<u8> {
+    pub(crate) fn check(&self, left: &Contents, moment: Moment, crash: Crash) -> Vec<u8> {
         let image = Found::within(left, self.layout);
         if moment >= self.harmless_from {
             let harm = image.harm(self.layout);
@@ -114,7 +114,7 @@ fn a_power_cut_at_any_instant_keeps_what_was_flushed_and_all_blocks_apart() {
     for_each_seed(25, |mut random| {
         let layout = loop {
             let layout = Layout::any(&[128 << 10], &mut random);
-            if layout.offset_bmap % 4 == 0 {
+            if layout.offset_bmap.is_multiple_of(4) {
                 break layout;
             }
         };
@@ -152,9 +152,7 @@ fn room_that_is_made_in_steps_always_covers_every_entry() {
             }
         }
         let history = file.history();
-        let lengths = history
-            .since(Moment::START)
-            .filter_map(|operation| operation.new_len());
+        let lengths = history.since(Moment::START).filter_map(Operation::new_len);
         assert!(lengths.count() > 2, "room was made in steps");
         for moment in history.moments() {
             if !percent(&mut random, 5) {

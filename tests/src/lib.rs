@@ -1,4 +1,13 @@
 //! Helpers for the tests: what builds images, drives the daemon and boots guests.
 
+pub mod driver;
+pub mod guest;
+pub mod image;
+pub mod images;
+pub mod page_cache;
+pub mod qemu;
 pub mod random;
+pub mod server;
 pub mod simulated;
+pub mod stop;
+pub mod tool;

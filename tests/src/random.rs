@@ -55,9 +55,9 @@ impl Random {
     /// Bytes.
     #[must_use]
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(len + 8);
-        while bytes.len() < len {
-            bytes.extend(self.number().to_le_bytes());
+        let mut bytes = vec![0; len.next_multiple_of(8)];
+        for word in bytes.chunks_exact_mut(8) {
+            word.copy_from_slice(&self.number().to_le_bytes());
         }
         bytes.truncate(len);
         bytes

@@ -19,9 +19,11 @@ use nix::errno::Errno;
 use vdi_core::{FileOffset, Storage};
 
 pub mod contents;
+pub mod flag;
 pub mod history;
 pub mod layout;
 pub mod oracle;
+pub mod parts;
 pub mod workload;
 
 pub use contents::Contents;
@@ -261,6 +263,18 @@ impl Storage for SimulatedFile {
             }
             Some(Failure::Clean(errno) | Failure::Short(errno, _)) => Err(errno.into()),
         }
+    }
+
+    fn zero(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+        self.punch(at, len_bytes)
+    }
+
+    fn reserve(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+        let end = at.0 + len_bytes;
+        if self.len_bytes()? < end {
+            self.set_len(end)?;
+        }
+        Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -1,2 +1,65 @@
-//! The tool.
-fn main() {}
+//! `vdi`, the tool for VirtualBox VDI images.
+//!
+//! It turns words into calls of `vdi-core` and the results into words and an exit code.
+//! All errors are printed here, with the whole line of their causes.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod new_file;
+mod report;
+mod size;
+
+use std::error::Error;
+use std::io;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::Cli;
+use crate::commands::Failure;
+
+/// What `check` exits with when the image is corrupt, as `qemu-img check` does.
+const EXIT_CORRUPT: u8 = 2;
+/// What `check` exits with when space is leaked and nothing worse.
+const EXIT_LEAKS: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let failed = error.use_stderr();
+            // Where there is no one to read it, there is nothing to do about it.
+            let _ = error.print();
+            // Not clap's 2, which would be a corrupt image.
+            return if failed {
+                ExitCode::FAILURE
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    match commands::run(cli.verb) {
+        Ok(code) => code,
+        // The reader has seen enough (`vdi map | head`).
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::FAILURE
+        }
+        Err(failure) => {
+            eprintln!("vdi: error: {}", line_of_causes(&failure));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn line_of_causes(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}

@@ -129,14 +129,18 @@ impl BlockMap {
         self.entries.is_empty()
     }
 
+    /// All entries, one for each block of the disk.
+    pub fn entries(&self) -> impl Iterator<Item = BlockMapEntry> {
+        let raw = self.entries.iter();
+        raw.map(|raw| BlockMapEntry::from_raw(raw.load(Ordering::Acquire)))
+    }
+
     /// The blocks that have storage: where, and which they are.
     pub(crate) fn allocated(&self) -> impl Iterator<Item = (FileBlock, DiskBlock)> {
-        let blocks = (0..).map(DiskBlock::new).zip(&self.entries);
-        blocks.filter_map(|(disk_block, raw)| {
-            match BlockMapEntry::from_raw(raw.load(Ordering::Acquire)) {
-                BlockMapEntry::Allocated(file_block) => Some((file_block, disk_block)),
-                BlockMapEntry::Unallocated | BlockMapEntry::Zero => None,
-            }
+        let blocks = (0..).map(DiskBlock::new).zip(self.entries());
+        blocks.filter_map(|(disk_block, entry)| match entry {
+            BlockMapEntry::Allocated(file_block) => Some((file_block, disk_block)),
+            BlockMapEntry::Unallocated | BlockMapEntry::Zero => None,
         })
     }
 
@@ -329,4 +333,155 @@ pub enum MapError {
         end: u64,
         file_len: u64,
     },
+}
+
+#[cfg(test)]
+impl Owners {
+    /// Owners of these blocks.
+    pub(crate) fn of(owned: &[u32]) -> Self {
+        let mut owners = Self {
+            bits: Vec::new(),
+            hidden_end: 0,
+        };
+        for &number in owned {
+            assert!(owners.take(FileBlock::new(number).unwrap()));
+        }
+        owners
+    }
+}
+
+#[cfg(test)]
+#[expect(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges are what is compared"
+)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::create::{CreateOptions, NewKind, create_in};
+    use crate::format::RawHeader;
+    use crate::storage::{Access, HostFile, Locking};
+
+    /// Four blocks of 1 MiB, the last one of which the disk needs 1 KiB of.
+    const CAPACITY: u64 = (3 << 20) + 1024;
+    const DATA: u64 = 2 << 20;
+
+    /// An image whose map has these entries, in a file of that length.
+    fn load(entries: &[u32], file_len: u64) -> Result<(BlockMap, Owners), MapError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.vdi");
+        let options = CreateOptions {
+            capacity_bytes: CAPACITY,
+            block_size: 1 << 20,
+            kind: NewKind::Dynamic,
+            uuid: None,
+        };
+        let file = File::create_new(&path).unwrap();
+        create_in(&file, &options).unwrap();
+        for (nth, entry) in entries.iter().enumerate() {
+            let at = (1 << 20) + 4 * nth as u64;
+            file.write_all_at(&entry.to_le_bytes(), at).unwrap();
+        }
+        // blocks_in_image: entries beyond the disk's last block are legal.
+        let blocks = u32::try_from(entries.len()).unwrap();
+        file.write_all_at(&blocks.to_le_bytes(), 0x180).unwrap();
+        file.set_len(file_len).unwrap();
+        let file = HostFile::open(&path, Access::ReadOnly, Locking::Locked).unwrap();
+        let raw = RawHeader::read(&file).unwrap();
+        BlockMap::load(&file, &Header::check(raw, Access::ReadOnly).unwrap())
+    }
+
+    fn end_of(blocks: u64) -> u64 {
+        DATA + (blocks << 20)
+    }
+
+    #[test]
+    fn load_gives_the_three_states() {
+        let (map, owners) = load(&[2, ENTRY_FREE, ENTRY_ZERO, 0], end_of(3)).unwrap();
+        let states: Vec<_> = (0..4).map(|block| map.get(DiskBlock::new(block))).collect();
+        let allocated = |number| BlockMapEntry::Allocated(FileBlock::new(number).unwrap());
+        let (unallocated, zero) = (BlockMapEntry::Unallocated, BlockMapEntry::Zero);
+        assert_eq!(states, [allocated(2), unallocated, zero, allocated(0)]);
+        assert_eq!((map.len(), map.owned_end(), owners.end()), (4, 3, 3));
+        assert_eq!(owners.gaps(5), [1..2, 3..5]);
+    }
+
+    #[test]
+    fn load_rejects_a_block_that_is_not_below_blocks_in_image() {
+        let refused = load(&[0, 4, ENTRY_FREE, ENTRY_FREE], end_of(9));
+        assert!(matches!(
+            refused,
+            Err(MapError::OutOfRange {
+                block: 1,
+                file_block: 4,
+                blocks_in_image: 4
+            })
+        ));
+        let refused = load(&[ENTRY_ZERO - 1, 0, 1, 2], end_of(9));
+        assert!(matches!(refused, Err(MapError::OutOfRange { .. })));
+    }
+
+    #[test]
+    fn load_rejects_two_owners_of_one_block() {
+        let refused = load(&[1, 0, ENTRY_FREE, 1], end_of(4));
+        assert!(matches!(
+            refused,
+            Err(MapError::TwoOwners {
+                block: 3,
+                file_block: 1
+            })
+        ));
+        // An owner that no sector of the disk needs is one too.
+        let refused = load(&[1, 0, ENTRY_FREE, ENTRY_FREE, 1], end_of(4));
+        assert!(matches!(refused, Err(MapError::TwoOwners { block: 4, .. })));
+    }
+
+    #[test]
+    fn load_rejects_a_block_that_the_file_does_not_hold() {
+        let entries = [0, 1, ENTRY_FREE, ENTRY_FREE];
+        assert!(load(&entries, end_of(2)).is_ok());
+        let refused = load(&entries, end_of(2) - 1);
+        assert!(matches!(
+            refused,
+            Err(MapError::BehindEnd { block: 1, file_block: 1, end, file_len })
+                if end == end_of(2) && file_len == end - 1
+        ));
+    }
+
+    #[test]
+    fn the_last_block_may_end_where_the_disk_does() {
+        let entries = [0, ENTRY_FREE, ENTRY_FREE, 1];
+        assert!(load(&entries, end_of(1) + 1024).is_ok());
+        let refused = load(&entries, end_of(1) + 1023);
+        assert!(matches!(refused, Err(MapError::BehindEnd { block: 3, .. })));
+    }
+
+    #[test]
+    fn load_rejects_a_map_that_was_cut_off() {
+        let entries = [ENTRY_FREE; 4];
+        assert!(load(&entries, (1 << 20) + 16).is_ok());
+        let refused = load(&entries, (1 << 20) + 15);
+        assert!(matches!(refused, Err(MapError::Truncated { .. })));
+    }
+
+    #[test]
+    fn entries_beyond_the_disk_keep_their_blocks() {
+        let entries = [0, ENTRY_FREE, ENTRY_FREE, ENTRY_FREE, ENTRY_FREE, 3];
+        let (map, owners) = load(&entries, end_of(4)).unwrap();
+        assert_eq!((map.len(), map.owned_end()), (4, 1));
+        assert_eq!((owners.hidden_end(), owners.end()), (4, 4));
+        assert_eq!(owners.gaps(4), [1..3]);
+    }
+
+    #[test]
+    fn gaps_are_what_nobody_owns() {
+        let owners = Owners::of(&[0, 1, 63, 64, 130]);
+        assert_eq!(owners.end(), 131);
+        assert_eq!(owners.gaps(200), [2..63, 65..130, 131..200]);
+        assert_eq!(owners.gaps(64), [2..63]);
+        assert_eq!(Owners::of(&[]).gaps(3), [0..3]);
+        assert_eq!(Owners::of(&[]).end(), 0);
+    }
 }

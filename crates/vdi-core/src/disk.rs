@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::task::{Wake, Waker};
 use std::thread::Thread;
 
+use crate::block_map::BlockMapEntry;
 use crate::header::{Header, ImageKind, Warning};
 use crate::image::{Image, OpenError, Place};
 use crate::storage::{Access, Storage};
@@ -127,6 +128,11 @@ impl Disk {
     /// The top image's header as it was at open.
     pub fn header(&self) -> &Header {
         &self.top().header
+    }
+
+    /// The entries of the top image's map, one for each block of the disk.
+    pub fn entries(&self) -> impl Iterator<Item = BlockMapEntry> {
+        self.top().map.entries()
     }
 
     /// What is wrong with the images without harm to their readers.

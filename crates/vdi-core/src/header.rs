@@ -64,10 +64,21 @@ impl Header {
     /// # Errors
     /// The first rule that it breaks.
     pub fn check(raw: RawHeader, access: Access) -> Result<Self, HeaderError> {
-        check_version(&raw)?;
-        check_places(&raw)?;
-        let kind = check_type(&raw)?;
-        let block_size = check_sizes(&raw)?;
+        if let Some(error) = Self::broken_rules(&raw).next() {
+            return Err(error);
+        }
+        let found = raw.block_size.get();
+        let block_size = BlockSize::new(found).ok_or(HeaderError::BlockSize { found })?;
+        let link = ParentLink {
+            uuid_image: raw.uuid_parent.get(),
+            uuid_modify: raw.uuid_parent_modify.get(),
+        };
+        // VirtualBox treats any image that names a parent as its child.
+        let kind = match raw.image_type.get() {
+            _ if !link.uuid_image.is_nil() => ImageKind::Differencing(link),
+            format::TYPE_FIXED => ImageKind::Fixed,
+            _ => ImageKind::Dynamic,
+        };
         if let (Access::Writable, Some(flaw)) = (access, flaws(&raw).next()) {
             return Err(HeaderError::Flaw { flaw });
         }
@@ -76,6 +87,12 @@ impl Header {
             kind,
             block_size,
         })
+    }
+
+    /// All the rules that a header breaks, in VirtualBox's order. Behind a wrong signature
+    /// or version the others mean nothing.
+    pub fn broken_rules(raw: &RawHeader) -> impl Iterator<Item = HeaderError> + '_ {
+        RULES.iter().filter_map(|rule| rule(raw).err())
     }
 
     /// What is wrong with the header without a harm to readers (H3).
@@ -141,105 +158,143 @@ impl Header {
     }
 }
 
+type Rule = fn(&RawHeader) -> Result<(), HeaderError>;
+
+/// H1, H2 and what VirtualBox asks for besides, in its order.
+const RULES: [Rule; 13] = [
+    check_signature,
+    check_version,
+    check_header_size,
+    check_map_offset,
+    check_data_offset,
+    check_type,
+    check_flags,
+    check_lchs,
+    check_parent,
+    check_disk_size,
+    check_block_size,
+    check_block_extra,
+    check_block_count,
+];
+
+fn check_signature(raw: &RawHeader) -> Result<(), HeaderError> {
+    let found = raw.signature.get();
+    ensure(raw.is_vdi(), HeaderError::Signature { found })
+}
+
 fn check_version(raw: &RawHeader) -> Result<(), HeaderError> {
-    if !raw.is_vdi() {
-        return Err(HeaderError::Signature {
-            found: raw.signature.get(),
-        });
-    }
-    let version = raw.version.get();
-    match version >> 16 {
-        1 => Ok(()),
-        0 if raw.is_version_0() => Ok(()),
-        _ => Err(HeaderError::Version {
-            major: version >> 16,
-            minor: version & 0xFFFF,
-        }),
-    }
+    let (major, minor) = (raw.version.get() >> 16, raw.version.get() & 0xFFFF);
+    ensure(
+        major == 1 || raw.is_version_0(),
+        HeaderError::Version { major, minor },
+    )
 }
 
-fn check_places(raw: &RawHeader) -> Result<(), HeaderError> {
-    let header_size = raw.header_size.get();
-    if header_size < format::HEADER_SIZE_SHORT && !raw.is_version_0() {
-        return Err(HeaderError::HeaderSize {
-            found: header_size,
-            least: format::HEADER_SIZE_SHORT,
-        });
-    }
-    let offset_bmap = raw.offset_bmap.get();
-    if offset_bmap < format::HEADER_END_SHORT && !raw.is_version_0() {
-        return Err(HeaderError::MapOffset {
-            found: offset_bmap,
-            least: format::HEADER_END_SHORT,
-        });
-    }
-    let (offset_data, map_end) = (raw.offset_data.get(), raw.map_end());
-    if u64::from(offset_data) < map_end {
-        return Err(HeaderError::DataOffset {
-            found: offset_data,
-            blocks_in_image: raw.blocks_in_image.get(),
-            map_end,
-        });
-    }
-    Ok(())
+fn check_header_size(raw: &RawHeader) -> Result<(), HeaderError> {
+    let (found, least) = (raw.header_size.get(), format::HEADER_SIZE_SHORT);
+    ensure(
+        found >= least || raw.is_version_0(),
+        HeaderError::HeaderSize { found, least },
+    )
 }
 
-fn check_type(raw: &RawHeader) -> Result<ImageKind, HeaderError> {
-    let link = ParentLink {
-        uuid_image: raw.uuid_parent.get(),
-        uuid_modify: raw.uuid_parent_modify.get(),
-    };
-    // VirtualBox treats any image that names a parent as its child.
-    let kind = match (raw.image_type.get(), link.uuid_image.is_nil()) {
-        (format::TYPE_DYNAMIC | format::TYPE_UNDO, true) => ImageKind::Dynamic,
-        (format::TYPE_FIXED, true) => ImageKind::Fixed,
-        (format::TYPE_FIXED, false) => {
-            let parent = link.uuid_image;
-            return Err(HeaderError::FixedChild { parent });
-        }
-        (format::TYPE_DIFFERENCING, true) => return Err(HeaderError::NoParentNamed),
-        (format::TYPE_DYNAMIC | format::TYPE_UNDO | format::TYPE_DIFFERENCING, false) => {
-            ImageKind::Differencing(link)
-        }
-        (found, _) => return Err(HeaderError::ImageType { found }),
-    };
-    let refused = raw.image_flags.get() & !format::FLAGS_ACCEPTED;
-    if refused != 0 {
-        let found = raw.image_flags.get();
-        return Err(HeaderError::ImageFlags { found, refused });
-    }
-    let found = raw.lchs_sector_size.get();
-    if raw.has_lchs() && raw.version.get() == format::VERSION_1_1 && found != 512 {
-        return Err(HeaderError::LchsSectorSize { found });
-    }
-    Ok(kind)
+fn check_map_offset(raw: &RawHeader) -> Result<(), HeaderError> {
+    let (found, least) = (raw.offset_bmap.get(), format::HEADER_END_SHORT);
+    ensure(
+        found >= least || raw.is_version_0(),
+        HeaderError::MapOffset { found, least },
+    )
 }
 
-fn check_sizes(raw: &RawHeader) -> Result<BlockSize, HeaderError> {
-    let disk_size = raw.disk_size.get();
-    if disk_size == 0 {
-        return Err(HeaderError::DiskSizeZero);
-    }
-    let found = raw.block_size.get();
-    let block_size = BlockSize::new(found).ok_or(HeaderError::BlockSize { found })?;
-    let block_extra = raw.block_extra.get();
-    if block_extra == 1 || !(block_extra == 0 || block_extra.is_power_of_two()) {
-        return Err(HeaderError::BlockExtra { found: block_extra });
-    }
+fn check_data_offset(raw: &RawHeader) -> Result<(), HeaderError> {
+    let (found, map_end) = (raw.offset_data.get(), raw.map_end());
     let blocks_in_image = raw.blocks_in_image.get();
+    ensure(
+        u64::from(found) >= map_end,
+        HeaderError::DataOffset {
+            found,
+            blocks_in_image,
+            map_end,
+        },
+    )
+}
+
+fn check_type(raw: &RawHeader) -> Result<(), HeaderError> {
+    match raw.image_type.get() {
+        format::TYPE_DYNAMIC
+        | format::TYPE_UNDO
+        | format::TYPE_FIXED
+        | format::TYPE_DIFFERENCING => Ok(()),
+        found => Err(HeaderError::ImageType { found }),
+    }
+}
+
+fn check_flags(raw: &RawHeader) -> Result<(), HeaderError> {
+    let found = raw.image_flags.get();
+    let refused = found & !format::FLAGS_ACCEPTED;
+    ensure(refused == 0, HeaderError::ImageFlags { found, refused })
+}
+
+fn check_lchs(raw: &RawHeader) -> Result<(), HeaderError> {
+    let found = raw.lchs_sector_size.get();
+    let has_lchs = raw.has_lchs() && raw.version.get() == format::VERSION_1_1;
+    ensure(
+        !has_lchs || found == 512,
+        HeaderError::LchsSectorSize { found },
+    )
+}
+
+fn check_parent(raw: &RawHeader) -> Result<(), HeaderError> {
+    let parent = raw.uuid_parent.get();
+    match (raw.image_type.get(), parent.is_nil()) {
+        (format::TYPE_DIFFERENCING, true) => Err(HeaderError::NoParentNamed),
+        (format::TYPE_FIXED, false) => Err(HeaderError::FixedChild { parent }),
+        _ => Ok(()),
+    }
+}
+
+fn check_disk_size(raw: &RawHeader) -> Result<(), HeaderError> {
+    ensure(raw.disk_size.get() != 0, HeaderError::DiskSizeZero)
+}
+
+fn check_block_size(raw: &RawHeader) -> Result<(), HeaderError> {
+    let found = raw.block_size.get();
+    ensure(
+        BlockSize::new(found).is_some(),
+        HeaderError::BlockSize { found },
+    )
+}
+
+fn check_block_extra(raw: &RawHeader) -> Result<(), HeaderError> {
+    let found = raw.block_extra.get();
+    let legal = found == 0 || (found > 1 && found.is_power_of_two());
+    ensure(legal, HeaderError::BlockExtra { found })
+}
+
+fn check_block_count(raw: &RawHeader) -> Result<(), HeaderError> {
+    let (blocks_in_image, disk_size) = (raw.blocks_in_image.get(), raw.disk_size.get());
+    // Without a block size nothing can be said about their number.
+    let Some(block_size) = BlockSize::new(raw.block_size.get()) else {
+        return Ok(());
+    };
     let needed = block_size.blocks_for(disk_size);
-    if u64::from(blocks_in_image) < needed {
-        return Err(HeaderError::TooFewBlocks {
+    ensure(
+        u64::from(blocks_in_image) >= needed,
+        HeaderError::TooFewBlocks {
             blocks_in_image,
             disk_size,
-            block_size: found,
+            block_size: block_size.bytes(),
             needed,
-        });
-    }
-    Ok(block_size)
+        },
+    )
 }
 
-fn flaws(raw: &RawHeader) -> impl Iterator<Item = Warning> + use<> {
+fn ensure(holds: bool, broken: HeaderError) -> Result<(), HeaderError> {
+    if holds { Ok(()) } else { Err(broken) }
+}
+
+/// What breaks H3.
+pub(crate) fn flaws(raw: &RawHeader) -> impl Iterator<Item = Warning> + use<> {
     let (blocks_allocated, blocks_in_image) =
         (raw.blocks_allocated.get(), raw.blocks_in_image.get());
     [

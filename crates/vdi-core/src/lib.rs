@@ -20,8 +20,10 @@
 
 pub mod block_map;
 pub mod chain;
+pub mod check;
 mod chores;
 pub mod compact;
+pub mod convert;
 pub mod create;
 pub mod disk;
 pub mod format;

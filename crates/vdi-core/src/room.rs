@@ -151,3 +151,128 @@ pub(crate) struct Counts {
     pub(crate) in_image: u32,
     pub(crate) allocated: u32,
 }
+
+#[cfg(test)]
+#[expect(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges are what is compared"
+)]
+mod tests {
+    use super::*;
+    use crate::units::BlockSize;
+
+    const IN_IMAGE: u32 = 1000;
+
+    fn area() -> DataArea {
+        DataArea::new(512, 0, BlockSize::new(1 << 20).unwrap())
+    }
+
+    /// The room of an image with 1 MiB blocks that owns `owned`.
+    fn room(owned: &[u32], counted: u32, file_blocks: u32) -> Room {
+        let counts = Counts {
+            in_image: IN_IMAGE,
+            allocated: counted,
+        };
+        let owners = Owners::of(owned);
+        Room::new(&owners, area(), counts, area().end_of(file_blocks).0)
+    }
+
+    fn done(room: &mut Room, wanted: u32) -> Option<Plan> {
+        let plan = room.plan(wanted)?;
+        let copy = match &plan {
+            Plan::Recycle(ranges) => Plan::Recycle(ranges.clone()),
+            Plan::Extend(range) => Plan::Extend(range.clone()),
+        };
+        room.add(plan);
+        Some(copy)
+    }
+
+    fn all(room: &mut Room) -> Vec<u32> {
+        std::iter::from_fn(|| room.take())
+            .map(FileBlock::get)
+            .collect()
+    }
+
+    #[test]
+    fn nothing_is_handed_out_before_a_plan_is_done() {
+        let mut room = room(&[0], 5, 5);
+        assert!(!room.has(1) && room.has(0) && room.is_low());
+        assert_eq!(room.take(), None);
+        let plan = room.plan(1).unwrap();
+        assert_eq!(plan, Plan::Recycle(vec![1..5]));
+        assert_eq!(room.take(), None);
+        room.add(plan);
+        assert!(room.has(4) && !room.has(5));
+        assert_eq!(all(&mut room), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn the_next_number_is_behind_map_count_and_file() {
+        for (owned, counted, file) in [(9, 2, 3), (1, 10, 3), (1, 2, 10)] {
+            let mut room = room(&[owned], counted, file);
+            room.stale.clear();
+            let Some(Plan::Extend(range)) = room.plan(1) else {
+                panic!("it grows");
+            };
+            assert_eq!(range, 10..10 + 64);
+        }
+    }
+
+    #[test]
+    fn a_step_is_an_eighth_within_its_bounds_and_at_least_what_is_wanted() {
+        let step = |owned: u32, wanted| match room(&[owned - 1], owned, owned).plan(wanted) {
+            Some(Plan::Extend(range)) => range.end - range.start,
+            _ => 0,
+        };
+        let mut grown = room(&[0], 1, 1);
+        assert_eq!(done(&mut grown, 100), Some(Plan::Extend(1..101)));
+        grown.stale.clear();
+        assert_eq!(done(&mut grown, 1), Some(Plan::Extend(101..165)));
+        let full: Vec<u32> = (0..800).collect();
+        assert_eq!(room(&full, 800, 800).plan(1), Some(Plan::Extend(800..900)));
+        assert_eq!(step(1, 1), 64);
+        assert_eq!(step(1, 2000), 999, "blocks_in_image is the end");
+    }
+
+    #[test]
+    fn what_is_not_counted_is_used_when_there_is_nothing_else() {
+        let owned: Vec<u32> = (0..990).filter(|number| *number != 7).collect();
+        let mut room = room(&owned, 990, 995);
+        assert_eq!(done(&mut room, 1), Some(Plan::Recycle(vec![7..8])));
+        assert_eq!(done(&mut room, 1), Some(Plan::Extend(995..1000)));
+        assert_eq!(done(&mut room, 1), Some(Plan::Recycle(vec![990..995])));
+        assert_eq!(done(&mut room, 1), None);
+        assert!(!room.is_low(), "there is nothing to be had");
+        let blocks = all(&mut room);
+        assert_eq!(blocks.len(), 11);
+        assert!(blocks.iter().all(|number| !owned.contains(number)));
+    }
+
+    #[test]
+    fn a_block_given_back_is_recycled_before_it_is_taken_again() {
+        let mut room = room(&[], 0, 0);
+        assert_eq!(done(&mut room, 1), Some(Plan::Extend(0..64)));
+        let block = room.take().unwrap();
+        room.give_back(block);
+        assert!(!all(&mut room).contains(&block.get()));
+        assert_eq!(done(&mut room, 1), Some(Plan::Recycle(vec![0..1])));
+        assert_eq!(room.take(), Some(block));
+    }
+
+    #[test]
+    fn a_plan_that_failed_can_be_made_again() {
+        let mut room = room(&[3], 4, 4);
+        for _ in 0..2 {
+            let plan = room.plan(1).unwrap();
+            assert_eq!(plan, Plan::Recycle(vec![0..3]));
+            room.abandon(plan);
+        }
+        room.stale.clear();
+        for _ in 0..2 {
+            let plan = room.plan(1).unwrap();
+            assert_eq!(plan, Plan::Extend(4..68));
+            room.abandon(plan);
+        }
+        assert!(!room.has(1));
+    }
+}

@@ -12,6 +12,7 @@
 //!   no position overflows. (Whether it is inside the file is [`crate::block_map`]'s.)
 
 use std::fmt;
+use std::ops::Range;
 
 /// Bytes of a sector, always.
 pub const SECTOR_SIZE: u64 = 512;
@@ -34,6 +35,13 @@ impl Capacity {
         }
     }
 
+    /// The sectors that it takes to hold `bytes`, below 2^64.
+    pub const fn from_bytes_rounded_up(bytes: u64) -> Self {
+        Self {
+            sectors: bytes.div_ceil(SECTOR_SIZE),
+        }
+    }
+
     /// The size in sectors.
     pub const fn sectors(self) -> u64 {
         self.sectors
@@ -51,6 +59,20 @@ impl Capacity {
     pub fn range(self, start: Sector, count: u64) -> Option<SectorRange> {
         let end = start.0.checked_add(count)?;
         (end <= self.sectors).then_some(SectorRange { start, count })
+    }
+
+    /// The range with exactly these bytes, if they begin and end with a sector of the disk.
+    pub fn range_of_bytes(self, bytes: Range<u64>) -> Option<SectorRange> {
+        let len_bytes = bytes.end.checked_sub(bytes.start)?;
+        let range = self.range_around_bytes(bytes.clone())?;
+        (range.start_bytes() == bytes.start && range.len_bytes() == len_bytes).then_some(range)
+    }
+
+    /// The smallest range that has these bytes in it, if they lie on the disk.
+    pub fn range_around_bytes(self, bytes: Range<u64>) -> Option<SectorRange> {
+        let start = bytes.start / SECTOR_SIZE;
+        let count = bytes.end.div_ceil(SECTOR_SIZE).checked_sub(start)?;
+        self.range(Sector(start), count)
     }
 
     /// The whole disk.
@@ -352,6 +374,22 @@ mod tests {
         assert!(capacity.range(Sector(10), 0).is_some());
         assert_eq!(capacity.range(Sector(10), 1), None);
         assert_eq!(capacity.range(Sector(u64::MAX), 2), None);
+    }
+
+    #[test]
+    fn bytes_name_a_range_only_where_sectors_begin_and_end() {
+        let capacity = Capacity::from_bytes_rounded_up(10 * 512 - 1);
+        assert_eq!(capacity.sectors(), 10);
+        let range = capacity.range(Sector(1), 3);
+        assert!(range.is_some());
+        assert_eq!(capacity.range_of_bytes(512..2048), range);
+        for (bytes, around) in [(513..2048, range), (512..2047, range), (512..5121, None)] {
+            assert_eq!(capacity.range_of_bytes(bytes.clone()), None);
+            assert_eq!(capacity.range_around_bytes(bytes), around);
+        }
+        #[expect(clippy::reversed_empty_ranges, reason = "the caller's mistake")]
+        let backwards = 512..511;
+        assert_eq!(capacity.range_of_bytes(backwards), None);
     }
 
     #[test]

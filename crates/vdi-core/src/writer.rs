@@ -187,6 +187,9 @@ impl Disk {
     ) -> Result<Reserve, WriteError> {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
         writer.check_status()?;
+        if range.is_empty() {
+            return Ok(Reserve::Ready(Reservation::empty(lane.enter())));
+        }
         if !writer.marked.load(Ordering::Acquire) {
             let mut state = lock(&writer.state);
             return Ok(state.park_until_marked(writer, waker));

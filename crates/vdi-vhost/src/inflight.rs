@@ -23,6 +23,7 @@ use vdi_core::{
     Source, Visit, WriteError, Zeroing,
 };
 
+use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::engine::Engine;
 use crate::image_file::ImageFile;
@@ -77,6 +78,8 @@ pub(crate) struct Context {
     pub(crate) device: Arc<Device>,
     /// Moves the data.
     pub(crate) engine: Engine,
+    /// Says what is wrong.
+    pub(crate) complaints: Arc<Complaints>,
     /// Wakes the worker when parked requests should be tried again.
     pub(crate) waker: Waker,
     /// Requests that wait for room or for another request (W7).

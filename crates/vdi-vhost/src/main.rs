@@ -1,12 +1,12 @@
 //! `vdi-vhost`: a vhost-user-blk back end that serves VirtualBox VDI images.
 //!
 //! ```text
-//! session ─► backend ─► workers ─► worker ─► queue ─► chain ─► request
-//!  (one control thread)           (a thread each)                 │
-//!                         inflight ◄──────────────────────────────┘
-//!                            │ image_file
-//!                            ▼
-//!                         engine ─► transfer, ring
+//! session ─► backend ─► rings ─► workers ─► worker ─► queue ─► chain ─► request
+//!  (one control thread)                    (a thread each)                 │
+//!                                  inflight ◄──────────────────────────────┘
+//!                                     │ image_file
+//!                                     ▼
+//!                                  engine ─► transfer, ring
 //! ```
 //!
 //! This file opens the image, puts the parts together and takes them apart again in order: queues are drained, then the
@@ -15,6 +15,8 @@
 mod args;
 mod backend;
 mod chain;
+mod command;
+mod complaints;
 mod device;
 mod engine;
 mod housekeeper;
@@ -24,6 +26,7 @@ mod memory;
 mod queue;
 mod request;
 mod ring;
+mod rings;
 mod session;
 mod socket;
 mod transfer;
@@ -33,11 +36,12 @@ mod workers;
 use std::error::Error;
 use std::io::{self, IsTerminal};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{getsockopt, sockopt};
 use tracing_subscriber::EnvFilter;
 use vdi_core::{
@@ -62,8 +66,12 @@ const LOG_FILTER: &str = "info,virtio_queue=off";
 enum Fatal {
     #[error("cannot open the image")]
     Chain(#[from] ChainError),
-    #[error("cannot serve the image")]
-    Open(#[from] OpenError),
+    #[error("cannot serve {}", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: OpenError,
+    },
     #[error("--cache direct is not possible")]
     Direct(#[from] DirectError),
     #[error("cannot duplicate the image's descriptor")]
@@ -114,6 +122,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     // First of all, while nothing else can have the descriptor.
     let inherited = args.fd.map(take_door).transpose()?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
+    allow_many_descriptors();
     let (disk, images) = open(args)?;
     let serial = args.serial.clone();
     let serial =
@@ -136,6 +145,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
         disk: Arc::clone(&disk),
         images: images.into(),
         device: Arc::clone(&device),
+        complaints: Arc::default(),
         engine: args.engine,
     };
     let workers = Workers::new(served, worker_count(args));
@@ -189,7 +199,11 @@ fn open(args: &Args) -> Result<(Arc<Disk>, Vec<ImageFile>), Fatal> {
         tracing::debug!("image {} is {}", storages.len(), file.path().display());
         storages.push(Arc::new(file));
     }
-    let disk = Disk::open_chain(storages, access, modified)?;
+    let unfit = |source| Fatal::Open {
+        path: args.blk_file.clone(),
+        source,
+    };
+    let disk = Disk::open_chain(storages, access, modified).map_err(unfit)?;
     for warning in disk.warnings() {
         tracing::warn!("{}: {warning}", args.blk_file.display());
     }
@@ -230,6 +244,14 @@ fn catch_signals() -> io::Result<UnixStream> {
         signal_hook::low_level::pipe::register(signal, said.try_clone()?)?;
     }
     Ok(heard)
+}
+
+/// Raises the soft limit of open files, often 1024, to the hard one: every memory region and queue of a front end needs
+/// some. If that fails, a front end that needs many is refused.
+fn allow_many_descriptors() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 fn worker_count(args: &Args) -> usize {

@@ -274,6 +274,10 @@ mod tests {
         assert_eq!(&found, b"here");
         assert!(memory.read_slice(&mut found, GuestAddress(0x8ffd)).is_err());
         assert!(memory.read_slice(&mut found, GuestAddress(0x7fff)).is_err());
+        // What is mapped beyond the region stays out of reach, even for those who do not ask for its length.
+        let region = memory.iter().next().unwrap();
+        assert!(region.get_slice(MemoryRegionAddress(0xfff), 2).is_err());
+        assert!(region.get_slice(MemoryRegionAddress(u64::MAX), 2).is_err());
     }
 
     #[test]
@@ -309,11 +313,12 @@ mod tests {
             Err(MemoryError::Overlap { .. })
         ));
         let memory = from_regions(vec![map(0, 0x2000, 0x10000)]).unwrap();
-        let inside = Region::map(&region(0x1000, 0x1000, 0, 0), file(0x1000)).unwrap();
-        assert!(matches!(
-            with_region(&memory, inside),
-            Err(MemoryError::Overlap { .. })
-        ));
+        // Overlaps among front-end addresses are nobody's business but ours.
+        for (guest, front_end) in [(0x1000, 0), (0x2000, 0x11fff)] {
+            let other = Region::map(&region(guest, 0x1000, front_end, 0), file(0x1000)).unwrap();
+            let refused = with_region(&memory, other);
+            assert!(matches!(refused, Err(MemoryError::Overlap { .. })));
+        }
     }
 
     #[test]

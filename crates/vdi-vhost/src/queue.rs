@@ -19,6 +19,7 @@ use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
 
 use crate::chain::{self, Chain, ChainError};
+use crate::complaints::Complaints;
 use crate::inflight::Active;
 use crate::memory::Memory;
 use crate::request::Used;
@@ -32,9 +33,6 @@ pub(crate) type ErrorFd = Arc<Mutex<Option<std::fs::File>>>;
 
 /// Chains taken in one go, so that answers to the first do not wait for the last.
 pub(crate) const BURST: usize = 32;
-
-/// Log lines about failed requests of one queue per start: a guest must not fill the host's log.
-const COMPLAINTS: u8 = 4;
 
 /// What the worker does with a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +60,6 @@ pub(crate) struct Queue {
     in_flight: usize,
     /// Answered in this turn.
     used: Vec<Used>,
-    complaints: u8,
     size: u16,
     table: GuestAddress,
     event_idx: bool,
@@ -121,7 +118,6 @@ impl Queue {
                 .collect(),
             in_flight: 0,
             used: Vec::new(),
-            complaints: COMPLAINTS,
             size,
             table,
             event_idx,
@@ -206,13 +202,6 @@ impl Queue {
         self.used.push(used);
     }
 
-    /// Whether one more line about a failed request may be logged.
-    pub(crate) fn may_complain(&mut self) -> bool {
-        let may = self.complaints > 0;
-        self.complaints = self.complaints.saturating_sub(1);
-        may
-    }
-
     /// Puts what was answered into the used ring and calls the guest, once and if it wants it.
     pub(crate) fn publish(&mut self, memory: &Memory) -> Result<(), Broken> {
         if self.used.is_empty() {
@@ -239,12 +228,15 @@ impl Queue {
     }
 
     /// Leaves the ring alone from now on and tells the front end.
-    pub(crate) fn break_ring(&mut self, index: u16, why: &Broken) {
+    pub(crate) fn break_ring(&mut self, index: u16, why: &Broken, complaints: &Complaints) {
         if self.mode == Mode::Broken {
             return;
         }
         self.mode = Mode::Broken;
-        tracing::error!("queue {index} is stopped: {}", crate::chain_of(why));
+        complaints.warn(format_args!(
+            "queue {index} is stopped: {}",
+            crate::chain_of(why)
+        ));
         let error_fd = self.error_fd.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mut fd) = error_fd.as_ref() {
             let _ = fd.write(&1_u64.to_ne_bytes());

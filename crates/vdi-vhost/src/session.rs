@@ -16,6 +16,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::backend::Backend;
+use crate::rings::RingError;
 
 /// How long the rest of a message may take to follow its beginning.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -46,7 +47,7 @@ pub(crate) enum ServeError {
     Accept(#[source] io::Error),
     /// A worker died.
     #[error("cannot end a front end's session")]
-    EndSession(#[source] Error),
+    EndSession(#[source] RingError),
 }
 
 /// What ended a wait.

@@ -14,19 +14,19 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
-use std::task::{Wake, Waker};
+use std::sync::mpsc::Receiver;
+use std::task::Waker;
 
 use vdi_core::{Flush, Reservation};
-use vmm_sys_util::eventfd::EventFd;
 
+use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
+use crate::complaints::Complaints;
 use crate::engine::Engine;
 use crate::inflight::{Active, Context, Key, Next};
 use crate::memory::Memory;
-use crate::queue::{BURST, Broken, ErrorFd, Mode, Queue, Vring};
+use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Status};
-use crate::ring::{Fired, WatchKey, owned};
+use crate::ring::{Fired, WatchKey};
 use crate::transfer::Transfer;
 use crate::workers::Served;
 
@@ -39,86 +39,6 @@ const DATA_SYNC: u64 = u64::MAX;
 
 /// The watch of the doorbell; queues have higher keys.
 const DOORBELL: WatchKey = WatchKey(0);
-
-/// Wakes a worker: for a command, or because parked requests should be tried again.
-#[derive(Debug)]
-pub(crate) struct Doorbell {
-    eventfd: EventFd,
-    retry: AtomicBool,
-}
-
-impl Doorbell {
-    /// A doorbell for one worker.
-    pub(crate) fn new() -> io::Result<Self> {
-        let flags = vmm_sys_util::eventfd::EFD_CLOEXEC | vmm_sys_util::eventfd::EFD_NONBLOCK;
-        Ok(Self {
-            eventfd: EventFd::new(flags)?,
-            retry: AtomicBool::new(false),
-        })
-    }
-
-    /// Has the worker look for commands.
-    pub(crate) fn ring(&self) {
-        // It fails only when 2^64 - 2 rings were not heard.
-        let _ = self.eventfd.write(1);
-    }
-}
-
-impl Wake for Doorbell {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if !self.retry.swap(true, Ordering::AcqRel) {
-            self.ring();
-        }
-    }
-}
-
-/// Says that a command is done.
-pub(crate) type Ack = Sender<io::Result<()>>;
-
-/// When a worker takes over new memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Takeover {
-    /// At once: the new memory contains the old.
-    Now,
-    /// When nothing is in flight: something goes away.
-    WhenIdle,
-}
-
-/// A queue to serve.
-pub(crate) struct Setup {
-    /// Its number.
-    pub(crate) index: u16,
-    /// Its ring, set up and valid.
-    pub(crate) vring: Vring,
-    /// Its kick eventfd.
-    pub(crate) kick: OwnedFd,
-    /// Its err eventfd.
-    pub(crate) error_fd: ErrorFd,
-    /// Whether chains are taken already.
-    pub(crate) mode: Mode,
-}
-
-/// What the control thread wants.
-pub(crate) enum Command {
-    /// Serve a queue in this memory.
-    Start(Box<Setup>, Arc<Memory>),
-    /// Take no more chains, answer what was taken.
-    Pause(u16),
-    /// Take chains again.
-    Resume(u16),
-    /// Answer what was taken and forget the queue.
-    Stop(u16),
-    /// The kicks come from here now.
-    Rekick(u16, OwnedFd),
-    /// The guest's memory changed.
-    Memory(Arc<Memory>, Takeover),
-    /// Stop everything and end the thread.
-    Exit,
-}
 
 /// A command that waits for something in flight.
 enum Pending {
@@ -157,7 +77,7 @@ impl Worker {
         commands: Receiver<(Command, Ack)>,
     ) -> io::Result<Self> {
         let mut engine = Engine::new(served.engine)?;
-        engine.watch(DOORBELL, owned(doorbell.eventfd.try_clone()?))?;
+        engine.watch(DOORBELL, doorbell.watched()?)?;
         let context = Context {
             disk: Arc::clone(&served.disk),
             lane: served.disk.lane(),
@@ -167,6 +87,7 @@ impl Worker {
             waker: Waker::from(Arc::clone(&doorbell)),
             parked: Vec::new(),
             continuing: Vec::new(),
+            complaints: Arc::clone(&served.complaints),
             written: Vec::new(),
             reservations: Vec::new(),
             unsynced: Vec::new(),
@@ -217,7 +138,7 @@ impl Worker {
             if queue.is_awake() {
                 match queue.sleep(&self.memory) {
                     Ok(asleep) => sleep &= asleep,
-                    Err(why) => queue.break_ring(*index, &why),
+                    Err(why) => queue.break_ring(*index, &why, &self.context.complaints),
                 }
             }
         }
@@ -243,7 +164,7 @@ impl Worker {
             };
             match fired {
                 Fired::Ready => queue.wake(&self.memory),
-                Fired::Dead => queue.break_ring(*index, &Broken::Kick),
+                Fired::Dead => queue.break_ring(*index, &Broken::Kick, &self.context.complaints),
             }
         }
         while self.pending.is_none() {
@@ -340,7 +261,7 @@ impl Worker {
         for key in std::mem::take(&mut self.context.continuing) {
             self.step(key, Active::go_on);
         }
-        if self.doorbell.retry.swap(false, Ordering::AcqRel) {
+        if self.doorbell.wants_retry() {
             for key in std::mem::take(&mut self.context.parked) {
                 self.step(key, Active::go_on);
             }
@@ -358,7 +279,14 @@ impl Worker {
         if let Next::Answer(status, data_bytes) = step(active, &mut self.context)
             && let Some(active) = queue.release(key.head)
         {
-            answer(queue, &self.memory, active, status, data_bytes);
+            answer(
+                queue,
+                &self.memory,
+                active,
+                status,
+                data_bytes,
+                &self.context.complaints,
+            );
         }
     }
 
@@ -379,7 +307,7 @@ impl Worker {
                 continue;
             };
             if let Err(why) = take_from(index, queue, &self.memory, &mut self.context) {
-                queue.break_ring(index, &why);
+                queue.break_ring(index, &why, &self.context.complaints);
             }
         }
     }
@@ -450,7 +378,7 @@ impl Worker {
     fn publish(&mut self) {
         for (index, queue) in &mut self.queues {
             if let Err(why) = queue.publish(&self.memory) {
-                queue.break_ring(*index, &why);
+                queue.break_ring(*index, &why, &self.context.complaints);
             }
         }
     }
@@ -505,12 +433,15 @@ fn take_from(
                 let (active, next) = Active::start(key, reply, request, context);
                 match next {
                     Next::Wait => queue.keep(head, active),
-                    Next::Answer(status, bytes) => answer(queue, memory, active, status, bytes),
+                    Next::Answer(status, bytes) => {
+                        answer(queue, memory, active, status, bytes, &context.complaints);
+                    }
                 }
             }
             Err(Refused::WithStatus(reply, status)) => {
-                if status == Status::IoError && queue.may_complain() {
-                    tracing::warn!("queue {index}: the guest sent a malformed request");
+                if status == Status::IoError {
+                    let line = format_args!("queue {index}: the guest sent an impossible request");
+                    context.complaints.warn(line);
                 }
                 queue.give_back(reply.send(memory, status, 0));
             }
@@ -521,12 +452,20 @@ fn take_from(
 }
 
 /// Answers a request that is over (R2).
-fn answer(queue: &mut Queue, memory: &Memory, active: Active, status: Status, data_bytes: u64) {
+fn answer(
+    queue: &mut Queue,
+    memory: &Memory,
+    active: Active,
+    status: Status,
+    data_bytes: u64,
+    complaints: &Complaints,
+) {
     let (reply, failure) = active.finish();
-    if let Some(failure) = failure
-        && queue.may_complain()
-    {
-        tracing::error!("a request failed: {}", crate::chain_of(&failure));
+    if let Some(failure) = failure {
+        complaints.error(format_args!(
+            "a request failed: {}",
+            crate::chain_of(&failure)
+        ));
     }
     queue.give_back(reply.send(memory, status, data_bytes));
 }

@@ -10,11 +10,13 @@ use std::thread::{self, JoinHandle};
 
 use vdi_core::Disk;
 
+use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
+use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::engine::EngineChoice;
 use crate::image_file::ImageFile;
 use crate::memory::Memory;
-use crate::worker::{Ack, Command, Doorbell, Setup, Takeover, Worker};
+use crate::worker::Worker;
 
 /// What all workers serve.
 #[derive(Debug, Clone)]
@@ -25,6 +27,8 @@ pub(crate) struct Served {
     pub(crate) images: Arc<[ImageFile]>,
     /// The device that guests see.
     pub(crate) device: Arc<Device>,
+    /// What is said about wrong requests.
+    pub(crate) complaints: Arc<Complaints>,
     /// How data is moved.
     pub(crate) engine: EngineChoice,
 }

@@ -6,16 +6,16 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Wake, Waker};
 
 use vdi_core::{
-    Access, Disk, Flush, Reservation, Reserve, Sector, SectorRange, Source, Storage, WriteError,
+    Access, Disk, Flush, Reservation, Reserve, Sector, SectorRange, Storage, WriteError,
 };
 
+use super::flag::{Flag, flag};
 use super::history::Moment;
 use super::layout::{Found, Layout};
 use super::oracle::Oracle;
+use super::parts::{parts_without, stored_parts};
 use super::{SimulatedFile, index, percent};
 use crate::random::Random;
 
@@ -28,30 +28,6 @@ pub struct Habits {
     pub most_in_flight: usize,
     /// Whether writes are given up, as if their data could not be written.
     pub gives_up: bool,
-}
-
-/// A waker that remembers.
-#[derive(Debug, Default)]
-pub struct Flag(AtomicBool);
-
-impl Flag {
-    /// Whether it was woken since it was asked last.
-    pub fn take(&self) -> bool {
-        self.0.swap(false, Ordering::AcqRel)
-    }
-}
-
-impl Wake for Flag {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::Release);
-    }
-}
-
-/// A flag and the waker that raises it.
-#[must_use]
-pub fn flag() -> (Arc<Flag>, Waker) {
-    let flag = Arc::new(Flag::default());
-    (Arc::clone(&flag), Waker::from(flag))
 }
 
 /// A write that has its places.
@@ -294,7 +270,7 @@ impl Workload {
     fn reserve(&mut self, range: SectorRange, data: Arc<[u8]>) {
         let in_place = stored_parts(&self.disk, range);
         let (flag, waker) = flag();
-        match self.disk.reserve(range, &waker) {
+        match self.disk.reserve(range, &self.disk.lane(), &waker) {
             Ok(Reserve::Ready(reservation)) => {
                 let now = self.file.note();
                 self.first_write_ever.get_or_insert(now);
@@ -502,30 +478,4 @@ fn open(file: &Arc<SimulatedFile>) -> (Arc<Disk>, Arc<Flag>) {
     let (chores, waker) = flag();
     disk.set_housekeeper(waker);
     (Arc::new(disk), chores)
-}
-
-/// The parts of a range, in bytes of the disk, that have storage.
-fn stored_parts(disk: &Disk, range: SectorRange) -> Vec<Range<u64>> {
-    let mut at = range.start_bytes();
-    let mut stored = Vec::new();
-    for extent in disk.map(range) {
-        if matches!(extent.source, Source::Stored { .. }) {
-            stored.push(at..at + extent.len_bytes);
-        }
-        at += extent.len_bytes;
-    }
-    stored
-}
-
-/// What is left of a range without some parts of it, which are in order.
-fn parts_without(whole: Range<u64>, without: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut left = Vec::new();
-    let mut at = whole.start;
-    for part in without {
-        left.push(at..part.start);
-        at = part.end;
-    }
-    left.push(at..whole.end);
-    left.retain(|part| !part.is_empty());
-    left
 }

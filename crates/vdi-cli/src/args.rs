@@ -1,0 +1,299 @@
+//! What the command line may say.
+//!
+//! Only words become types here; whether a file exists or a size is possible is
+//! found out by whoever uses it. Sources: `qemu-img(1)`, whose names and meanings
+//! are kept where it has them.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use uuid::Uuid;
+
+use crate::size;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; for `check`: nothing is wrong but perhaps for a note
+  1  not done, because of an error (bad arguments, too); for `check`: not checked
+  2  only `check`: the image is corrupt
+  3  only `check`: nothing is corrupt, but space is leaked";
+
+const EXAMPLES: &str = "\
+Examples:
+  vdi create disk.vdi 20G                      an empty image that grows when written
+  vdi create --fixed disk.vdi 20G              all of its space is reserved now
+  vdi info disk.vdi                            what it is and what it takes
+  vdi check disk.vdi && echo sound
+  vdi convert -f raw -O vdi disk.raw disk.vdi  import a raw image
+  vdi convert -O raw disk.vdi disk.raw         export it again";
+
+/// The tool for VirtualBox VDI images
+#[derive(Debug, Parser)]
+#[command(name = "vdi", version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"), max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    Create(CreateArgs),
+    Info(InfoArgs),
+    Check(CheckArgs),
+    Map(MapArgs),
+    Convert(ConvertArgs),
+    Completions(CompletionsArgs),
+}
+
+/// Make an empty image
+///
+/// The image appears under its name only when it is complete.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Sizes take a unit: b (bytes, the default), k, M, G, T, P, E or KiB, MiB ...: powers of 1024.
+They are rounded up to whole sectors of 512 bytes.
+
+Examples:
+  vdi create disk.vdi 20G
+  vdi create --fixed --size 512M disk.vdi
+  vdi create --block-size 128k --uuid 706c398a-86ca-49e3-9a30-3cbc9073cd11 disk.vdi 1.5T")]
+pub(crate) struct CreateArgs {
+    /// The file to make
+    pub(crate) file: PathBuf,
+    /// Size of the disk, such as 20G
+    #[arg(value_name = "SIZE", value_parser = size::parse, required_unless_present = "size_option")]
+    size: Option<u64>,
+    /// Size of the disk, for those who like options
+    #[arg(long = "size", short = 's', value_name = "SIZE", value_parser = size::parse, conflicts_with = "size")]
+    size_option: Option<u64>,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    /// UUID of the image [default: a random one]
+    #[arg(long, value_name = "UUID", value_parser = uuid_not_null)]
+    pub(crate) uuid: Option<Uuid>,
+    /// Replace the file if it exists and is not empty
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+impl CreateArgs {
+    /// The size, wherever it was given.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.size
+            .or(self.size_option)
+            .expect("clap requires one of the two")
+    }
+}
+
+/// How a new image is laid out.
+#[derive(Debug, Args)]
+pub(crate) struct LayoutArgs {
+    /// Reserve the space of all blocks now
+    #[arg(long)]
+    pub(crate) fixed: bool,
+    /// Unit of allocation, a power of two from 128k to 128M; QEMU opens only 1M [default: 1M]
+    #[arg(long, value_name = "SIZE", value_parser = block_size)]
+    block_size: Option<u32>,
+}
+
+impl LayoutArgs {
+    /// Bytes of a block.
+    pub(crate) fn block_size(&self) -> u32 {
+        self.block_size.unwrap_or(1 << 20)
+    }
+
+    /// Whether anything was said about the layout.
+    pub(crate) fn is_given(&self) -> bool {
+        self.fixed || self.block_size.is_some()
+    }
+}
+
+/// How an image that is only read is opened.
+#[derive(Debug, Args)]
+pub(crate) struct OpenArgs {
+    /// Read the image even though another process is writing to it; what is seen may be torn
+    #[arg(long, short = 'U')]
+    pub(crate) force_share: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Where the parents of a differencing image are.
+#[derive(Debug, Args)]
+pub(crate) struct ChainArgs {
+    /// File of a parent of the image, if it is a differencing one (can be given several times)
+    #[arg(long = "parent", value_name = "FILE")]
+    pub(crate) parents: Vec<PathBuf>,
+    /// Directory with images that may be parents; the image's own is one (can be given several times)
+    #[arg(long = "image-dir", value_name = "DIR")]
+    pub(crate) image_dirs: Vec<PathBuf>,
+    /// Take a parent that was written to after its child was made
+    #[arg(long)]
+    pub(crate) allow_modified_parent: bool,
+}
+
+/// Show what an image is and what it takes
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Print JSON with the keys of `qemu-img info`
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print a list, with the image's parents behind it
+    #[arg(long)]
+    pub(crate) backing_chain: bool,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// Look for what is wrong with an image; changes nothing
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit codes:
+  0  nothing is wrong but perhaps for a note
+  1  the image could not be checked
+  2  the image is corrupt
+  3  nothing is corrupt, but space is leaked")]
+pub(crate) struct CheckArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Print JSON with the keys of `qemu-img check` and a list of findings
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// Show which parts of the disk have data, and where in the file
+#[derive(Debug, Args)]
+pub(crate) struct MapArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Print JSON as `qemu-img map --output=json` does
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// A format to convert from or to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// The bytes of the disk and nothing else
+    Raw,
+    /// VirtualBox disk image
+    Vdi,
+}
+
+/// Copy a disk into another file, raw or VDI
+///
+/// The source is a VDI image unless `-f raw` says otherwise: a raw disk's contents are its guest's, who
+/// could write the header of another format there. Zeros take no space in the destination, which appears
+/// under its name only when it is complete and on stable storage.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi convert -f raw -O vdi disk.raw disk.vdi
+  vdi convert -O vdi --fixed dynamic.vdi fixed.vdi
+  vdi convert -O raw --force disk.vdi /dev/vg/disk   a block device is written in place")]
+pub(crate) struct ConvertArgs {
+    /// The disk to copy
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// The file to make, or a block device
+    #[arg(value_name = "DST")]
+    pub(crate) destination: PathBuf,
+    /// Format of the source
+    #[arg(short = 'f', long, value_name = "FORMAT", default_value = "vdi")]
+    pub(crate) source_format: Format,
+    /// Format of the destination
+    #[arg(short = 'O', long, value_name = "FORMAT")]
+    pub(crate) output_format: Format,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    /// Replace the destination if it exists and is not empty
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Show no progress
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// Print completions for a shell
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi completions bash > ~/.local/share/bash-completion/completions/vdi
+  vdi completions fish > ~/.config/fish/completions/vdi.fish")]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    pub(crate) shell: Shell,
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    let bytes = size::parse(text).map_err(|error| error.to_string())?;
+    u32::try_from(bytes)
+        .ok()
+        .and_then(vdi_core::BlockSize::new)
+        .map(vdi_core::BlockSize::bytes)
+        .ok_or_else(|| "a block size is a power of two from 128k to 128M".to_owned())
+}
+
+fn uuid_not_null(text: &str) -> Result<Uuid, String> {
+    let uuid: Uuid = text
+        .parse()
+        .map_err(|error: uuid::Error| error.to_string())?;
+    if uuid.is_nil() {
+        return Err("the null UUID names no image".to_owned());
+    }
+    Ok(uuid)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_agree_with_each_other() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_size_is_given_once_in_either_way() {
+        for words in [
+            ["create", "f", "10M"].as_slice(),
+            &["create", "--size", "10M", "f"],
+            &["create", "-s10M", "f"],
+        ] {
+            let cli = Cli::try_parse_from([&["vdi"], words].concat()).unwrap();
+            let Verb::Create(args) = cli.verb else {
+                panic!("{words:?}")
+            };
+            assert_eq!(args.size_bytes(), 10 << 20);
+        }
+        for words in [
+            ["create", "f"].as_slice(),
+            &["create", "--size", "10M", "f", "10M"],
+        ] {
+            assert!(
+                Cli::try_parse_from([&["vdi"], words].concat()).is_err(),
+                "{words:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_block_size_is_one_that_virtualbox_opens() {
+        assert_eq!(block_size("128k"), Ok(128 << 10));
+        assert_eq!(block_size("128M"), Ok(128 << 20));
+        for text in ["0", "64k", "3M", "256M", "8E", "1MB"] {
+            assert!(block_size(text).is_err(), "{text}");
+        }
+    }
+}

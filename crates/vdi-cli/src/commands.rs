@@ -1,0 +1,388 @@
+//! The verbs: each is one call of the library and one report.
+
+use std::fs;
+use std::io::{self, BufWriter, Write};
+use std::ops::ControlFlow;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::CommandFactory;
+use indicatif::{ProgressBar, ProgressStyle};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use vdi_core::check::{self, CheckError, Severity};
+use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
+use vdi_core::{
+    Access, Capacity, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError,
+    HostFile, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage, find_chain,
+};
+
+use crate::args::{
+    ChainArgs, CheckArgs, Cli, CompletionsArgs, ConvertArgs, CreateArgs, Format, InfoArgs,
+    LayoutArgs, MapArgs, OpenArgs, Verb,
+};
+use crate::new_file::{Existing, NewFile, NewFileError};
+use crate::report::{self, Looked};
+use crate::{EXIT_CORRUPT, EXIT_LEAKS};
+
+/// Why a verb failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("{held}, or give --force-share (-U) to read what may be half changed")]
+    InUse { held: FileError },
+    #[error("cannot open {}", path.display())]
+    Open { path: PathBuf, source: OpenError },
+    #[error("cannot find the parents of {}", path.display())]
+    Chain { path: PathBuf, source: ChainError },
+    #[error("cannot open {}", path.display())]
+    OpenRaw { path: PathBuf, source: RawError },
+    #[error("cannot check {}", path.display())]
+    Check { path: PathBuf, source: CheckError },
+    #[error("cannot create {}", path.display())]
+    Create { path: PathBuf, source: CreateError },
+    #[error("cannot create {}", path.display())]
+    CreateRaw { path: PathBuf, source: RawError },
+    #[error(transparent)]
+    New(#[from] NewFileError),
+    #[error("cannot look at {}", path.display())]
+    Look { path: PathBuf, source: io::Error },
+    #[error("{} and {} are the same file", from.display(), to.display())]
+    Same { from: PathBuf, to: PathBuf },
+    #[error("a raw disk has no layout; --fixed and --block-size go with -O vdi")]
+    LayoutOfRaw,
+    #[error("{} is a block device; it can take a raw disk only (-O raw)", path.display())]
+    ImageOnDevice { path: PathBuf },
+    #[error("{} is a block device, whose contents would be lost; give --force to write to it", path.display())]
+    DeviceWithoutForce { path: PathBuf },
+    #[error("cannot copy {} to {}", from.display(), to.display())]
+    Copy {
+        from: PathBuf,
+        to: PathBuf,
+        source: CopyError,
+    },
+    #[error("cannot catch signals")]
+    Signals(#[source] io::Error),
+    #[error("interrupted")]
+    Interrupted,
+    #[error("cannot write the answer")]
+    Output(#[from] io::Error),
+}
+
+/// Does what the command line says.
+pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
+    match verb {
+        Verb::Create(args) => create(&args),
+        Verb::Info(args) => info(&args),
+        Verb::Check(args) => check(&args),
+        Verb::Map(args) => map(&args),
+        Verb::Convert(args) => convert(&args),
+        Verb::Completions(args) => completions(&args),
+    }
+}
+
+fn create(args: &CreateArgs) -> Result<ExitCode, Failure> {
+    let stop = stop_on_signals()?;
+    let new = NewFile::beside(&args.file, existing(args.force))?;
+    let capacity_bytes = args.size_bytes().next_multiple_of(SECTOR_SIZE);
+    let options = CreateOptions {
+        uuid: args.uuid,
+        ..options(capacity_bytes, &args.layout)
+    };
+    vdi_core::create(new.path(), &options).map_err(|source| Failure::Create {
+        path: args.file.clone(),
+        source,
+    })?;
+    if stop.load(Ordering::Relaxed) {
+        return Err(Failure::Interrupted);
+    }
+    new.publish()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn info(args: &InfoArgs) -> Result<ExitCode, Failure> {
+    let file = open_file(&args.file, &args.open)?;
+    let metadata = file.file().metadata().map_err(|source| Failure::Look {
+        path: args.file.clone(),
+        source,
+    })?;
+    drop(file);
+    let disk = open_disk(&args.file, &args.open)?;
+    // st_blocks counts in units of 512 bytes whatever the file system's block is.
+    let looked = Looked::new(&args.file, &disk, metadata.len(), metadata.blocks() * 512);
+    let mut out = output();
+    match (args.json, args.backing_chain) {
+        (true, true) => report::json(&mut out, &[looked])?,
+        (true, false) => report::json(&mut out, &looked)?,
+        (false, _) => report::info(&mut out, &looked)?,
+    }
+    done(out, ExitCode::SUCCESS)
+}
+
+fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
+    let file = open_file(&args.file, &args.open)?;
+    let found = check::check(&file).map_err(|source| Failure::Check {
+        path: args.file.clone(),
+        source,
+    })?;
+    let mut out = output();
+    if args.json {
+        report::json(&mut out, &report::Checked::new(&args.file, &found))?;
+    } else {
+        report::check(&mut out, &args.file, &found)?;
+    }
+    let code = match found.worst() {
+        Some(Severity::Corruption) => ExitCode::from(EXIT_CORRUPT),
+        Some(Severity::Leak) => ExitCode::from(EXIT_LEAKS),
+        Some(Severity::Note) | None => ExitCode::SUCCESS,
+    };
+    done(out, code)
+}
+
+fn map(args: &MapArgs) -> Result<ExitCode, Failure> {
+    let disk = open_disk(&args.file, &args.open)?;
+    let visit = disk.lane().enter();
+    let mut out = output();
+    let extents = disk.map(disk.capacity().whole(), &visit);
+    if args.json {
+        report::map_json(&mut out, extents)?;
+    } else {
+        report::map(&mut out, extents)?;
+    }
+    done(out, ExitCode::SUCCESS)
+}
+
+fn completions(args: &CompletionsArgs) -> Result<ExitCode, Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "vdi", &mut script);
+    let mut out = output();
+    out.write_all(&script)?;
+    done(out, ExitCode::SUCCESS)
+}
+
+fn convert(args: &ConvertArgs) -> Result<ExitCode, Failure> {
+    if args.output_format == Format::Raw && args.layout.is_given() {
+        return Err(Failure::LayoutOfRaw);
+    }
+    let stop = stop_on_signals()?;
+    let from = open_source(args)?;
+    refuse_same(&args.source, &args.destination)?;
+    if is_device(&args.destination) {
+        let to = open_device(args)?;
+        copy(args, &from, &to, &stop)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let new = NewFile::beside(&args.destination, existing(args.force))?;
+    let to = create_destination(args, new.path(), from.capacity())?;
+    copy(args, &from, &to, &stop)?;
+    // The locks go before the name comes: whoever sees it can open it.
+    drop(to);
+    new.publish()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open_source(args: &ConvertArgs) -> Result<End, Failure> {
+    let path = &args.source;
+    match args.source_format {
+        Format::Vdi => Ok(End::Image(open_disk(path, &args.open)?)),
+        Format::Raw => match RawDisk::open(path, Access::ReadOnly, locking(&args.open)) {
+            Ok(raw) => Ok(End::Raw(raw)),
+            Err(RawError::File(error)) => Err(in_use(error)),
+            Err(source) => Err(Failure::OpenRaw {
+                path: path.clone(),
+                source,
+            }),
+        },
+    }
+}
+
+fn open_device(args: &ConvertArgs) -> Result<End, Failure> {
+    let path = args.destination.clone();
+    if args.output_format == Format::Vdi {
+        return Err(Failure::ImageOnDevice { path });
+    }
+    if !args.force {
+        return Err(Failure::DeviceWithoutForce { path });
+    }
+    RawDisk::open(&path, Access::Writable, Locking::Locked)
+        .map(End::Raw)
+        .map_err(|source| Failure::OpenRaw { path, source })
+}
+
+fn create_destination(args: &ConvertArgs, path: &Path, capacity: Capacity) -> Result<End, Failure> {
+    let name = args.destination.clone();
+    match args.output_format {
+        Format::Raw => match RawDisk::create(path, capacity) {
+            Ok(raw) => Ok(End::Raw(raw)),
+            Err(source) => Err(Failure::CreateRaw { path: name, source }),
+        },
+        Format::Vdi => {
+            vdi_core::create(path, &options(capacity.bytes(), &args.layout))
+                .map_err(|source| Failure::Create { path: name, source })?;
+            let file = HostFile::open(path, Access::Writable, Locking::Locked)?;
+            open_for(file, Access::Writable).map(End::Image)
+        }
+    }
+}
+
+/// Copies, with a progress bar if somebody looks, until a signal comes.
+fn copy(args: &ConvertArgs, from: &End, to: &End, stop: &AtomicBool) -> Result<(), Failure> {
+    let bar = if args.quiet {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new(from.capacity().bytes())
+    };
+    bar.set_style(
+        ProgressStyle::with_template(
+            "{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
+        )
+        .expect("the template is right"),
+    );
+    let mut go_on = |progress: Progress| {
+        bar.set_position(progress.done_bytes);
+        if stop.load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    };
+    let copied = convert::copy(from, to, &mut go_on);
+    bar.finish_and_clear();
+    copied.map_err(|source| Failure::Copy {
+        from: args.source.clone(),
+        to: args.destination.clone(),
+        source,
+    })
+}
+
+fn options(capacity_bytes: u64, layout: &LayoutArgs) -> CreateOptions {
+    let kind = if layout.fixed {
+        NewKind::Fixed
+    } else {
+        NewKind::Dynamic
+    };
+    CreateOptions {
+        capacity_bytes,
+        block_size: layout.block_size(),
+        kind,
+        uuid: None,
+    }
+}
+
+fn existing(force: bool) -> Existing {
+    if force {
+        Existing::Replace
+    } else {
+        Existing::Keep
+    }
+}
+
+fn locking(open: &OpenArgs) -> Locking {
+    if open.force_share {
+        Locking::ForceShare
+    } else {
+        Locking::Locked
+    }
+}
+
+fn open_file(path: &Path, open: &OpenArgs) -> Result<HostFile, Failure> {
+    HostFile::open(path, Access::ReadOnly, locking(open)).map_err(in_use)
+}
+
+/// Adds the way out to an error about locks.
+fn in_use(error: FileError) -> Failure {
+    match error {
+        FileError::Locked { .. } => Failure::InUse { held: error },
+        other => Failure::File(other),
+    }
+}
+
+/// Opens an image and its parents for reading.
+fn open_disk(path: &Path, open: &OpenArgs) -> Result<Arc<Disk>, Failure> {
+    open_chain(path, Access::ReadOnly, &open.chain, locking(open))
+}
+
+/// Opens an image, and its parents for reading.
+fn open_chain(
+    path: &Path,
+    access: Access,
+    chain: &ChainArgs,
+    locking: Locking,
+) -> Result<Arc<Disk>, Failure> {
+    let options = ChainOptions {
+        parents: chain.parents.clone(),
+        image_dirs: chain.image_dirs.clone(),
+        locking,
+    };
+    let modified = if chain.allow_modified_parent {
+        ModifiedParent::Allow
+    } else {
+        ModifiedParent::Refuse
+    };
+    let files = find_chain(path, access, &options).map_err(|error| match error {
+        ChainError::File(file) => in_use(file),
+        source => Failure::Chain {
+            path: path.to_owned(),
+            source,
+        },
+    })?;
+    let storages = files
+        .into_iter()
+        .map(|file| Arc::new(file) as Arc<dyn Storage>);
+    Disk::open_chain(storages.collect(), access, modified)
+        .map(Arc::new)
+        .map_err(|source| Failure::Open {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+fn open_for(file: HostFile, access: Access) -> Result<Arc<Disk>, Failure> {
+    let path = file.path().to_owned();
+    Disk::open(Arc::new(file), access)
+        .map(Arc::new)
+        .map_err(|source| Failure::Open { path, source })
+}
+
+fn is_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
+}
+
+fn refuse_same(from: &Path, to: &Path) -> Result<(), Failure> {
+    let identity = |path: &Path| {
+        fs::metadata(path)
+            .map(|found| (found.dev(), found.ino()))
+            .ok()
+    };
+    let same = identity(from).is_some_and(|source| Some(source) == identity(to));
+    if same {
+        Err(Failure::Same {
+            from: from.to_owned(),
+            to: to.to_owned(),
+        })
+    } else {
+        Ok(())
+    }
+}
+
+/// From now on a signal that would end the program sets this instead, so that what was
+/// begun can be removed.
+fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(Failure::Signals)?;
+    }
+    Ok(stop)
+}
+
+fn output() -> BufWriter<io::StdoutLock<'static>> {
+    BufWriter::new(io::stdout().lock())
+}
+
+fn done(mut out: impl Write, code: ExitCode) -> Result<ExitCode, Failure> {
+    out.flush()?;
+    Ok(code)
+}

@@ -1,0 +1,206 @@
+//! What the verbs answer: for people, and as JSON for programs.
+//!
+//! JSON keys are those of `qemu-img` where it has them; others follow its manner.
+//! Names in the JSON output are stable: they may be added to, never changed.
+
+mod info;
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::Serialize;
+use vdi_core::check::{Finding, MapSummary, Report, Severity};
+use vdi_core::{Extent, Source};
+
+pub(crate) use self::info::{Looked, info};
+
+/// Writes `value` as JSON for people and programs alike.
+pub(crate) fn json(out: &mut impl Write, value: &(impl Serialize + ?Sized)) -> io::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, value)?;
+    writeln!(out)
+}
+
+/// What `check` shows of an image.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Checked {
+    filename: String,
+    format: &'static str,
+    check_errors: u32,
+    corruptions: u64,
+    leaks: u64,
+    notes: u64,
+    #[serde(flatten)]
+    map: Option<CheckedMap>,
+    findings: Vec<FindingEntry>,
+    counts: BTreeMap<&'static str, u64>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct CheckedMap {
+    total_clusters: u32,
+    allocated_clusters: u32,
+    image_end_offset: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct FindingEntry {
+    kind: &'static str,
+    severity: String,
+    message: String,
+    advice: &'static str,
+}
+
+impl Checked {
+    pub(crate) fn new(path: &Path, report: &Report) -> Self {
+        let entry = |finding: &Finding| FindingEntry {
+            kind: finding.kind(),
+            severity: finding.severity().to_string(),
+            message: finding.to_string(),
+            advice: finding.advice(),
+        };
+        Self {
+            filename: path.display().to_string(),
+            format: "vdi",
+            check_errors: 0,
+            corruptions: report.count_of(Severity::Corruption),
+            leaks: report.count_of(Severity::Leak),
+            notes: report.count_of(Severity::Note),
+            map: report.map.map(|map| CheckedMap {
+                total_clusters: map.blocks_in_image,
+                allocated_clusters: map.allocated,
+                image_end_offset: map.data_end,
+            }),
+            findings: report.findings().iter().map(entry).collect(),
+            counts: report.counts().collect(),
+        }
+    }
+}
+
+/// Writes what `check` found for people: the findings of a kind together, the worst first.
+pub(crate) fn check(out: &mut impl Write, path: &Path, report: &Report) -> io::Result<()> {
+    let mut findings: Vec<&Finding> = report.findings().iter().collect();
+    findings.sort_by_key(|finding| (Reverse(finding.severity()), finding.kind()));
+    for of_kind in findings.chunk_by(|a, b| a.kind() == b.kind()) {
+        let [first, ..] = of_kind else { continue };
+        for finding in of_kind {
+            writeln!(out, "{}: {finding}", first.severity())?;
+        }
+        let more = report.count(first.kind()) - of_kind.len() as u64;
+        if more > 0 {
+            writeln!(out, "{}: {more} more like these", first.severity())?;
+        }
+        writeln!(out, "  {}", first.advice())?;
+    }
+    if let Some(map) = report.map {
+        let MapSummary {
+            blocks_in_image,
+            allocated,
+            zero,
+            unallocated,
+            ..
+        } = map;
+        writeln!(
+            out,
+            "{blocks_in_image} blocks: {allocated} allocated, {zero} zero, {unallocated} unallocated"
+        )?;
+    } else {
+        writeln!(
+            out,
+            "the map was not examined, since the header does not say where it is"
+        )?;
+    }
+    let [corruptions, leaks, notes] = [Severity::Corruption, Severity::Leak, Severity::Note]
+        .map(|severity| report.count_of(severity));
+    match (corruptions, leaks, notes) {
+        (0, 0, 0) => writeln!(out, "{}: nothing is wrong", path.display()),
+        (0, 0, _) => writeln!(out, "{}: nothing is wrong; notes: {notes}", path.display()),
+        (0, ..) => writeln!(
+            out,
+            "{}: sound; leaks: {leaks}, notes: {notes}",
+            path.display()
+        ),
+        _ => writeln!(
+            out,
+            "{}: corrupt; corruptions: {corruptions}, leaks: {leaks}, notes: {notes}",
+            path.display()
+        ),
+    }
+}
+
+/// One extent of the disk, as `qemu-img map` has it.
+#[derive(Debug, Serialize)]
+struct MapEntry {
+    start: u64,
+    length: u64,
+    depth: u32,
+    /// The image itself says what is here; a parent of it need not be asked.
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+}
+
+/// Writes the map as JSON, an extent on a line. Nothing is collected: a map may be long.
+pub(crate) fn map_json(
+    out: &mut impl Write,
+    extents: impl Iterator<Item = Extent>,
+) -> io::Result<()> {
+    write!(out, "[")?;
+    let mut start = 0;
+    for extent in extents {
+        if start > 0 {
+            writeln!(out, ",")?;
+        }
+        let (present, depth, offset) = match extent.source {
+            Source::Unallocated => (false, 0, None),
+            Source::Zero { depth } => (true, depth, None),
+            Source::Stored { depth, at } => (true, depth, Some(at.0)),
+        };
+        let (zero, data) = (offset.is_none(), offset.is_some());
+        let length = extent.len_bytes;
+        let entry = MapEntry {
+            start,
+            length,
+            depth,
+            present,
+            zero,
+            data,
+            compressed: false,
+            offset,
+        };
+        serde_json::to_writer(&mut *out, &entry)?;
+        start += length;
+    }
+    writeln!(out, "]")
+}
+
+/// Writes the map for people.
+pub(crate) fn map(out: &mut impl Write, extents: impl Iterator<Item = Extent>) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:>18} {:>18}  {:<12} {:>18}",
+        "start", "length", "state", "in the file at"
+    )?;
+    let mut start = 0;
+    for extent in extents {
+        let (state, at) = match extent.source {
+            Source::Unallocated => ("unallocated", String::new()),
+            Source::Zero { .. } => ("zero", String::new()),
+            Source::Stored { depth: 0, at } => ("stored", format!("{:#x}", at.0)),
+            Source::Stored { depth, at } => ("in a parent", format!("{depth}:{:#x}", at.0)),
+        };
+        let line = format!(
+            "{start:>#18x} {:>#18x}  {state:<12} {at:>18}",
+            extent.len_bytes
+        );
+        writeln!(out, "{}", line.trim_end())?;
+        start += extent.len_bytes;
+    }
+    Ok(())
+}

@@ -1,0 +1,229 @@
+//! What `info` answers: a disk's header, its blocks by state, and what the host gave it.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::Serialize;
+use vdi_core::format::RawHeader;
+use vdi_core::{Disk, Source};
+
+use crate::size::Human;
+
+/// What `info` shows of an image.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Looked {
+    filename: String,
+    format: &'static str,
+    virtual_size: u64,
+    actual_size: u64,
+    cluster_size: u32,
+    format_specific: Specific,
+    warnings: Vec<String>,
+}
+
+/// What only a VDI image has.
+#[derive(Debug, Serialize)]
+struct Specific {
+    r#type: &'static str,
+    data: SpecificData,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct SpecificData {
+    version: String,
+    kind: String,
+    file_length: u64,
+    comment: String,
+    blocks: Blocks,
+    lchs_geometry: Option<Geometry>,
+    header: HeaderFields,
+}
+
+/// The blocks of the disk by their state.
+#[derive(Debug, Default, Serialize)]
+struct Blocks {
+    allocated: u64,
+    zero: u64,
+    unallocated: u64,
+}
+
+impl Blocks {
+    fn count(disk: &Disk) -> Self {
+        let mut blocks = Self::default();
+        for entry in disk.entries() {
+            match entry {
+                BlockMapEntry::Allocated(_) => blocks.allocated += 1,
+                BlockMapEntry::Zero => blocks.zero += 1,
+                BlockMapEntry::Unallocated => blocks.unallocated += 1,
+            }
+        }
+        blocks
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Geometry {
+    cylinders: u32,
+    heads: u32,
+    sectors: u32,
+}
+
+impl Geometry {
+    fn of(raw: &RawHeader) -> Option<Self> {
+        let [cylinders, heads, sectors] = &raw.lchs_geometry;
+        let (cylinders, heads, sectors) = (cylinders.get(), heads.get(), sectors.get());
+        let is_set = raw.has_lchs() && (cylinders, heads, sectors) != (0, 0, 0);
+        is_set.then_some(Self {
+            cylinders,
+            heads,
+            sectors,
+        })
+    }
+}
+
+/// The header's fields as they are in the file.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct HeaderFields {
+    version: String,
+    header_size: u32,
+    image_type: u32,
+    image_flags: u32,
+    offset_bmap: u32,
+    offset_data: u32,
+    disk_size: u64,
+    block_size: u32,
+    block_extra: u32,
+    blocks_in_image: u32,
+    blocks_allocated: u32,
+    uuid_image: String,
+    uuid_modify: String,
+    uuid_parent: String,
+    uuid_parent_modify: String,
+}
+
+impl HeaderFields {
+    fn of(raw: &RawHeader) -> Self {
+        Self {
+            version: format!("{:#010x}", raw.version.get()),
+            header_size: raw.header_size.get(),
+            image_type: raw.image_type.get(),
+            image_flags: raw.image_flags.get(),
+            offset_bmap: raw.offset_bmap.get(),
+            offset_data: raw.offset_data.get(),
+            disk_size: raw.disk_size.get(),
+            block_size: raw.block_size.get(),
+            block_extra: raw.block_extra.get(),
+            blocks_in_image: raw.blocks_in_image.get(),
+            blocks_allocated: raw.blocks_allocated.get(),
+            uuid_image: raw.uuid_image.get().to_string(),
+            uuid_modify: raw.uuid_modify.get().to_string(),
+            uuid_parent: raw.uuid_parent.get().to_string(),
+            uuid_parent_modify: raw.uuid_parent_modify.get().to_string(),
+        }
+    }
+}
+
+impl Looked {
+    pub(crate) fn new(path: &Path, disk: &Disk, len_bytes: u64, on_host_bytes: u64) -> Self {
+        let raw = disk.header().raw();
+        let version = raw.version.get();
+        let data = SpecificData {
+            version: format!("{}.{}", version >> 16, version & 0xFFFF),
+            kind: disk.header().kind().to_string(),
+            file_length: len_bytes,
+            comment: raw.comment(),
+            blocks: Blocks::count(disk),
+            lchs_geometry: Geometry::of(raw),
+            header: HeaderFields::of(raw),
+        };
+        Self {
+            filename: path.display().to_string(),
+            format: "vdi",
+            virtual_size: disk.capacity().bytes(),
+            actual_size: on_host_bytes,
+            cluster_size: raw.block_size.get(),
+            format_specific: Specific {
+                r#type: "vdi",
+                data,
+            },
+            warnings: disk.warnings().map(|warning| warning.to_string()).collect(),
+        }
+    }
+}
+
+/// Writes what `info` found for people.
+pub(crate) fn info(out: &mut impl Write, looked: &Looked) -> io::Result<()> {
+    let data = &looked.format_specific.data;
+    let size = |bytes: u64| format!("{} ({bytes} bytes)", Human(bytes));
+    let mut line = |name: &str, value: &str| writeln!(out, "{name:<14} {value}");
+    line("image:", &looked.filename)?;
+    line("format:", &format!("vdi {}, {}", data.version, data.kind))?;
+    line("virtual size:", &size(looked.virtual_size))?;
+    let (used, len) = (Human(looked.actual_size), size(data.file_length));
+    line("disk usage:", &format!("{used}, file of {len}"))?;
+    line("block size:", &size(u64::from(looked.cluster_size)))?;
+    line("blocks:", &data.blocks.to_string())?;
+    if !data.comment.is_empty() {
+        // It is the image's, not ours: nothing in it shall steer a terminal.
+        line("comment:", &data.comment.escape_debug().to_string())?;
+    }
+    line("image UUID:", &data.header.uuid_image)?;
+    line("modify UUID:", &data.header.uuid_modify)?;
+    match &data.lchs_geometry {
+        Some(geometry) => line("geometry:", &geometry.to_string())?,
+        None => line("geometry:", "not set")?,
+    }
+    let header = &data.header;
+    let (size, flags, extra) = (header.header_size, header.image_flags, header.block_extra);
+    line(
+        "header:",
+        &format!("{size} bytes, flags {flags:#x}, {extra} private bytes before each block"),
+    )?;
+    line(
+        "map:",
+        &format!(
+            "at {}, of {} entries",
+            header.offset_bmap, header.blocks_in_image
+        ),
+    )?;
+    line(
+        "data:",
+        &format!(
+            "at {}, counted as {} blocks",
+            header.offset_data, header.blocks_allocated
+        ),
+    )?;
+    for warning in &looked.warnings {
+        line("warning:", &format!("{warning}; see `vdi check`"))?;
+    }
+    Ok(())
+}
+
+impl fmt::Display for Blocks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            allocated,
+            zero,
+            unallocated,
+        } = self;
+        write!(
+            f,
+            "{allocated} allocated, {zero} zero, {unallocated} unallocated"
+        )
+    }
+}
+
+impl fmt::Display for Geometry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            cylinders,
+            heads,
+            sectors,
+        } = self;
+        write!(f, "{cylinders} cylinders, {heads} heads, {sectors} sectors")
+    }
+}

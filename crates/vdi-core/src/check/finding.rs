@@ -1,0 +1,189 @@
+//! What can be wrong with an image, and what to do about it.
+//!
+//! A [`Finding`] is a fact with its values; what all findings of a kind have in
+//! common (a stable name, a severity, an advice) is in one table here.
+
+use std::fmt;
+
+use crate::header::{HeaderError, Warning};
+use crate::units::SECTOR_SIZE;
+
+/// How bad a finding is, the harmless first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Harmless, but worth knowing.
+    Note,
+    /// Space in the file that nothing uses.
+    Leak,
+    /// Data are lost, in danger or out of reach, or other programs refuse the image.
+    Corruption,
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Note => "note",
+            Self::Leak => "leak",
+            Self::Corruption => "corruption",
+        })
+    }
+}
+
+/// One thing that is wrong. Its text has the value found and the limit; [`Finding::advice`]
+/// says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(
+    missing_docs,
+    reason = "the messages are the documentation; the fields are the values in them"
+)]
+pub enum Finding {
+    #[error("the file has {len_bytes} bytes, less than the {least} of the shortest header")]
+    HeaderTruncated { len_bytes: u64, least: u32 },
+    #[error(transparent)]
+    Header(HeaderError),
+    #[error("{0}")]
+    Flaw(Warning),
+    #[error(
+        "the map has {blocks_in_image} entries and ends at {map_end}, but the file ends at {len_bytes}; \
+         {missing} entries are missing"
+    )]
+    MapTruncated {
+        blocks_in_image: u32,
+        map_end: u64,
+        len_bytes: u64,
+        missing: u64,
+    },
+    #[error(
+        "disk block {block} is kept in file block {file_block}, \
+         but an image of {blocks_in_image} blocks (blocks_in_image) has only lower numbers"
+    )]
+    EntryOutOfRange {
+        block: u32,
+        file_block: u32,
+        blocks_in_image: u32,
+    },
+    #[error(
+        "disk block {block} is kept in file block {file_block}, which ends at byte {block_end}, \
+         but the file ends at {len_bytes}"
+    )]
+    BlockBehindEnd {
+        block: u32,
+        file_block: u32,
+        block_end: u64,
+        len_bytes: u64,
+    },
+    #[error("disk blocks {first} and {second} are both kept in file block {file_block}")]
+    SharedBlock {
+        first: u32,
+        second: u32,
+        file_block: u32,
+    },
+    #[error(
+        "blocks_allocated is {blocks_allocated}, but the map uses file blocks up to {highest}, \
+         so it must be at least {}", highest + 1
+    )]
+    CountTooSmall { blocks_allocated: u32, highest: u32 },
+    #[error(
+        "{count} of the {blocks_allocated} file blocks of blocks_allocated are in no map entry"
+    )]
+    LeakedBlocks { count: u64, blocks_allocated: u32 },
+    #[error("{count} bytes follow the last file block, which ends at {data_end}")]
+    TrailingBytes { count: u64, data_end: u64 },
+    #[error(
+        "blocks_allocated is {blocks_allocated}, but the file ends at {len_bytes}, \
+         in or before file block {covered}"
+    )]
+    CountBehindEnd {
+        blocks_allocated: u32,
+        len_bytes: u64,
+        covered: u32,
+    },
+    #[error("disk_size is {disk_size}, no multiple of 512; the disk has {} bytes", disk_size - disk_size % SECTOR_SIZE)]
+    OddDiskSize { disk_size: u64 },
+}
+
+/// What all findings of a kind have in common.
+struct About {
+    kind: &'static str,
+    severity: Severity,
+    advice: &'static str,
+}
+
+impl Finding {
+    /// The stable name of the kind of finding.
+    pub fn kind(&self) -> &'static str {
+        self.about().kind
+    }
+
+    /// How bad it is.
+    pub fn severity(&self) -> Severity {
+        self.about().severity
+    }
+
+    /// What it means and what to do.
+    pub fn advice(&self) -> &'static str {
+        self.about().advice
+    }
+
+    fn about(&self) -> About {
+        use Severity::{Corruption, Leak, Note};
+        let (kind, severity, advice) = match self {
+            Self::HeaderTruncated { .. } => ("header-truncated", Corruption, RESTORE),
+            Self::Header(error) => about_header(error),
+            Self::Flaw(Warning::CountTooLarge { .. }) => ("count-too-large", Corruption, COPY),
+            Self::Flaw(Warning::NullUuid { .. }) => ("null-uuid", Corruption, COPY),
+            Self::MapTruncated { .. } => ("map-truncated", Corruption, RESTORE),
+            Self::EntryOutOfRange { .. } => ("entry-out-of-range", Corruption, DO_NOT_WRITE),
+            Self::BlockBehindEnd { .. } => ("block-behind-end", Corruption, RESTORE),
+            Self::SharedBlock { .. } => ("shared-block", Corruption, DO_NOT_WRITE),
+            Self::CountTooSmall { .. } => ("count-too-small", Corruption, COUNT),
+            Self::LeakedBlocks { .. } => ("leaked-blocks", Leak, UNUSED),
+            Self::TrailingBytes { .. } => ("trailing-bytes", Leak, UNUSED),
+            Self::CountBehindEnd { .. } => (
+                "count-behind-end",
+                Note,
+                "harmless: no block of the disk is kept there",
+            ),
+            Self::OddDiskSize { .. } => (
+                "odd-disk-size",
+                Note,
+                "harmless: the partial last sector is not shown",
+            ),
+        };
+        About {
+            kind,
+            severity,
+            advice,
+        }
+    }
+}
+
+const RESTORE: &str = "restore the image from a backup";
+const COPY: &str =
+    "VirtualBox refuses the image; its contents are intact: copy them with `vdi convert`";
+const DO_NOT_WRITE: &str =
+    "do not write to the image: a write may hit another block's data; restore it from a backup";
+const COUNT: &str = "do not write to the image with VirtualBox or QEMU: they overwrite blocks in use; \
+                     copy it with `vdi convert`";
+const UNUSED: &str = "harmless: only space is lost; a copy made with `vdi convert` does without it";
+
+fn about_header(error: &HeaderError) -> (&'static str, Severity, &'static str) {
+    let kind = match error {
+        HeaderError::Signature { .. } => "signature",
+        HeaderError::Version { .. } => "version",
+        HeaderError::HeaderSize { .. } => "header-size",
+        HeaderError::MapOffset { .. } => "map-offset",
+        HeaderError::DataOffset { .. } => "data-offset",
+        HeaderError::ImageType { .. } => "image-type",
+        HeaderError::ImageFlags { .. } => "image-flags",
+        HeaderError::LchsSectorSize { .. } => "lchs-sector-size",
+        HeaderError::FixedChild { .. } => "fixed-with-parent",
+        HeaderError::NoParentNamed => "no-parent",
+        HeaderError::DiskSizeZero => "disk-size-zero",
+        HeaderError::BlockSize { .. } => "block-size",
+        HeaderError::BlockExtra { .. } => "block-extra",
+        HeaderError::TooFewBlocks { .. } => "too-few-blocks",
+        HeaderError::Flaw { .. } => "flaw",
+    };
+    (kind, Severity::Corruption, RESTORE)
+}

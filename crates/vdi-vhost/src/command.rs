@@ -1,0 +1,105 @@
+//! What the control thread tells a worker, and the bell that makes it listen.
+//!
+//! Every command is acknowledged when it is done, not when it is heard.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::task::Wake;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::memory::Memory;
+use crate::queue::{ErrorFd, Mode, Vring};
+use crate::ring::owned;
+
+/// Wakes a worker: for a command, or because parked requests should be tried again.
+#[derive(Debug)]
+pub(crate) struct Doorbell {
+    eventfd: EventFd,
+    retry: AtomicBool,
+}
+
+impl Doorbell {
+    /// A doorbell for one worker.
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            eventfd: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            retry: AtomicBool::new(false),
+        })
+    }
+
+    /// What the worker watches.
+    pub(crate) fn watched(&self) -> io::Result<OwnedFd> {
+        self.eventfd.try_clone().map(owned)
+    }
+
+    /// Whether parked requests should be tried again, since this was last asked.
+    pub(crate) fn wants_retry(&self) -> bool {
+        self.retry.swap(false, Ordering::AcqRel)
+    }
+
+    /// Has the worker look for commands.
+    pub(crate) fn ring(&self) {
+        // It fails only when 2^64 - 2 rings were not heard.
+        let _ = self.eventfd.write(1);
+    }
+}
+
+impl Wake for Doorbell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if !self.retry.swap(true, Ordering::AcqRel) {
+            self.ring();
+        }
+    }
+}
+
+/// Says that a command is done.
+pub(crate) type Ack = Sender<io::Result<()>>;
+
+/// When a worker takes over new memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Takeover {
+    /// At once: the new memory contains the old.
+    Now,
+    /// When nothing is in flight: something goes away.
+    WhenIdle,
+}
+
+/// A queue to serve.
+pub(crate) struct Setup {
+    /// Its number.
+    pub(crate) index: u16,
+    /// Its ring, set up and valid.
+    pub(crate) vring: Vring,
+    /// Its kick eventfd.
+    pub(crate) kick: OwnedFd,
+    /// Its err eventfd.
+    pub(crate) error_fd: ErrorFd,
+    /// Whether chains are taken already.
+    pub(crate) mode: Mode,
+}
+
+/// What the control thread wants.
+pub(crate) enum Command {
+    /// Serve a queue in this memory.
+    Start(Box<Setup>, Arc<Memory>),
+    /// Take no more chains, answer what was taken.
+    Pause(u16),
+    /// Take chains again.
+    Resume(u16),
+    /// Answer what was taken and forget the queue.
+    Stop(u16),
+    /// The kicks come from here now.
+    Rekick(u16, OwnedFd),
+    /// The guest's memory changed.
+    Memory(Arc<Memory>, Takeover),
+    /// Stop everything and end the thread.
+    Exit,
+}

@@ -1,0 +1,83 @@
+//! Log lines that a guest can bring about: few enough that it cannot fill the host's log (R5).
+
+use std::fmt::Arguments;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lines per [`PERIOD`]: enough to see what is wrong.
+const LINES: u32 = 10;
+
+/// At this rate a log grows by less than 2 MiB a day.
+const PERIOD: Duration = Duration::from_secs(60);
+
+/// Says what is wrong with requests and rings, for the whole daemon.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints(Mutex<Budget>);
+
+#[derive(Debug, Default)]
+struct Budget {
+    since: Option<Instant>,
+    said: u32,
+    unsaid: u64,
+}
+
+impl Complaints {
+    /// A guest did wrong.
+    pub(crate) fn warn(&self, line: Arguments<'_>) {
+        if let Some(unsaid) = self.permit(Instant::now()) {
+            tracing::warn!("{line}{}", Unsaid(unsaid));
+        }
+    }
+
+    /// The host failed.
+    pub(crate) fn error(&self, line: Arguments<'_>) {
+        if let Some(unsaid) = self.permit(Instant::now()) {
+            tracing::error!("{line}{}", Unsaid(unsaid));
+        }
+    }
+
+    /// Whether one more line may be said, and how many were not said before it.
+    fn permit(&self, now: Instant) -> Option<u64> {
+        let mut budget = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = *budget.since.get_or_insert(now);
+        if now.duration_since(since) >= PERIOD {
+            (budget.since, budget.said) = (Some(now), 0);
+        }
+        if budget.said >= LINES {
+            budget.unsaid += 1;
+            return None;
+        }
+        budget.said += 1;
+        Some(std::mem::take(&mut budget.unsaid))
+    }
+}
+
+/// How many lines are missing before this one.
+struct Unsaid(u64);
+
+impl std::fmt::Display for Unsaid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, " ({count} more such lines were not logged)"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_complaints_becomes_a_few_lines_and_a_number() {
+        let complaints = Complaints::default();
+        let start = Instant::now();
+        let said = (0..1000).filter_map(|_| complaints.permit(start));
+        assert_eq!(said.count(), LINES as usize);
+        assert_eq!(
+            complaints.permit(start + PERIOD),
+            Some(1000 - u64::from(LINES))
+        );
+        assert_eq!(complaints.permit(start + PERIOD), Some(0));
+    }
+}

@@ -1,0 +1,371 @@
+//! The rings as the control thread has them: what the front end set up, and whether a worker serves it.
+//!
+//! ```text
+//!           kick descriptor                   enable
+//! stopped ──────────────────► started ◄──────────────────► enabled: chains are taken
+//!    ▲                           │     disable (drains)
+//!    └───────────────────────────┘
+//!            stop (drains)
+//! ```
+//!
+//! A ring is changed only while it is stopped, and checked when it starts: the worker gets rings that lie in the guest's
+//! memory and are aligned. Source: vhost-user protocol, "Ring states".
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
+
+use crate::command::{Command, Setup, Takeover};
+use crate::memory::{self, Memory};
+use crate::queue::{ErrorFd, Mode, Vring};
+use crate::workers::Workers;
+
+/// The largest ring: QEMU's limit too. Bounds what a queue can have in flight.
+const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// All rings of the device, and the memory they lie in.
+pub(crate) struct Rings {
+    workers: Workers,
+    memory: GuestMemoryAtomic<Memory>,
+    rings: Vec<Ring>,
+}
+
+struct Ring {
+    vring: Vring,
+    error_fd: ErrorFd,
+    /// As the front end gave them.
+    addresses: Option<Addresses>,
+    started: bool,
+}
+
+/// Where a ring's parts are, in the front end's address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Addresses {
+    /// The descriptor table.
+    pub(crate) table: u64,
+    /// The available ring.
+    pub(crate) available: u64,
+    /// The used ring.
+    pub(crate) used: u64,
+}
+
+/// Why a ring is not as the front end wants it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RingError {
+    /// An index beyond what was offered.
+    #[error("there is no queue {index}, only {count}")]
+    NoSuchQueue { index: u32, count: usize },
+    /// Not a size of a split ring, or too large.
+    #[error("queue {index} cannot have {size} entries, only a power of two up to {MAX_QUEUE_SIZE}")]
+    Size { index: u32, size: u32 },
+    /// Not an index of a split ring.
+    #[error("queue {index} cannot begin at {base}, which is no 16-bit index")]
+    Base { index: u32, base: u32 },
+    /// A part outside of the memory.
+    #[error("the {what} of queue {index} at {address:#x} is not in the shared memory")]
+    Outside {
+        index: u32,
+        what: &'static str,
+        address: u64,
+    },
+    /// A part that is not aligned.
+    #[error("the rings of queue {index} are misaligned")]
+    Misaligned { index: u32 },
+    /// Only a stopped ring can be changed.
+    #[error("queue {index} is running; stop it before changing its {what}")]
+    Running { index: u32, what: &'static str },
+    /// It was started before it was set up, or reaches out of the memory.
+    #[error("queue {index} was started without rings that lie in the shared memory")]
+    NotSetUp { index: u32 },
+    /// The front end wants us to poll.
+    #[error("queue {index} has no kick descriptor, and polling rings is not supported")]
+    NoKick { index: u32 },
+    /// Writing to a full pipe would block, and a file is always readable.
+    #[error("the descriptor for queue {index} is {found}, not an eventfd")]
+    NotAnEventFd { index: u32, found: String },
+    /// The worker could not do it.
+    #[error("the worker of queue {index} failed")]
+    Worker {
+        index: u32,
+        #[source]
+        source: io::Error,
+    },
+    /// A worker did not take the memory.
+    #[error("the guest's memory could not be changed")]
+    Memory(#[source] io::Error),
+}
+
+type Result<T> = std::result::Result<T, RingError>;
+
+impl Rings {
+    /// `count` stopped rings, to be served by `workers`.
+    pub(crate) fn new(
+        count: u16,
+        workers: Workers,
+    ) -> std::result::Result<Self, virtio_queue::Error> {
+        let memory = GuestMemoryAtomic::new(Memory::new());
+        let ring = |_| {
+            Ok(Ring {
+                vring: Vring::new(memory.clone(), MAX_QUEUE_SIZE)?,
+                error_fd: ErrorFd::default(),
+                addresses: None,
+                started: false,
+            })
+        };
+        let rings = (0..count)
+            .map(ring)
+            .collect::<std::result::Result<_, _>>()?;
+        Ok(Self {
+            workers,
+            memory,
+            rings,
+        })
+    }
+
+    /// The guest's memory as it is now.
+    pub(crate) fn memory(&self) -> Arc<Memory> {
+        self.memory.memory().clone().into_inner()
+    }
+
+    /// Gives all workers new memory, and waits until they use it.
+    pub(crate) fn set_memory(&mut self, memory: Memory, takeover: Takeover) -> Result<()> {
+        let shared = Arc::new(memory);
+        self.workers
+            .set_memory(&shared, takeover)
+            .map_err(RingError::Memory)?;
+        let memory = Memory::clone(&shared);
+        self.memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .replace(memory);
+        Ok(())
+    }
+
+    /// Stops and forgets all rings; what they had in flight is answered.
+    pub(crate) fn reset(&mut self) -> Result<()> {
+        for index in 0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX) {
+            self.stop(index)?;
+            let ring = self.ring(index)?;
+            ring.addresses = None;
+            *lock(&ring.error_fd) = None;
+            let mut state = ring.vring.get_mut();
+            state.set_enabled(false);
+            state.get_queue_mut().reset();
+        }
+        Ok(())
+    }
+
+    /// Stops a ring when everything it had in flight is answered; the index of the next chain it would have taken.
+    pub(crate) fn stop(&mut self, index: u32) -> Result<u16> {
+        if self.ring(index)?.started {
+            self.tell(index, Command::Stop)?;
+            tracing::debug!("queue {index} is stopped");
+        }
+        let ring = self.ring(index)?;
+        ring.started = false;
+        ring.vring.set_queue_ready(false);
+        ring.vring.set_kick(None);
+        ring.vring.set_call(None);
+        Ok(ring.vring.queue_next_avail())
+    }
+
+    /// Has all rings take chains, or as soon as they start.
+    pub(crate) fn enable_all(&mut self) -> Result<()> {
+        (0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX))
+            .try_for_each(|index| self.set_enabled(index, true))
+    }
+
+    /// Has a ring take chains or not, now or as soon as it starts. Nothing is in flight on a disabled ring.
+    pub(crate) fn set_enabled(&mut self, index: u32, enable: bool) -> Result<()> {
+        let ring = self.ring(index)?;
+        ring.vring.set_enabled(enable);
+        match (ring.started, enable) {
+            (false, _) => Ok(()),
+            (true, true) => self.tell(index, Command::Resume),
+            (true, false) => self.tell(index, Command::Pause),
+        }
+    }
+
+    /// Sets the number of entries.
+    pub(crate) fn set_size(&mut self, index: u32, size: u32) -> Result<()> {
+        let ring = self.stopped(index, "size")?;
+        let valid = |size: &u16| *size <= MAX_QUEUE_SIZE && size.is_power_of_two();
+        let small = u16::try_from(size).ok().filter(valid);
+        ring.vring
+            .set_queue_size(small.ok_or(RingError::Size { index, size })?);
+        Ok(())
+    }
+
+    /// Sets where the ring is.
+    pub(crate) fn set_addresses(&mut self, index: u32, addresses: Addresses) -> Result<()> {
+        let memory = self.memory();
+        let ring = self.ring(index)?;
+        if ring.started && ring.addresses == Some(addresses) {
+            return Ok(()); // A front end repeats itself to change flags.
+        }
+        let translate = |what, address| {
+            let found = memory::from_front_end(&memory, address).map(|GuestAddress(at)| at);
+            found.ok_or(RingError::Outside {
+                index,
+                what,
+                address,
+            })
+        };
+        let table = translate("descriptor table", addresses.table)?;
+        let available = translate("available ring", addresses.available)?;
+        let used = translate("used ring", addresses.used)?;
+        let ring = self.stopped(index, "addresses")?;
+        ring.vring
+            .set_queue_info(table, available, used)
+            .map_err(|_| RingError::Misaligned { index })?;
+        ring.addresses = Some(addresses);
+        Ok(())
+    }
+
+    /// Sets the index of the next chain to take.
+    pub(crate) fn set_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let ring = self.stopped(index, "base")?;
+        let base = u16::try_from(base).map_err(|_| RingError::Base { index, base })?;
+        ring.vring.set_queue_next_avail(base);
+        Ok(())
+    }
+
+    /// Starts a ring, or has a started one hear its kicks from here.
+    pub(crate) fn set_kick(
+        &mut self,
+        index: u32,
+        file: Option<File>,
+        event_idx: bool,
+    ) -> Result<()> {
+        let file = file.ok_or(RingError::NoKick { index })?;
+        check_eventfd(index, &file)?;
+        let failed = |source| RingError::Worker { index, source };
+        let kick = file.try_clone().map_err(failed)?.into();
+        let ring = self.ring(index)?;
+        ring.vring.set_kick(Some(file));
+        if ring.started {
+            self.tell(index, |index| Command::Rekick(index, kick))
+        } else {
+            self.start(index, kick, event_idx)
+        }
+    }
+
+    /// Sets where the guest is called.
+    pub(crate) fn set_call(&mut self, index: u32, file: Option<File>) -> Result<()> {
+        file.as_ref()
+            .map_or(Ok(()), |file| check_eventfd(index, file))?;
+        let ring = self.ring(index)?;
+        ring.vring.set_call(file);
+        if ring.started {
+            // Answers may have been given while the old descriptor was there; one call too many does no harm.
+            let _ = ring.vring.signal_used_queue();
+        }
+        Ok(())
+    }
+
+    /// Sets where the front end hears of a broken ring.
+    pub(crate) fn set_error(&mut self, index: u32, file: Option<File>) -> Result<()> {
+        file.as_ref()
+            .map_or(Ok(()), |file| check_eventfd(index, file))?;
+        *lock(&self.ring(index)?.error_fd) = file;
+        Ok(())
+    }
+
+    fn start(&mut self, index: u32, kick: OwnedFd, event_idx: bool) -> Result<()> {
+        let memory = self.memory();
+        let small = self.check(index)?;
+        let ring = self.ring(index)?;
+        let mode = ring
+            .make_ready(&memory, event_idx)
+            .ok_or(RingError::NotSetUp { index })?;
+        let (vring, error_fd) = (ring.vring.clone(), Arc::clone(&ring.error_fd));
+        let setup = Setup {
+            index: small,
+            vring,
+            kick,
+            error_fd,
+            mode,
+        };
+        let failed = |source| RingError::Worker { index, source };
+        self.workers.start(setup, memory).map_err(failed)?;
+        self.ring(index)?.started = true;
+        tracing::debug!("queue {index} is started, {mode:?}");
+        Ok(())
+    }
+
+    fn tell(&self, index: u32, command: impl FnOnce(u16) -> Command) -> Result<()> {
+        let small = self.check(index)?;
+        let failed = |source| RingError::Worker { index, source };
+        self.workers.tell(small, command(small)).map_err(failed)
+    }
+
+    fn check(&self, index: u32) -> Result<u16> {
+        let count = self.rings.len();
+        match u16::try_from(index) {
+            Ok(small) if usize::from(small) < count => Ok(small),
+            _ => Err(RingError::NoSuchQueue { index, count }),
+        }
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Ring> {
+        let small = self.check(index)?;
+        Ok(&mut self.rings[usize::from(small)])
+    }
+
+    /// A ring that may be changed.
+    fn stopped(&mut self, index: u32, what: &'static str) -> Result<&mut Ring> {
+        let ring = self.ring(index)?;
+        if ring.started {
+            Err(RingError::Running { index, what })
+        } else {
+            Ok(ring)
+        }
+    }
+}
+
+impl Ring {
+    /// Checks the ring and readies it for a worker: how it begins, or `None` if it cannot.
+    fn make_ready(&mut self, memory: &Memory, event_idx: bool) -> Option<Mode> {
+        self.addresses?;
+        let mut state = self.vring.get_mut();
+        let enabled = state.is_enabled();
+        let queue = state.get_queue_mut();
+        queue.set_ready(true);
+        if !queue.is_valid(memory) {
+            queue.set_ready(false);
+            return None;
+        }
+        // The used index of a split ring is not part of SET_VRING_BASE; the ring itself knows it.
+        let used = queue.used_idx(memory, Ordering::Acquire).ok()?;
+        queue.set_next_used(used.0);
+        queue.set_event_idx(event_idx);
+        Some(if enabled { Mode::Running } else { Mode::Paused })
+    }
+}
+
+fn check_eventfd(index: u32, file: &File) -> Result<()> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    match link {
+        Ok(link)
+            if !link
+                .as_os_str()
+                .as_encoded_bytes()
+                .starts_with(b"anon_inode:[eventfd") =>
+        {
+            let found = link.display().to_string();
+            Err(RingError::NotAnEventFd { index, found })
+        }
+        // Without /proc there is no telling; the worker copes with what cannot be watched.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

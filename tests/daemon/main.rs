@@ -1,0 +1,17 @@
+//! What the daemon does for a driver that keeps the rules, without a virtual machine.
+//!
+//! Not here: drivers that break the rules (`hostile_guest.rs`), and real guests.
+//!
+//! Sources: virtio 1.2 section 5.2, QEMU `docs/interop/vhost-user.rst`; the promises P1, P2 and P5 of the design.
+
+#![expect(clippy::unwrap_used, reason = "a test says by a panic what is wrong")]
+
+mod blkio;
+mod connections;
+mod device;
+mod durability;
+mod load;
+mod program;
+mod requests;
+mod rings;
+mod sharing;

@@ -1,0 +1,120 @@
+//! Real Linux guests on `vdi-vhost`: what they wrote is there when the next one boots,
+//! and both QEMU's tools and ours find the image sound.
+//!
+//! Here is what only a whole guest shows: its own driver, its page cache, its file
+//! system, a boot after a boot. Odd rings and hostile chains have tests of their own.
+//! What the guests do is in `ci/guest/jobs`.
+
+use vdi_tests::guest::{Guest, create_image, expect_clean, stop};
+use vdi_tests::image::{Image, MIB};
+use vdi_tests::server::{Launch, Server};
+
+/// No power of two, and no whole number of GiB.
+const DISK_BYTES: u64 = 641 * MIB;
+const SERIAL: &str = "guest-test-20chars-x";
+
+/// Writes blocks of 512 B to 4 MiB and a file system.
+fn write(daemon: &Server, queues: u16, device: &str) {
+    Guest::on(daemon, queues)
+        .device(device)
+        .with_fio()
+        .set("SECTORS", &(DISK_BYTES / 512).to_string())
+        .set("QUEUES", &queues.to_string())
+        .set("SERIAL", SERIAL)
+        .run("write.sh");
+}
+
+/// Finds all that [`write`] left.
+fn verify(daemon: &Server, queues: u16) {
+    Guest::on(daemon, queues).with_fio().run("verify.sh");
+}
+
+fn start(image: &Image, queues: &str, cache: &str) -> Server {
+    let options = ["--num-queues", queues, "--cache", cache, "--serial", SERIAL];
+    Launch::image(image.path()).args(options).start()
+}
+
+#[test]
+fn one_queue_buffered_keeps_what_a_guest_wrote_for_the_next_one_on_the_same_daemon() {
+    let image = create_image(DISK_BYTES);
+    let daemon = start(&image, "1", "writeback");
+    write(&daemon, 1, "config-wce=on");
+    verify(&daemon, 1);
+    stop(daemon);
+    expect_clean(&image);
+}
+
+#[test]
+fn four_queues_buffered_keep_what_a_guest_wrote_for_the_next_daemon() {
+    let image = create_image(DISK_BYTES);
+    let daemon = start(&image, "4", "writeback");
+    write(&daemon, 4, "config-wce=on");
+    stop(daemon);
+    expect_clean(&image);
+
+    let daemon = start(&image, "4", "writeback");
+    verify(&daemon, 4);
+    stop(daemon);
+    expect_clean(&image);
+}
+
+#[test]
+fn one_queue_direct_keeps_what_a_guest_wrote_for_the_next_daemon() {
+    let image = create_image(DISK_BYTES);
+    let daemon = start(&image, "1", "direct");
+    write(&daemon, 1, "config-wce=off");
+    stop(daemon);
+    expect_clean(&image);
+
+    // Through the other cache mode, so that nothing is right only in its own.
+    let daemon = start(&image, "1", "writeback");
+    verify(&daemon, 1);
+    stop(daemon);
+    expect_clean(&image);
+}
+
+#[test]
+fn four_queues_direct_keep_what_a_guest_wrote_for_the_next_one_on_the_same_daemon() {
+    let image = create_image(DISK_BYTES);
+    let daemon = start(&image, "4", "direct");
+    write(&daemon, 4, "config-wce=on,queue-size=256");
+    // The daemon has four queues; this guest uses two of them.
+    verify(&daemon, 2);
+    stop(daemon);
+    expect_clean(&image);
+}
+
+#[test]
+fn a_read_only_disk_can_be_read_and_its_image_stays_as_it_is() {
+    let image = create_image(64 * MIB);
+    let daemon = Launch::image(image.path()).start();
+    Guest::on(&daemon, 1).run("one-file.sh");
+    stop(daemon);
+    let before = std::fs::read(image.path()).unwrap();
+
+    let daemon = Launch::image(image.path()).arg("--read-only").start();
+    Guest::on(&daemon, 1).run("read-only.sh");
+    stop(daemon);
+    assert!(
+        before == std::fs::read(image.path()).unwrap(),
+        "the image was changed"
+    );
+    expect_clean(&image);
+}
+
+/// What the choice does to the order of writes and syncs, a guest cannot see; the daemon's own tests can.
+#[test]
+fn the_guest_chooses_its_cache_only_where_the_front_end_lets_it() {
+    let image = create_image(64 * MIB);
+    let daemon = Launch::image(image.path()).start();
+    Guest::on(&daemon, 1)
+        .device("config-wce=on")
+        .set("CAN_CHANGE", "yes")
+        .run("cache.sh");
+    Guest::on(&daemon, 1)
+        .device("config-wce=off")
+        .set("CAN_CHANGE", "no")
+        .run("cache.sh");
+    stop(daemon);
+    expect_clean(&image);
+}

@@ -1,0 +1,311 @@
+//! The connection to the back end: `vhost`'s front end, with a time limit on every message.
+//!
+//! Not the road for illegal messages, which `vhost` refuses to send: see [`super::raw`].
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+
+use super::queue::{PATIENCE, Queue};
+
+/// Why the back end did not do what a message asked for.
+#[derive(Debug, Error)]
+pub enum ControlError {
+    /// No connection.
+    #[error("there is no connection to {path}")]
+    Connect {
+        /// The socket.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No answer; the connection is closed.
+    #[error("{message} was not answered within {PATIENCE:?}")]
+    TimedOut {
+        /// Which message.
+        message: &'static str,
+    },
+    /// An answer that says no, or the end of the connection.
+    #[error("{message} failed: {source}")]
+    Refused {
+        /// Which message.
+        message: &'static str,
+        /// What `vhost` makes of it.
+        #[source]
+        source: vhost::Error,
+    },
+}
+
+/// What a front end negotiates.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// Virtio features, of which those that are offered are accepted.
+    pub features: u64,
+    /// Protocol features, of which those that are offered are accepted.
+    pub protocol: VhostUserProtocolFeatures,
+}
+
+/// A connection and what was negotiated on it.
+pub struct Control {
+    front_end: Frontend,
+    socket: UnixStream,
+    offered: u64,
+    features: u64,
+    offered_protocol: VhostUserProtocolFeatures,
+    protocol: VhostUserProtocolFeatures,
+    queues_offered: u64,
+}
+
+impl Control {
+    /// Connects, retrying while nobody listens, and negotiates.
+    ///
+    /// # Errors
+    /// If there is no connection in time, or the back end refuses a message.
+    pub fn connect(path: &Path, wanted: Wanted) -> Result<Self, ControlError> {
+        let socket = connect_patiently(path)?;
+        Self::negotiate(socket, wanted)
+    }
+
+    /// Negotiates on a socket that is connected.
+    ///
+    /// # Errors
+    /// If the back end refuses a message.
+    pub fn negotiate(socket: UnixStream, wanted: Wanted) -> Result<Self, ControlError> {
+        let own = socket.try_clone().expect("a socket can be duplicated");
+        let mut control = Self {
+            front_end: Frontend::from_stream(own, 256),
+            socket,
+            offered: 0,
+            features: 0,
+            offered_protocol: VhostUserProtocolFeatures::empty(),
+            protocol: VhostUserProtocolFeatures::empty(),
+            queues_offered: 1,
+        };
+        control.within("SET_OWNER", |f| f.set_owner())?;
+        control.offered = control.within("GET_FEATURES", |f| f.get_features())?;
+        control.features = control.offered & wanted.features;
+        if control.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
+            control.negotiate_protocol(wanted.protocol)?;
+        }
+        let features = control.features;
+        control.within("SET_FEATURES", |f| f.set_features(features))?;
+        Ok(control)
+    }
+
+    fn negotiate_protocol(
+        &mut self,
+        wanted: VhostUserProtocolFeatures,
+    ) -> Result<(), ControlError> {
+        self.offered_protocol =
+            self.within("GET_PROTOCOL_FEATURES", Frontend::get_protocol_features)?;
+        let protocol = self.offered_protocol & wanted;
+        self.within("SET_PROTOCOL_FEATURES", |f| {
+            f.set_protocol_features(protocol)
+        })?;
+        self.protocol = protocol;
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.front_end
+                .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        if protocol.contains(VhostUserProtocolFeatures::MQ) {
+            self.queues_offered = self.within("GET_QUEUE_NUM", Frontend::get_queue_num)?;
+        }
+        Ok(())
+    }
+
+    /// Virtio features that the back end offers.
+    #[must_use]
+    pub fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// Virtio features that were accepted.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Protocol features that the back end offers.
+    #[must_use]
+    pub fn offered_protocol(&self) -> VhostUserProtocolFeatures {
+        self.offered_protocol
+    }
+
+    /// Number of queues that the back end has, 1 without MQ.
+    #[must_use]
+    pub fn queues_offered(&self) -> u64 {
+        self.queues_offered
+    }
+
+    /// The socket, to vanish or to send garbage.
+    #[must_use]
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// Sends one message by `vhost`'s front end and waits for its answer.
+    ///
+    /// # Errors
+    /// If the back end refuses, or does not answer in time; then the connection is closed.
+    pub fn within<T>(
+        &mut self,
+        message: &'static str,
+        send: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, ControlError> {
+        let (done, waiting) = channel::<()>();
+        let socket = &self.socket;
+        let front_end = &mut self.front_end;
+        std::thread::scope(|scope| {
+            let watchdog = scope.spawn(move || {
+                let late = waiting.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
+                if late {
+                    let _gone = socket.shutdown(Shutdown::Both);
+                }
+                late
+            });
+            let result = send(front_end);
+            drop(done);
+            match (watchdog.join().expect("it does not panic"), result) {
+                (_, Ok(value)) => Ok(value),
+                (true, Err(_)) => Err(ControlError::TimedOut { message }),
+                (false, Err(source)) => Err(ControlError::Refused { message, source }),
+            }
+        })
+    }
+
+    /// Reads the config space.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn config_bytes(&mut self, offset: u32, len_bytes: u32) -> Result<Vec<u8>, ControlError> {
+        let none = vec![0; len_bytes as usize];
+        self.within("GET_CONFIG", |f| {
+            f.get_config(offset, len_bytes, VhostUserConfigFlags::empty(), &none)
+        })
+        .map(|(_, bytes)| bytes)
+    }
+
+    /// Writes the config space.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn set_config_bytes(&mut self, offset: u32, bytes: &[u8]) -> Result<(), ControlError> {
+        self.within("SET_CONFIG", |f| {
+            f.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
+        })
+    }
+
+    /// Replaces the memory table.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn set_memory(
+        &mut self,
+        regions: &[VhostUserMemoryRegionInfo],
+    ) -> Result<(), ControlError> {
+        self.within("SET_MEM_TABLE", |f| f.set_mem_table(regions))
+            .map(|_| ())
+    }
+
+    /// Adds a region to the memory table.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn add_region(&mut self, region: &VhostUserMemoryRegionInfo) -> Result<(), ControlError> {
+        self.within("ADD_MEM_REG", |f| f.add_mem_region(region))
+            .map(|_| ())
+    }
+
+    /// Removes a region from the memory table.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn remove_region(
+        &mut self,
+        region: &VhostUserMemoryRegionInfo,
+    ) -> Result<(), ControlError> {
+        self.within("REM_MEM_REG", |f| f.remove_mem_region(region))
+    }
+
+    /// Gives the back end a ring and lets it begin at `base`.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn start(&mut self, queue: &Queue, base: u16) -> Result<(), ControlError> {
+        let index = queue.index();
+        let addresses = ring_addresses(queue);
+        let size = queue.ring().size();
+        self.within("SET_VRING_NUM", |f| f.set_vring_num(index, size))?;
+        self.within("SET_VRING_ADDR", |f| f.set_vring_addr(index, &addresses))?;
+        self.within("SET_VRING_BASE", |f| f.set_vring_base(index, base))?;
+        self.within("SET_VRING_ERR", |f| f.set_vring_err(index, &queue.error))?;
+        self.within("SET_VRING_CALL", |f| f.set_vring_call(index, &queue.call))?;
+        self.within("SET_VRING_KICK", |f| f.set_vring_kick(index, &queue.kick))?;
+        if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
+            self.enable(index, true)?;
+        }
+        Ok(())
+    }
+
+    /// Enables or disables a ring.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn enable(&mut self, index: usize, enabled: bool) -> Result<(), ControlError> {
+        self.within("SET_VRING_ENABLE", |f| f.set_vring_enable(index, enabled))
+    }
+
+    /// Stops a ring; returns the index of the next element it would have taken.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn stop(&mut self, index: usize) -> Result<u16, ControlError> {
+        let base = self.within("GET_VRING_BASE", |f| f.get_vring_base(index))?;
+        Ok(u16::try_from(base).expect("the base of a split ring has 16 bits"))
+    }
+}
+
+/// A ring's addresses as SET_VRING_ADDR wants them.
+#[must_use]
+pub fn ring_addresses(queue: &Queue) -> VringConfigData {
+    let [table, available, used] = queue.ring().addresses();
+    let memory = queue.memory();
+    VringConfigData {
+        queue_max_size: queue.ring().size(),
+        queue_size: queue.ring().size(),
+        flags: 0,
+        desc_table_addr: memory.user_address(table),
+        used_ring_addr: memory.user_address(used),
+        avail_ring_addr: memory.user_address(available),
+        log_addr: None,
+    }
+}
+
+/// Connects, trying again while nobody listens.
+///
+/// # Errors
+/// If nobody does before [`PATIENCE`] ends.
+pub(super) fn connect_patiently(path: &Path) -> Result<UnixStream, ControlError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(socket) => return Ok(socket),
+            Err(source) if Instant::now() > deadline => {
+                let path = path.display().to_string();
+                return Err(ControlError::Connect { path, source });
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! Images for the tests: the corpus of real ones, and such as are made to be broken.
+//!
+//! Nothing here uses `vdi-core`: what a test compares with must not come from what
+//! it tests. The layout is written down again in [`FIELDS`].
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+/// Steps in which the corpus gives sums.
+pub const MIB: u64 = 1 << 20;
+
+/// A map entry that says "nothing here".
+pub const FREE: u32 = 0xFFFF_FFFF;
+/// A map entry that says "zeros".
+pub const ZERO: u32 = 0xFFFF_FFFE;
+
+/// A case of the corpus: an image, or a chain of them.
+#[derive(Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are those of data/manifest.json")]
+pub struct Case {
+    pub name: String,
+    pub kind: String,
+    pub images: Vec<CorpusImage>,
+    pub contents: Vec<Contents>,
+    pub qemu_10_0: String,
+}
+
+/// An image of the corpus, as its makers describe it.
+#[derive(Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are those of data/manifest.json")]
+pub struct CorpusImage {
+    pub file: String,
+    pub archive: String,
+    pub sha256: String,
+    pub file_size: u64,
+    pub version: String,
+    pub header_size: u32,
+    pub image_type: u32,
+    pub image_flags: u32,
+    pub disk_size_field: u64,
+    pub virtual_size: u64,
+    pub block_size: u32,
+    pub block_extra: u32,
+    pub blocks_in_image: u32,
+    pub blocks_allocated: u32,
+    pub offset_bmap: u32,
+    pub offset_data: u32,
+    pub uuid_image: String,
+    pub uuid_modify: String,
+    pub uuid_parent: String,
+    pub uuid_parent_modify: String,
+    pub map: MapCounts,
+    pub map_entries: Option<Vec<Entry>>,
+}
+
+/// How many entries of each state a map has.
+#[derive(Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are those of data/manifest.json")]
+pub struct MapCounts {
+    pub allocated: u64,
+    pub zero: u64,
+    pub free: u64,
+}
+
+/// A map entry.
+#[derive(Debug, Deserialize, Clone, PartialEq, Eq)]
+#[serde(untagged)]
+pub enum Entry {
+    /// A file block.
+    Block(u32),
+    /// `FREE` or `ZERO`.
+    Marker(String),
+}
+
+/// What the disk of an image and its parents holds.
+#[derive(Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are those of data/manifest.json")]
+pub struct Contents {
+    pub upto: String,
+    pub virtual_size: u64,
+    pub nonzero_mib: Vec<(u64, String)>,
+    pub sha256: Option<String>,
+}
+
+/// All cases of the corpus.
+///
+/// # Panics
+/// If the manifest is not there or not as it should be.
+pub fn corpus() -> Vec<Case> {
+    #[derive(Deserialize)]
+    struct Manifest {
+        cases: Vec<Case>,
+    }
+    let text = fs::read_to_string(data().join("manifest.json"))
+        .expect("the manifest is in the repository");
+    let manifest: Manifest = serde_json::from_str(&text).expect("the manifest is JSON");
+    manifest.cases
+}
+
+fn data() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("data")
+}
+
+impl Case {
+    /// What is at the end of the chain.
+    pub fn leaf(&self) -> &CorpusImage {
+        self.images.last().expect("a chain has images")
+    }
+
+    /// The sums of the disk that ends with `image`.
+    pub fn contents_of(&self, image: &CorpusImage) -> &Contents {
+        self.contents
+            .iter()
+            .find(|contents| contents.upto == image.file)
+            .expect("every image has contents")
+    }
+}
+
+impl CorpusImage {
+    /// Unpacks the image into a directory, with holes where it has zeros.
+    ///
+    /// # Panics
+    /// If the archive is damaged.
+    pub fn unpack(&self, directory: &Path) -> PathBuf {
+        let path = directory.join(&self.file);
+        let archive =
+            File::open(data().join(&self.archive)).expect("the archive is in the repository");
+        let mut source = zstd::Decoder::new(archive).expect("it is a zstd archive");
+        let mut file = File::create(&path).expect("the directory is ours");
+        let mut step = vec![0; 64 << 10];
+        let mut len_bytes = 0;
+        loop {
+            let count = fill(&mut source, &mut step);
+            if step[..count].iter().any(|&byte| byte != 0) {
+                file.seek(SeekFrom::Start(len_bytes)).expect("it is a file");
+                file.write_all(&step[..count]).expect("there is room");
+            }
+            len_bytes += count as u64;
+            if count < step.len() {
+                break;
+            }
+        }
+        file.set_len(len_bytes).expect("there is room");
+        assert_eq!(len_bytes, self.file_size, "{}", self.archive);
+        path
+    }
+}
+
+/// Reads until `buf` is full or nothing is left; tells how much was read.
+fn fill(source: &mut impl Read, buf: &mut [u8]) -> usize {
+    let mut count = 0;
+    while count < buf.len() {
+        match source
+            .read(&mut buf[count..])
+            .expect("the archive is sound")
+        {
+            0 => break,
+            more => count += more,
+        }
+    }
+    count
+}
+
+/// The SHA-256 of some bytes as text.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// The SHA-256 of a file as text.
+///
+/// # Panics
+/// If it cannot be read.
+pub fn sha256_of_file(path: &Path) -> String {
+    let mut file = File::open(path).expect("the file is there");
+    let mut hash = Sha256::new();
+    let mut step = vec![0; 1 << 20];
+    loop {
+        let count = fill(&mut file, &mut step);
+        hash.update(&step[..count]);
+        if count < step.len() {
+            return hex(&hash.finalize());
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Contents {
+    /// Compares a disk with the sums. `read` fills a buffer from a position; `may_have_data`
+    /// tells whether a step of 1 MiB need be read at all, for disks too large to read.
+    ///
+    /// # Panics
+    /// If the disk differs.
+    pub fn verify(
+        &self,
+        name: &str,
+        mut read: impl FnMut(u64, &mut [u8]),
+        mut may_have_data: impl FnMut(u64) -> bool,
+    ) {
+        let mut whole = Sha256::new();
+        let mut sums = self.nonzero_mib.iter().peekable();
+        let mut buf = vec![0; usize::try_from(MIB).expect("1 MiB")];
+        for index in 0..self.virtual_size.div_ceil(MIB) {
+            let sum = sums.next_if(|(of, _)| *of == index).map(|(_, sum)| sum);
+            if self.sha256.is_none() && sum.is_none() && !may_have_data(index) {
+                continue;
+            }
+            let len = usize::try_from(MIB.min(self.virtual_size - index * MIB)).expect("1 MiB");
+            let step = &mut buf[..len];
+            step.fill(0xEE);
+            read(index * MIB, step);
+            match sum {
+                Some(sum) => assert_eq!(&sha256(step), sum, "{name}: MiB {index}"),
+                None => assert!(
+                    step.iter().all(|&byte| byte == 0),
+                    "{name}: MiB {index} must be zeros"
+                ),
+            }
+            if self.sha256.is_some() {
+                whole.update(&*step);
+            }
+        }
+        assert_eq!(sums.next(), None, "{name}: all sums were used");
+        if let Some(sum) = &self.sha256 {
+            assert_eq!(&hex(&whole.finalize()), sum, "{name}");
+        }
+    }
+}
+
+/// The fields of a header of version 1.1: name, offset, bytes.
+pub const FIELDS: [(&str, usize, usize); 23] = [
+    ("signature", 0x40, 4),
+    ("version", 0x44, 4),
+    ("header_size", 0x48, 4),
+    ("image_type", 0x4C, 4),
+    ("image_flags", 0x50, 4),
+    ("comment", 0x54, 256),
+    ("offset_bmap", 0x154, 4),
+    ("offset_data", 0x158, 4),
+    ("legacy_sector_size", 0x168, 4),
+    ("unused", 0x16C, 4),
+    ("disk_size", 0x170, 8),
+    ("block_size", 0x178, 4),
+    ("block_extra", 0x17C, 4),
+    ("blocks_in_image", 0x180, 4),
+    ("blocks_allocated", 0x184, 4),
+    ("uuid_image", 0x188, 16),
+    ("uuid_modify", 0x198, 16),
+    ("uuid_parent", 0x1A8, 16),
+    ("uuid_parent_modify", 0x1B8, 16),
+    ("lchs_cylinders", 0x1C8, 4),
+    ("lchs_heads", 0x1CC, 4),
+    ("lchs_sectors", 0x1D0, 4),
+    ("lchs_sector_size", 0x1D4, 4),
+];
+
+/// An image to be made, right or wrong.
+///
+/// As [`image`] gives it: 8 blocks of 1 MiB, of which blocks 0, 1 and 4 are kept in the
+/// file blocks 0, 1 and 2, filled with the bytes 1, 2 and 3; block 3 is ZERO. The
+/// map is at 512, the data at 1024, so that every program opens it.
+#[derive(Debug, Clone)]
+pub struct ImageBuilder {
+    header: Vec<u8>,
+    entries: Vec<u32>,
+    map_at: u64,
+    data_at: u64,
+    blocks_in_file: u32,
+    len_change: i64,
+}
+
+/// A sound image.
+pub fn image() -> ImageBuilder {
+    let mut header = vec![0; 512];
+    header[..8].copy_from_slice(b"<<< test");
+    let mut builder = ImageBuilder {
+        header,
+        entries: vec![0, 1, FREE, ZERO, 2, FREE, FREE, FREE],
+        map_at: 512,
+        data_at: 1024,
+        blocks_in_file: 3,
+        len_change: 0,
+    };
+    for (name, value) in [
+        ("signature", 0xBEDA_107F),
+        ("version", 0x0001_0001),
+        ("header_size", 400),
+        ("image_type", 1),
+        ("offset_bmap", 512),
+        ("offset_data", 1024),
+        ("legacy_sector_size", 512),
+        ("disk_size", 8 << 20),
+        ("block_size", 1 << 20),
+        ("blocks_in_image", 8),
+        ("blocks_allocated", 3),
+        ("uuid_image", 0x1111),
+        ("uuid_modify", 0x2222),
+        ("lchs_sector_size", 512),
+    ] {
+        builder = builder.with_field(name, value);
+    }
+    builder
+}
+
+impl ImageBuilder {
+    /// Puts a number into a field of the header; the rest of a long field is zeros.
+    ///
+    /// # Panics
+    /// If there is no such field.
+    #[must_use]
+    pub fn with_field(mut self, name: &str, value: u64) -> Self {
+        let (at, len) = field(name);
+        let stored = value.to_le_bytes();
+        let kept = len.min(stored.len());
+        self.header[at..at + len].fill(0);
+        self.header[at..at + kept].copy_from_slice(&stored[..kept]);
+        self
+    }
+
+    /// Sets the comment, without a NUL if it fills the field.
+    #[must_use]
+    pub fn with_comment(mut self, comment: &[u8]) -> Self {
+        let (at, len) = field("comment");
+        self.header[at..at + len].fill(0);
+        self.header[at..at + comment.len()].copy_from_slice(comment);
+        self
+    }
+
+    /// Sets an entry of the map.
+    #[must_use]
+    pub fn with_entry(mut self, block: usize, entry: u32) -> Self {
+        self.entries[block] = entry;
+        self
+    }
+
+    /// Lets `block` be kept where `owner` is.
+    #[must_use]
+    pub fn with_shared_block(self, owner: usize, block: usize) -> Self {
+        let entry = self.entries[owner];
+        self.with_entry(block, entry)
+    }
+
+    /// Makes a larger image: `count` blocks, the new ones FREE.
+    #[must_use]
+    pub fn with_blocks(mut self, count: u32) -> Self {
+        self.entries.resize(count as usize, FREE);
+        let map_end = self.map_at + u64::from(count) * 4;
+        self.data_at = map_end.next_multiple_of(512);
+        let (data_at, size) = (self.data_at, u64::from(count) << 20);
+        self.with_field("offset_data", data_at)
+            .with_field("blocks_in_image", count.into())
+            .with_field("disk_size", size)
+    }
+
+    /// Lengthens the file by so many bytes, or cuts them off.
+    #[must_use]
+    pub fn with_len_change(mut self, bytes: i64) -> Self {
+        self.len_change = bytes;
+        self
+    }
+
+    /// Writes the image to a file.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn write(&self, path: &Path) {
+        let mut file = File::create(path).expect("the directory is ours");
+        file.write_all(&self.header).expect("there is room");
+        file.seek(SeekFrom::Start(self.map_at))
+            .expect("it is a file");
+        let map: Vec<u8> = self
+            .entries
+            .iter()
+            .flat_map(|entry| entry.to_le_bytes())
+            .collect();
+        file.write_all(&map).expect("there is room");
+        file.seek(SeekFrom::Start(self.data_at))
+            .expect("it is a file");
+        for number in 1..=self.blocks_in_file {
+            let byte = u8::try_from(number).expect("few blocks");
+            file.write_all(&vec![byte; 1 << 20]).expect("there is room");
+        }
+        let len_bytes = self.data_at + u64::from(self.blocks_in_file) * MIB;
+        file.set_len(
+            len_bytes
+                .checked_add_signed(self.len_change)
+                .expect("a length"),
+        )
+        .expect("there is room");
+    }
+}
+
+fn field(name: &str) -> (usize, usize) {
+    let (_, at, len) = FIELDS
+        .iter()
+        .find(|(of, ..)| *of == name)
+        .expect("a field of the header");
+    (*at, *len)
+}
