@@ -10,5 +10,7 @@
 mod bench;
 mod broken;
 mod flood;
+mod front_end;
 mod messages;
 mod refused;
+mod session;

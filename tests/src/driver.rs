@@ -5,12 +5,14 @@
 //!
 //! Sources: virtio 1.2 sections 2.7 and 5.2; QEMU `docs/interop/vhost-user.rst`.
 
+mod chain;
 mod config;
 mod control;
 mod layout;
 mod memory;
 mod queue;
 pub mod raw;
+mod request;
 mod ring;
 
 use std::os::unix::net::UnixStream;
@@ -23,7 +25,8 @@ pub use config::{Config, feature};
 pub use control::{Control, ControlError, Wanted, ring_addresses};
 pub use layout::{Cut, Indirect, Layout};
 pub use memory::{Buffer, Memory, Region};
-pub use queue::{Answer, Calls, Fate, PATIENCE, Queue, Request, Token, UNTOUCHED};
+pub use queue::{Calls, Fate, PATIENCE, Queue, Token};
+pub use request::{Answer, Request, UNTOUCHED};
 pub use ring::{Descriptor, INDIRECT, NEXT, Ring, Used, WRITE};
 
 const MIB: u64 = 1 << 20;

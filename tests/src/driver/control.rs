@@ -1,6 +1,6 @@
 //! The connection to the back end: `vhost`'s front end, with a time limit on every message.
 //!
-//! Not the road for illegal messages, which `vhost` refuses to send: see [`super::raw`].
+//! Not the road for illegal messages, which `vhost` refuses to send: see `raw.rs`.
 
 use std::io;
 use std::net::Shutdown;

@@ -1,8 +1,10 @@
 //! One virtqueue as its driver uses it: requests go in, answers come out, and every wait ends.
 //!
 //! - A chain that the device answers twice, or never got, is a panic: R2 is checked by every test.
-//! - Memory that the device may write is filled with [`UNTOUCHED`] first, so what it did not write shows.
+//! - Memory that the device may write is filled with [`super::UNTOUCHED`] first, so what it did not write shows.
 //! - A wait that outlives [`PATIENCE`] is a panic that names the queue and what it waited for.
+
+mod offer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
@@ -11,130 +13,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EfdFlags;
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::chain::Chain;
 use super::layout::{Indirect, Layout};
 use super::memory::{Buffer, Memory};
-use super::ring::{Descriptor, INDIRECT, NEXT, Ring, Used, WRITE, passed};
+use super::request::{Answer, Request};
+use super::ring::{Descriptor, NEXT, Ring, Used, passed};
+
+pub use offer::Fate;
 
 /// How long anything may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long after a device gave a ring up the last answers may come.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
-
-/// What memory holds before the device writes it.
-pub const UNTOUCHED: u8 = 0xee;
-
-const HEADER_BYTES: u32 = 16;
-const STATUS_BYTES: u32 = 1;
-
-/// What a driver asks of the device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
-    /// `VIRTIO_BLK_T_*`.
-    pub kind: u32,
-    /// Position on the disk.
-    pub sector: u64,
-    /// What the device reads after the header.
-    pub data: Vec<u8>,
-    /// How many bytes the device writes before the status.
-    pub answer_bytes: u32,
-}
-
-impl Request {
-    /// A request with data of neither direction.
-    #[must_use]
-    pub const fn of_kind(kind: u32) -> Self {
-        Self {
-            kind,
-            sector: 0,
-            data: Vec::new(),
-            answer_bytes: 0,
-        }
-    }
-
-    /// Reads `len_bytes` from `sector`.
-    #[must_use]
-    pub const fn read(sector: u64, len_bytes: u32) -> Self {
-        Self {
-            kind: VIRTIO_BLK_T_IN,
-            sector,
-            data: Vec::new(),
-            answer_bytes: len_bytes,
-        }
-    }
-
-    /// Writes `data` to `sector`.
-    #[must_use]
-    pub const fn write(sector: u64, data: Vec<u8>) -> Self {
-        Self {
-            kind: VIRTIO_BLK_T_OUT,
-            sector,
-            data,
-            answer_bytes: 0,
-        }
-    }
-
-    /// Asks that what was written survives power loss.
-    #[must_use]
-    pub const fn flush() -> Self {
-        Self::of_kind(VIRTIO_BLK_T_FLUSH)
-    }
-
-    /// Asks for the serial number.
-    #[must_use]
-    pub const fn get_id() -> Self {
-        let mut request = Self::of_kind(VIRTIO_BLK_T_GET_ID);
-        request.answer_bytes = 20;
-        request
-    }
-
-    fn readable_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(16 + self.data.len());
-        bytes.extend(self.kind.to_le_bytes());
-        bytes.extend(0_u32.to_le_bytes());
-        bytes.extend(self.sector.to_le_bytes());
-        bytes.extend(&self.data);
-        bytes
-    }
-}
-
-/// What the device made of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
-    /// `VIRTIO_BLK_S_*`, or [`UNTOUCHED`].
-    pub status: u8,
-    /// How many bytes the device says it wrote.
-    pub used_bytes: u32,
-    /// What lies where it was to write data.
-    pub data: Vec<u8>,
-}
-
-impl Answer {
-    /// The data of a request that must have succeeded.
-    ///
-    /// # Panics
-    /// If it did not, or if the device claims another length than it wrote.
-    #[must_use]
-    pub fn expect_ok(self) -> Vec<u8> {
-        assert_eq!(
-            u32::from(self.status),
-            VIRTIO_BLK_S_OK,
-            "the status of a request"
-        );
-        assert_eq!(
-            self.used_bytes as usize,
-            self.data.len() + 1,
-            "used.len of a request"
-        );
-        self.data
-    }
-}
 
 /// Names a request until its answer is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -147,17 +41,6 @@ pub enum Calls {
     Wanted,
     /// It looks at the used ring again and again.
     Unwanted,
-}
-
-/// What became of a hostile chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    /// It came back.
-    Used(Used),
-    /// The device said by the error eventfd that it gave the ring up.
-    Broken,
-    /// Nothing happened in the time given.
-    Silence,
 }
 
 #[derive(Debug)]
@@ -403,65 +286,6 @@ impl Queue {
         self.run(&Request::get_id(), &Layout::framed()).expect_ok()
     }
 
-    // The raw layer: nothing below is checked before the device sees it.
-
-    /// Writes descriptors from index `first` of the table, shows the device `first` as a head, and kicks.
-    pub fn offer_chain(&mut self, first: u16, descriptors: &[Descriptor]) {
-        for (index, descriptor) in (first..).zip(descriptors) {
-            self.ring.set_descriptor(index, *descriptor);
-        }
-        self.offer(first);
-    }
-
-    /// Shows the device any number as a head, and kicks.
-    pub fn offer(&mut self, head: u16) {
-        self.offered.push(head);
-        self.ring.set_available(self.available, head);
-        self.available = self.available.wrapping_add(1);
-        self.ring.set_available_index(self.available);
-        self.kick();
-    }
-
-    /// Shows the device one head twice at once, and kicks.
-    pub fn offer_twice(&mut self, head: u16) {
-        for _ in 0..2 {
-            self.offered.push(head);
-            self.ring.set_available(self.available, head);
-            self.available = self.available.wrapping_add(1);
-        }
-        self.ring.set_available_index(self.available);
-        self.kick();
-    }
-
-    /// Shows the device any available index, and kicks.
-    pub fn jump_to(&mut self, index: u16) {
-        self.ring.set_available_index(index);
-        self.kick();
-    }
-
-    /// Kicks, wanted or not.
-    pub fn kick(&mut self) {
-        self.kicks += 1;
-        self.kick.write(1).expect("the counter is far from full");
-    }
-
-    /// Waits for what becomes of a chain that was offered.
-    pub fn fate(&mut self, time: Duration) -> Fate {
-        let deadline = Instant::now() + time;
-        loop {
-            self.reap();
-            if let Some(used) = self.returned.pop() {
-                return Fate::Used(used);
-            }
-            if self.broken_since.take().is_some() {
-                return Fate::Broken;
-            }
-            if !self.sleep_until(deadline) {
-                return Fate::Silence;
-            }
-        }
-    }
-
     fn prepare(&mut self, request: &Request, layout: &Layout) -> (Token, u16) {
         let token = Token(self.next_token);
         self.next_token += 1;
@@ -599,110 +423,6 @@ impl Queue {
         }
         let _count = self.take_calls();
         true
-    }
-}
-
-/// The pieces of a request in guest memory.
-struct Chain {
-    descriptors: Vec<Descriptor>,
-    writable: Vec<(u64, u32)>,
-    buffers: Vec<Buffer>,
-}
-
-impl Chain {
-    fn new(memory: &Arc<Memory>, request: &Request, layout: &Layout) -> Self {
-        let bytes = request.readable_bytes();
-        let data = u32::try_from(request.data.len()).expect("tests send less than 4 GiB");
-        let mut chain = Self {
-            descriptors: Vec::new(),
-            writable: Vec::new(),
-            buffers: Vec::new(),
-        };
-        let readable = layout.readable_sizes(HEADER_BYTES, data);
-        let writable = layout.writable_sizes(request.answer_bytes, STATUS_BYTES);
-        let largest = readable.iter().chain(&writable).copied().max();
-        let mut layout = layout.clone();
-        let mut done = 0;
-        for size in readable {
-            let at = chain.place(memory, size, largest, &mut layout);
-            memory.write(at, &bytes[done..done + size as usize]);
-            done += size as usize;
-            chain.push(at, size, 0, layout.empty_between);
-        }
-        for size in writable {
-            let at = chain.place(memory, size, largest, &mut layout);
-            memory.write(at, &vec![UNTOUCHED; size as usize]);
-            chain.writable.push((at, size));
-            chain.push(at, size, WRITE, layout.empty_between);
-        }
-        chain
-    }
-
-    fn place(
-        &mut self,
-        memory: &Arc<Memory>,
-        size: u32,
-        largest: Option<u32>,
-        layout: &mut Layout,
-    ) -> u64 {
-        let len = u64::from(size);
-        if largest == Some(size)
-            && let Some(at) = layout.largest_at.take()
-        {
-            self.buffers.push(memory.claim(at, len));
-            return at;
-        }
-        let buffer = memory.allocate(len + layout.misaligned_by, 512);
-        let at = buffer.at() + layout.misaligned_by;
-        self.buffers.push(buffer);
-        at
-    }
-
-    fn push(&mut self, at: u64, len_bytes: u32, flags: u16, and_empty: bool) {
-        let descriptor = Descriptor {
-            at,
-            len_bytes,
-            flags,
-            next: 0,
-        };
-        self.descriptors.push(descriptor);
-        if and_empty {
-            self.descriptors.push(Descriptor {
-                len_bytes: 0,
-                ..descriptor
-            });
-        }
-    }
-
-    /// Moves all but the first `count` descriptors into a table, and returns what stays outside.
-    fn move_into_table(
-        &mut self,
-        memory: &Arc<Memory>,
-        count: usize,
-        writable: bool,
-    ) -> Vec<Descriptor> {
-        let mut direct = self.descriptors.clone();
-        let inside = direct.split_off(count.min(direct.len() - 1));
-        let len = u32::try_from(inside.len()).expect("tables are short") * 16;
-        let table = memory.allocate(u64::from(len), 16);
-        let mut bytes = Vec::new();
-        for (at, descriptor) in inside.iter().enumerate() {
-            let mut linked = *descriptor;
-            if at + 1 < inside.len() {
-                linked.flags |= NEXT;
-                linked.next = u16::try_from(at + 1).expect("tables are short");
-            }
-            bytes.extend(linked.to_bytes());
-        }
-        table.write(&bytes);
-        direct.push(Descriptor {
-            at: table.at(),
-            len_bytes: len,
-            flags: INDIRECT | if writable { WRITE } else { 0 },
-            next: 0,
-        });
-        self.buffers.push(table);
-        direct
     }
 }
 

@@ -1,6 +1,6 @@
 //! A front end that sends anything: truncated, unknown and lying messages.
 //!
-//! Not for legal traffic: see [`super::control`].
+//! Not for legal traffic: see `control.rs`.
 //!
 //! Source: QEMU `docs/interop/vhost-user.rst`, "Message Specification".
 
