@@ -52,7 +52,10 @@ impl Bench {
 
     fn try_ready(&self, block: u64, count: u64) -> Result<Reservation, WriteError> {
         loop {
-            match self.disk.reserve(self.range(block, count), &self.disk.lane(), Waker::noop())? {
+            match self
+                .disk
+                .reserve(self.range(block, count), &self.disk.lane(), Waker::noop())?
+            {
                 Reserve::Ready(reservation) => return Ok(reservation),
                 Reserve::Parked => assert!(self.disk.do_chores()?, "it waits for nothing"),
             }
@@ -88,7 +91,11 @@ impl Bench {
     }
 
     fn has_storage(&self, block: u64) -> bool {
-        let first = self.disk.map(self.range(block, 1), &self.disk.lane().enter()).next().unwrap();
+        let first = self
+            .disk
+            .map(self.range(block, 1), &self.disk.lane().enter())
+            .next()
+            .unwrap();
         matches!(first.source, Source::Stored { .. })
     }
 
@@ -261,7 +268,10 @@ fn after_a_failed_sync_or_metadata_write_nothing_is_written_any_more() {
         let in_flight = bench.ready(2, 1);
         bench.transfer(&in_flight, 7);
         let (woken, waker) = flag();
-        let parked = bench.disk.reserve(bench.range(2, 9), &bench.disk.lane(), &waker).unwrap();
+        let parked = bench
+            .disk
+            .reserve(bench.range(2, 9), &bench.disk.lane(), &waker)
+            .unwrap();
         assert!(matches!(parked, Reserve::Parked));
 
         prepare(&bench);
@@ -270,7 +280,9 @@ fn after_a_failed_sync_or_metadata_write_nothing_is_written_any_more() {
         assert!(woken.take(), "{name}: a parked request is told");
         let moment = bench.file.now();
         for block in [0, 1, 2, 7] {
-            let again = bench.disk.reserve(bench.range(block, 1), &bench.disk.lane(), &waker);
+            let again = bench
+                .disk
+                .reserve(bench.range(block, 1), &bench.disk.lane(), &waker);
             assert!(matches!(again, Err(WriteError::Failed)), "{name}");
         }
         let committed = bench.disk.commit(&mut vec![in_flight]);
@@ -429,7 +441,10 @@ fn the_uuid_is_new_and_durable_before_the_first_data_write_and_once_per_open() {
     let uuid = || Found::within(&bench.file.contents(), &bench.layout).uuid_modify;
     let before = uuid();
     let (woken, waker) = flag();
-    let first = bench.disk.reserve(bench.range(0, 1), &bench.disk.lane(), &waker).unwrap();
+    let first = bench
+        .disk
+        .reserve(bench.range(0, 1), &bench.disk.lane(), &waker)
+        .unwrap();
     assert!(matches!(first, Reserve::Parked));
     assert!(!woken.take());
     assert!(bench.disk.do_chores().unwrap());
@@ -489,7 +504,12 @@ fn a_second_writer_of_a_new_block_waits_for_the_first_and_both_data_survive() {
         .capacity()
         .range(Sector(5 * BLOCK_SECTORS + 8), 8)
         .unwrap();
-    let reserve = || bench.disk.reserve(second, &bench.disk.lane(), &waker).unwrap();
+    let reserve = || {
+        bench
+            .disk
+            .reserve(second, &bench.disk.lane(), &waker)
+            .unwrap()
+    };
     assert!(matches!(reserve(), Reserve::Parked));
     // Others do not wait.
     let other = bench.ready(6, 1);
@@ -519,7 +539,12 @@ fn a_second_writer_goes_on_when_the_first_gives_up() {
     let first = bench.ready(5, 8);
     bench.transfer(&first, 0xEE);
     let (woken, waker) = flag();
-    let reserve = || bench.disk.reserve(bench.range(5, 1), &bench.disk.lane(), &waker).unwrap();
+    let reserve = || {
+        bench
+            .disk
+            .reserve(bench.range(5, 1), &bench.disk.lane(), &waker)
+            .unwrap()
+    };
     assert!(matches!(reserve(), Reserve::Parked));
     drop(first);
     assert!(woken.take());
@@ -537,7 +562,10 @@ fn a_parked_writer_holds_nothing() {
     let first = bench.ready(5, 1);
     // It wants 4 and 5, and waits for 5.
     let range = bench.range(4, 2 * BLOCK_SECTORS);
-    let parked = bench.disk.reserve(range, &bench.disk.lane(), Waker::noop()).unwrap();
+    let parked = bench
+        .disk
+        .reserve(range, &bench.disk.lane(), Waker::noop())
+        .unwrap();
     assert!(matches!(parked, Reserve::Parked));
     let other = bench
         .disk

@@ -136,7 +136,7 @@ pub(crate) fn check(out: &mut impl Write, path: &Path, report: &Report) -> io::R
 struct MapEntry {
     start: u64,
     length: u64,
-    depth: u32,
+    depth: usize,
     /// The image itself says what is here; a parent of it need not be asked.
     present: bool,
     zero: bool,

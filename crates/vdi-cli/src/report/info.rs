@@ -5,8 +5,9 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use serde::Serialize;
+use vdi_core::Disk;
+use vdi_core::block_map::BlockMapEntry;
 use vdi_core::format::RawHeader;
-use vdi_core::{Disk, Source};
 
 use crate::size::Human;
 
