@@ -138,9 +138,16 @@ impl ImageFile {
         }
     }
 
-    /// The descriptor to sync: one file, so one sync covers both ways.
-    pub(crate) fn to_sync(&self) -> Arc<File> {
+    /// The descriptor for what is not data: clearing ranges.
+    pub(crate) fn buffered_file(&self) -> Arc<File> {
         Arc::clone(&self.buffered)
+    }
+
+    /// A descriptor of the file for one who syncs: one file, so it covers both ways. Where it cannot be opened again, the
+    /// shared one must do.
+    pub(crate) fn file_for_syncs(&self) -> Arc<File> {
+        let path = format!("/proc/self/fd/{}", self.buffered.as_raw_fd());
+        File::open(path).map_or_else(|_| Arc::clone(&self.buffered), Arc::new)
     }
 }
 

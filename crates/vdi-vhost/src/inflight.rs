@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use vdi_core::{
-    Capacity, Disk, FileOffset, Fill, Flush, Lane, Reservation, Reserve, Sector, SectorRange,
-    Source, Visit, WriteError, Zeroing,
+    Capacity, Disk, FileOffset, Fill, Lane, Reservation, Reserve, Sector, SectorRange, Source,
+    Visit, WriteError, Zeroing,
 };
 
 use crate::complaints::Complaints;
@@ -92,6 +92,8 @@ pub(crate) struct Context {
     pub(crate) reservations: Vec<Reservation>,
     /// Data over a parent's that must be synced before they may be made visible (W2).
     pub(crate) unsynced: Vec<(Key, Reservation)>,
+    /// Requests that are answered after a sync.
+    pub(crate) unflushed: Vec<Key>,
 }
 
 /// What is to be done with a request after a step.
@@ -139,7 +141,8 @@ enum Work {
         change: Change,
         window: Window,
     },
-    Sync(Flush),
+    /// Waits for the worker's next sync.
+    Sync,
     Nothing,
 }
 
@@ -258,16 +261,13 @@ impl Active {
         match &self.work {
             Work::Read { .. } => self.read_window(context),
             Work::Change { .. } => self.reserve_window(context),
-            Work::Sync(_) | Work::Nothing => Next::Wait,
+            Work::Sync | Work::Nothing => Next::Wait,
         }
     }
 
     /// A transfer of this request is over.
     pub(crate) fn transferred(&mut self, result: io::Result<()>, context: &mut Context) -> Next {
         self.outstanding -= 1;
-        if let Work::Sync(_) = self.work {
-            return self.synced(result, context);
-        }
         if let Err(error) = result {
             self.failure.get_or_insert(Failure::Data(error));
         }
@@ -279,7 +279,7 @@ impl Active {
         }
         match &self.work {
             Work::Change { .. } => self.start_parts(context),
-            Work::Read { .. } | Work::Sync(_) | Work::Nothing => self.read_window(context),
+            Work::Read { .. } | Work::Sync | Work::Nothing => self.read_window(context),
         }
     }
 
@@ -425,11 +425,9 @@ impl Active {
     fn make_durable(&mut self, context: &mut Context) -> Next {
         match context.disk.begin_flush() {
             Ok(None) => Next::Answer(Status::Ok, 0),
-            Ok(Some(flush)) => {
-                self.work = Work::Sync(flush);
-                self.outstanding = 1;
-                let sync = Transfer::sync(self.key.token(), context.images[0].to_sync());
-                context.engine.start(sync, false);
+            Ok(Some(_)) => {
+                self.work = Work::Sync;
+                context.unflushed.push(self.key);
                 Next::Wait
             }
             Err(error) => {
@@ -439,14 +437,12 @@ impl Active {
         }
     }
 
-    fn synced(&mut self, result: io::Result<()>, context: &mut Context) -> Next {
-        let Work::Sync(flush) = std::mem::replace(&mut self.work, Work::Nothing) else {
-            return Next::Wait;
-        };
-        match context.disk.end_flush(flush, result) {
+    /// The sync that this request waited for is over.
+    pub(crate) fn durable(&mut self, result: Result<(), &Arc<WriteError>>) -> Next {
+        match result {
             Ok(()) => Next::Answer(Status::Ok, 0),
             Err(error) => {
-                self.failure = Some(Failure::Image(Arc::new(error)));
+                self.failure = Some(Failure::Image(Arc::clone(error)));
                 self.give_up()
             }
         }
@@ -510,7 +506,7 @@ impl Part {
                 _,
             ) => {
                 // The file's pages are cleared whichever way its data go.
-                let file = context.images[0].to_sync();
+                let file = context.images[0].buffered_file();
                 let clear = Transfer::clear(key.token(), operation, file, at.0, len_bytes);
                 context.engine.start(clear, false);
                 1

@@ -1,7 +1,7 @@
 //! A worker: one thread, one engine, the queues it serves. One loop that a reader can hold in mind:
 //!
 //! ```text
-//! wait ─► hear kicks and commands ─► reap ─► retry ─► take, parse, start ─► commit ─► publish, call ─► acknowledge
+//! wait ─► hear kicks and commands ─► reap ─► retry ─► take, parse, start ─► commit ─► sync ─► publish, call ─► acknowledge
 //! ```
 //!
 //! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
@@ -11,6 +11,7 @@
 //! - Requests never wait for each other while holding something (W7), so draining always ends.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -34,8 +35,8 @@ use crate::workers::Served;
 /// the kernel memory that guests can bind.
 const MAX_TRANSFERS: usize = 4096;
 
-/// The token of data syncs; requests have smaller ones.
-const DATA_SYNC: u64 = u64::MAX;
+/// The token of syncs; requests have smaller ones.
+const SYNC: u64 = u64::MAX;
 
 /// The watch of the doorbell; queues have higher keys.
 const DOORBELL: WatchKey = WatchKey(0);
@@ -48,11 +49,15 @@ enum Pending {
     Exit,
 }
 
-/// One sync for the data of many requests, before they are committed.
-struct DataSync {
+/// One sync for all who wait for one.
+struct Sync {
     flush: Flush,
-    keys: Vec<Key>,
+    /// Requests that are committed after it (W2).
+    data: Vec<Key>,
+    /// What makes their data visible.
     reservations: Vec<Reservation>,
+    /// Requests that are answered after it.
+    flushes: Vec<Key>,
 }
 
 /// The state of the thread.
@@ -62,8 +67,11 @@ pub(crate) struct Worker {
     memory: Arc<Memory>,
     doorbell: Arc<Doorbell>,
     commands: Receiver<(Command, Ack)>,
-    /// The data sync that is under way, and what it is for (W2).
-    syncing: Option<DataSync>,
+    /// Syncs go through a descriptor of the worker's own, one at a time: the kernel tells of a lost write once per
+    /// descriptor, to whoever syncs first.
+    sync_file: Arc<File>,
+    /// The sync that is under way.
+    syncing: Option<Sync>,
     /// One at a time: the control thread waits for it.
     pending: Option<(Pending, Ack)>,
     next_watch: u32,
@@ -91,7 +99,9 @@ impl Worker {
             written: Vec::new(),
             reservations: Vec::new(),
             unsynced: Vec::new(),
+            unflushed: Vec::new(),
         };
+        let sync_file = served.images[0].file_for_syncs();
         let memory = Arc::new(Memory::new());
         let (queues, next_watch) = (BTreeMap::new(), DOORBELL.0 + 1);
         Ok(Self {
@@ -100,6 +110,7 @@ impl Worker {
             memory,
             doorbell,
             commands,
+            sync_file,
             syncing: None,
             pending: None,
             next_watch,
@@ -116,8 +127,8 @@ impl Worker {
             self.retry();
             self.take();
             self.reap();
-            self.sync_data();
             self.commit();
+            self.sync();
             self.publish();
             if self.acknowledge() {
                 return;
@@ -245,8 +256,8 @@ impl Worker {
     /// Takes the results of transfers to their requests.
     fn reap(&mut self) {
         while let Some(finished) = self.context.engine.next_finished() {
-            if finished.token == DATA_SYNC {
-                self.data_synced(finished.result);
+            if finished.token == SYNC {
+                self.synced(finished.result);
                 continue;
             }
             let key = Key::from_token(finished.token);
@@ -312,47 +323,44 @@ impl Worker {
         }
     }
 
-    /// Starts one sync for all data that need it, unless one is under way.
-    fn sync_data(&mut self) {
-        if self.syncing.is_some() || self.context.unsynced.is_empty() {
+    /// Starts one sync for all who wait for one, unless one is under way.
+    fn sync(&mut self) {
+        let context = &mut self.context;
+        let nobody = context.unsynced.is_empty() && context.unflushed.is_empty();
+        if nobody || self.syncing.is_some() {
             return;
         }
-        let (keys, reservations) = self.context.unsynced.drain(..).unzip();
-        let flush = self.context.disk.begin_data_sync();
-        self.syncing = Some(DataSync {
-            flush,
-            keys,
+        let (data, reservations) = context.unsynced.drain(..).unzip();
+        self.syncing = Some(Sync {
+            flush: context.disk.begin_data_sync(),
+            data,
             reservations,
+            flushes: std::mem::take(&mut context.unflushed),
         });
-        let sync = Transfer::sync(DATA_SYNC, self.context.images[0].to_sync());
-        self.context.engine.start(sync, false);
+        let sync = Transfer::sync(SYNC, Arc::clone(&self.sync_file));
+        context.engine.start(sync, false);
     }
 
-    /// What was synced goes into the turn's commit (W2).
-    fn data_synced(&mut self, result: io::Result<()>) {
-        let Some(sync) = self.syncing.take() else {
+    /// Answers who waited for the sync; data that did go into the turn's commit (W2).
+    fn synced(&mut self, result: io::Result<()>) {
+        let Some(mut sync) = self.syncing.take() else {
             return;
         };
-        let DataSync {
-            flush,
-            keys,
-            mut reservations,
-        } = sync;
         let disk = &self.context.disk;
-        match disk.end_data_sync(flush, result, &mut reservations) {
-            Ok(()) => {
-                self.context.written.extend(keys);
-                self.context.reservations.append(&mut reservations);
-            }
-            Err(error) => {
-                drop(reservations);
-                let error = Arc::new(error);
-                for key in keys {
-                    self.step(key, |active, context| {
-                        active.committed(Err(&error), context)
-                    });
-                }
-            }
+        let result = disk.end_data_sync(sync.flush, result, &mut sync.reservations);
+        let result = result.map_err(Arc::new);
+        let result = result.as_ref().copied();
+        for key in sync.flushes {
+            self.step(key, |active, _| active.durable(result));
+        }
+        if result.is_ok() {
+            self.context.written.append(&mut sync.data);
+            self.context.reservations.append(&mut sync.reservations);
+            return;
+        }
+        drop(sync.reservations);
+        for key in sync.data {
+            self.step(key, |active, context| active.committed(result, context));
         }
     }
 
