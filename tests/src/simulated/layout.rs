@@ -321,23 +321,50 @@ impl Layout {
         file.write(contents, &disk[start..end]);
     }
 
-    /// The bytes that no write to the disk may change: all of the header but count and
-    /// `uuid_modify`, the gaps, entries beyond the disk, private bytes of blocks.
+    /// The bytes that no use of the disk may change: all of the header but count and
+    /// `uuid_modify`, the gaps, entries beyond the disk. (Blocks move when a disk is closed.)
     #[must_use]
     pub fn kept(&self) -> Vec<Range<u64>> {
         let map = self.map();
         let disk_entries = map.start + 4 * self.disk_blocks() as u64;
-        let mut kept = vec![
+        vec![
             0..AT_COUNT,
             AT_COUNT + 4..AT_UUID_MODIFY,
             AT_UUID_MODIFY + 16..map.start,
             disk_entries..u64::from(self.offset_data),
-        ];
-        for &number in self.entries.iter().filter(|&&number| number < ZERO) {
+        ]
+    }
+
+    /// The first block of this image whose private bytes have changed, wherever they are now. A block
+    /// that was released and allocated anew may have lost them.
+    #[must_use]
+    pub fn lost_private_bytes(
+        &self,
+        before: &Contents,
+        after: &Contents,
+        may_be_new: bool,
+    ) -> Option<usize> {
+        let private = |contents: &Contents, number: u32| {
             let start = self.end_of(number);
-            kept.push(start..start + u64::from(self.block_extra));
-        }
-        kept
+            contents.bytes(start..start + u64::from(self.block_extra))
+        };
+        let now = Found::within(after, self).entries;
+        let pairs = self.entries.iter().zip(&now).enumerate();
+        let mut kept = pairs.filter(|(_, (old, new))| **old < ZERO && **new < ZERO);
+        let lost = kept.find(|&(_, (&old, &new))| {
+            let found = private(after, new);
+            let is_new = may_be_new && found.iter().all(|&byte| byte == 0);
+            found != private(before, old) && !is_new
+        });
+        lost.map(|(nth, _)| nth)
+    }
+
+    /// Whether entries beyond the disk own blocks, which therefore are not moved.
+    #[must_use]
+    pub fn has_hidden_blocks(&self) -> bool {
+        self.entries[self.disk_blocks()..]
+            .iter()
+            .any(|&entry| entry < ZERO)
     }
 }
 
@@ -381,6 +408,13 @@ impl Found {
     #[must_use]
     pub fn owned_end(&self) -> u32 {
         owned_end(&self.entries)
+    }
+
+    /// How many blocks have an owner.
+    #[must_use]
+    pub fn owned(&self) -> u32 {
+        let owned = self.entries.iter().filter(|&&entry| entry < ZERO);
+        u32::try_from(owned.count()).expect("small disks only")
     }
 
     /// How many bytes of a sector of the disk lie before a boundary of 512 bytes in the file: a power

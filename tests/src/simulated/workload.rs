@@ -202,6 +202,9 @@ impl Workload {
             assert_eq!(harm, None);
             let end = found.owned_end();
             assert_eq!(found.blocks_allocated, end, "W1: the count is exact");
+            if !self.layout.has_hidden_blocks() {
+                assert_eq!(found.owned(), end, "W4: there are no holes");
+            }
             let exact = self.layout.end_of(end);
             let is_cut_off = self.layout.file_len < exact && found.file_len < exact;
             assert!(
