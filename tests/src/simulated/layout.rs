@@ -18,7 +18,8 @@ pub const ZERO: u32 = 0xFFFF_FFFE;
 const POISON: u8 = 0xEE;
 
 const AT_COUNT: u64 = 0x184;
-const AT_UUID_MODIFY: u64 = 0x198;
+/// Where `uuid_modify` is.
+pub const AT_UUID_MODIFY: u64 = 0x198;
 const SHORT_HEADER: u32 = 0x180;
 const LONG_HEADER: u32 = 0x190;
 
@@ -38,6 +39,10 @@ pub struct Layout {
     pub entries: Vec<u32>,
     /// The length of the file.
     pub file_len: u64,
+    /// Each byte of `uuid_image`.
+    pub uuid: u8,
+    /// Each byte of `uuid_parent`, if there is a parent.
+    pub parent: Option<u8>,
 }
 
 impl Layout {
@@ -57,6 +62,8 @@ impl Layout {
             blocks_allocated: 0,
             entries: vec![FREE; index(blocks)],
             file_len: offset_data,
+            uuid: 1,
+            parent: None,
         }
     }
 
@@ -293,8 +300,10 @@ impl Layout {
         if self.header_size > SHORT_HEADER {
             put(0x1D4, 512);
         }
-        // No parent: both UUIDs of it are null. (Those of the image are noise.)
-        file.write(0x1A8, &[0; 32]);
+        file.write(0x188, &[self.uuid; 16]);
+        // A child whose `uuid_parent_modify` is null knows nothing of its parent's state.
+        file.write(0x1A8, &[self.parent.unwrap_or(0); 16]);
+        file.write(0x1B8, &[0; 16]);
     }
 
     fn write_block(
