@@ -138,12 +138,12 @@ impl Workload {
             30..50 => self.transfer_some(),
             50..62 => self.commit_some(),
             62..67 if self.habits.gives_up => self.abandon_one(),
-            62..80 => self.retry_woken(),
-            80..87 => self.do_chores(),
-            87..93 => self.flush_some(),
-            93..95 => self.write_blocking(),
-            95..97 => self.begin_slow_read(),
-            97 => self.end_slow_read(),
+            62..78 => self.retry_woken(),
+            78..84 => self.do_chores(),
+            84..89 => self.flush_some(),
+            89..91 => self.write_blocking(),
+            91..95 => self.begin_slow_read(),
+            95..98 => self.end_slow_read(),
             _ => self.read_some(),
         }
     }
@@ -342,7 +342,7 @@ impl Workload {
         let in_place = match zeroing {
             None => stored_parts(&self.disk, range),
             // What becomes zeros, and when, is not its user's affair.
-            Some(_) => vec![range.start_bytes()..range.end_bytes()],
+            Some(_) => std::iter::once(range.start_bytes()..range.end_bytes()).collect(),
         };
         let zeros = zeroing.map(|how| Zeros {
             how,

@@ -58,7 +58,7 @@ impl Workload {
             return Vec::new();
         }
         if self.layout.image_type == FIXED {
-            return vec![range.start_bytes()..range.end_bytes()];
+            return std::iter::once(range.start_bytes()..range.end_bytes()).collect();
         }
         let size = u64::from(self.layout.block_size);
         let capacity = self.disk.capacity().bytes();
