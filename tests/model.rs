@@ -15,8 +15,8 @@ use std::thread::ScopedJoinHandle;
 use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, NewKind, Sector, Storage};
 use vdi_tests::random::Random;
 use vdi_tests::simulated::{
-    Contents, Found, Habits, Layout, Moment, Operation, SimulatedFile, Workload, for_each_seed,
-    percent,
+    Built, Chain, Contents, Found, Habits, Layout, Moment, Operation, SimulatedFile, Workload,
+    for_each_seed, percent,
 };
 
 const SIZES: [u32; 5] = [128 << 10, 128 << 10, 512 << 10, 1 << 20, 2 << 20];
@@ -25,13 +25,15 @@ const HABITS: Habits = Habits {
     most_sectors: 5 << 11,
     most_in_flight: 8,
     gives_up: true,
+    zeros: true,
 };
 
-fn workload(layout: &Layout, habits: Habits, random: &mut Random) -> (Workload, Contents) {
-    let (contents, disk) = layout.build(random);
-    let file = SimulatedFile::new(contents.clone());
-    let workload = Workload::open(file, layout.clone(), disk, habits, random.fork());
-    (workload, contents)
+fn workload(chain: &Chain, random: &mut Random) -> (Workload, Contents) {
+    let Built { top, parents, disk } = chain.build(random);
+    let file = SimulatedFile::new(top.clone());
+    let layout = chain.top().clone();
+    let workload = Workload::open(file, parents, layout, disk, HABITS, random.fork());
+    (workload, top)
 }
 
 /// Uses the disk, with closes and deaths between; ends with a close.
@@ -58,15 +60,24 @@ fn same(before: &Contents, after: &Contents, range: Range<u64>) -> bool {
 #[test]
 fn a_disk_reads_as_a_plain_array_would() {
     for_each_seed(150, |mut random| {
-        let layout = Layout::any(&SIZES, &mut random);
-        println!("{layout:?}");
-        let (mut workload, before) = workload(&layout, HABITS, &mut random);
+        let chain = Chain::any(&SIZES, &mut random);
+        println!("{chain:?}");
+        let (mut workload, before) = workload(&chain, &mut random);
         use_disk(&mut workload, 150, &mut random);
-        let after = workload.file.contents();
+        let (after, layout) = (workload.file.contents(), chain.top());
         for range in layout.kept() {
             assert!(
                 same(&before, &after, range.clone()),
                 "{range:?} was touched"
+            );
+        }
+        let lost = layout.lost_private_bytes(&before, &after, true);
+        assert_eq!(lost, None, "a block moves with its private bytes");
+        for parent in &workload.parents {
+            assert_eq!(
+                parent.done_since(Moment::START),
+                [],
+                "a parent is only read"
             );
         }
     });
@@ -115,19 +126,12 @@ fn qemu_finds_nothing_wrong_and_reads_the_same() {
     for_each_seed(10, |mut random| {
         let layout = Layout::common(&mut random);
         println!("{layout:?}");
-        // What is given up leaves holes between the blocks; `qemu-img check` calls those errors.
-        let habits = Habits {
-            gives_up: false,
-            ..HABITS
-        };
-        let (mut workload, _) = workload(&layout, habits, &mut random);
+        let chain = Chain::alone(layout);
+        let (mut workload, _) = workload(&chain, &mut random);
         for _ in 0..100 {
             match random.within(0..100) {
                 0..2 => workload.close_and_reopen(),
-                2 => {
-                    workload.settle();
-                    workload.die_and_reopen();
-                }
+                2 => workload.die_and_reopen(),
                 _ => workload.step(),
             }
         }

@@ -135,6 +135,7 @@ fn whatever_fails_nothing_else_is_lost() {
         let history = user.file.history();
         let scene = Scene {
             layout: &layout,
+            parents: &[],
             oracle: &user.oracle,
             harmless_from: Moment::START,
         };

@@ -7,22 +7,27 @@ use std::sync::Arc;
 
 use vdi_core::{Access, Disk, Sector, Storage};
 use vdi_tests::random::Random;
+use vdi_tests::simulated::chain::{contents, open_chain};
 use vdi_tests::simulated::{
-    Contents, Crash, Cut, Found, Habits, Layout, Moment, Operation, Oracle, SimulatedFile,
-    Workload, for_each_seed, percent,
+    Built, Chain, Contents, Crash, Cut, Found, Habits, Layout, Moment, Operation, Oracle,
+    SimulatedFile, Workload, for_each_seed, percent,
 };
+
+const SIZES: [u32; 3] = [128 << 10, 128 << 10, 256 << 10];
 
 const HABITS: Habits = Habits {
     most_sectors: 300,
     most_in_flight: 6,
     gives_up: true,
+    zeros: true,
 };
 
 /// Uses a disk for a while, with closes and deaths between.
-fn used(layout: &Layout, steps: u64, random: &mut Random) -> Workload {
-    let (contents, disk) = layout.build(random);
-    let file = SimulatedFile::new(contents);
-    let mut workload = Workload::open(file, layout.clone(), disk, HABITS, random.fork());
+fn used(chain: &Chain, steps: u64, random: &mut Random) -> Workload {
+    let Built { top, parents, disk } = chain.build(random);
+    let file = SimulatedFile::new(top);
+    let layout = chain.top().clone();
+    let mut workload = Workload::open(file, parents, layout, disk, HABITS, random.fork());
     for _ in 0..steps {
         match random.within(0..120) {
             0 => workload.close_and_reopen(),
@@ -39,6 +44,7 @@ fn used(layout: &Layout, steps: u64, random: &mut Random) -> Workload {
 /// A crash, and what is known of the image that it hit.
 pub(crate) struct Scene<'w> {
     pub(crate) layout: &'w Layout,
+    pub(crate) parents: &'w [Arc<SimulatedFile>],
     pub(crate) oracle: &'w Oracle,
     /// From when on no harm may come to the image from others. (One that was made with
     /// too small a count is mended by the first write.)
@@ -54,6 +60,7 @@ impl<'w> Scene<'w> {
         };
         Self {
             layout: &workload.layout,
+            parents: &workload.parents,
             oracle: &workload.oracle,
             harmless_from,
         }
@@ -68,11 +75,9 @@ impl<'w> Scene<'w> {
             assert_eq!(harm, None, "W1, B2: {crash:?} at {moment:?}");
         }
         let file = SimulatedFile::new(left.clone());
-        let disk = Disk::open(file as Arc<dyn Storage>, Access::Writable);
+        let disk = open_chain(&file, self.parents);
         let disk = disk.unwrap_or_else(|error| panic!("P3: {crash:?} at {moment:?}: {error}"));
-        let whole = disk.capacity().whole();
-        let mut found = vec![1; usize::try_from(whole.len_bytes()).unwrap()];
-        disk.read_at(whole, &mut found).unwrap();
+        let found = contents(&disk);
         let cut_of = |sector| image.cut_of(sector, self.layout);
         let wrong = self.oracle.judge(0, &found, moment, crash, cut_of);
         assert_eq!(wrong, None, "{crash:?} at {moment:?}");
@@ -82,7 +87,8 @@ impl<'w> Scene<'w> {
     /// Life goes on after the crash.
     fn live_on(&self, left: Contents, disk: Vec<u8>, random: &mut Random) {
         let file = SimulatedFile::new(left);
-        let mut workload = Workload::open(file, self.layout.clone(), disk, HABITS, random.fork());
+        let (parents, layout) = (self.parents.to_vec(), self.layout.clone());
+        let mut workload = Workload::open(file, parents, layout, disk, HABITS, random.fork());
         for _ in 0..25 {
             workload.step();
         }
@@ -93,10 +99,10 @@ impl<'w> Scene<'w> {
 
 #[test]
 fn a_kill_at_any_instant_loses_nothing_that_was_answered() {
-    for_each_seed(25, |mut random| {
-        let layout = Layout::any(&[128 << 10], &mut random);
-        println!("{layout:?}");
-        let workload = used(&layout, 120, &mut random);
+    for_each_seed(15, |mut random| {
+        let chain = Chain::any(&SIZES, &mut random);
+        println!("{chain:?}");
+        let workload = used(&chain, 120, &mut random);
         let history = workload.file.history();
         let scene = Scene::of(&workload, history.start(), history.now());
         for moment in history.moments() {
@@ -111,15 +117,15 @@ fn a_kill_at_any_instant_loses_nothing_that_was_answered() {
 
 #[test]
 fn a_power_cut_at_any_instant_keeps_what_was_flushed_and_all_blocks_apart() {
-    for_each_seed(25, |mut random| {
-        let layout = loop {
-            let layout = Layout::any(&[128 << 10], &mut random);
-            if layout.offset_bmap.is_multiple_of(4) {
-                break layout;
+    for_each_seed(15, |mut random| {
+        let chain = loop {
+            let chain = Chain::any(&SIZES, &mut random);
+            if chain.top().offset_bmap.is_multiple_of(4) {
+                break chain;
             }
         };
-        println!("{layout:?}");
-        let workload = used(&layout, 120, &mut random);
+        println!("{chain:?}");
+        let workload = used(&chain, 120, &mut random);
         let history = workload.file.history();
         let scene = Scene::of(&workload, history.start(), history.now());
         for moment in history.moments() {

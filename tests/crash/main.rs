@@ -12,4 +12,5 @@
 mod any_failure;
 mod any_instant;
 mod killed;
+mod maintenance;
 mod rules;

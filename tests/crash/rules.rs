@@ -5,11 +5,13 @@ use std::task::Waker;
 
 use nix::errno::Errno;
 use vdi_core::{
-    Access, Disk, Reservation, Reserve, Sector, SectorRange, Source, Storage, WriteError,
+    Access, Disk, Reservation, Reserve, Sector, SectorRange, Source, Storage, WriteError, Zeroing,
 };
 use vdi_tests::random::Random;
 use vdi_tests::simulated::flag::flag;
-use vdi_tests::simulated::{Failure, Found, Kind, Layout, Moment, Operation, SimulatedFile};
+use vdi_tests::simulated::{
+    Failure, Found, Kind, Layout, Moment, Operation, SimulatedFile, layout,
+};
 
 const BLOCK: u32 = 128 << 10;
 const BLOCK_SECTORS: u64 = 256;
@@ -178,6 +180,99 @@ fn the_first_flush_covers_what_was_written_before_a_kill() {
     let moment = bench.file.now();
     disk.flush().unwrap();
     assert_eq!(bench.file.done_since(moment), [Operation::Sync]);
+}
+
+// W4: release late.
+
+/// Releases a whole block and commits that.
+fn release(bench: &Bench, block: u64, how: Zeroing) {
+    let range = bench.range(block, BLOCK_SECTORS);
+    let lane = bench.disk.lane();
+    let reserved = bench.disk.reserve_zeros(range, how, &lane, Waker::noop());
+    let Ok(Reserve::Ready(reservation)) = reserved else {
+        panic!("{reserved:?}");
+    };
+    assert!(reservation.zeros().is_empty(), "nothing to zero in place");
+    bench.disk.commit(&mut vec![reservation]).unwrap();
+}
+
+#[test]
+fn a_released_block_is_used_again_only_when_its_last_visitor_is_gone() {
+    let bench = Bench::marked(8);
+    let lane = bench.disk.lane();
+    let (reader, writer) = (lane.enter(), bench.ready(0, 1));
+    release(&bench, 0, Zeroing::Discard);
+    let (woken, waker) = flag();
+    let reserve = || {
+        bench
+            .disk
+            .reserve(bench.range(0, 1), &lane, &waker)
+            .unwrap()
+    };
+    // All other blocks have owners.
+    assert!(matches!(reserve(), Reserve::Parked));
+    while bench.disk.do_chores().unwrap() {}
+    for visitor in [Ok(reader), Err(writer)] {
+        let _spurious = woken.take();
+        assert!(matches!(reserve(), Reserve::Parked));
+        while bench.disk.do_chores().unwrap() {}
+        drop(visitor);
+    }
+    assert!(woken.take(), "who waits is told");
+    assert!(matches!(reserve(), Reserve::Parked));
+    assert!(bench.disk.do_chores().unwrap());
+    assert!(matches!(reserve(), Reserve::Ready(_)));
+}
+
+#[test]
+fn a_released_block_is_zeroed_between_two_syncs_before_it_is_used_again() {
+    let bench = Bench::marked(8);
+    let block = bench.layout.file_block(0);
+    let moment = bench.file.now();
+    release(&bench, 0, Zeroing::Release);
+    let entry = Found::within(&bench.file.contents(), &bench.layout).entries[0];
+    assert_eq!(entry, layout::ZERO, "never FREE: that would show a parent");
+    bench.write(0, 1).unwrap();
+    let done = bench.file.done_since(moment);
+    let position = |is: &dyn Fn(&Operation) -> bool| done.iter().rposition(is).unwrap();
+    let touches = |one: &Operation| one.touched().start == block.start;
+    let punched = position(&|one| matches!(one, Operation::Punch(_)) && touches(one));
+    let written = position(&|one| matches!(one, Operation::Write { .. }) && touches(one));
+    assert!(
+        syncs(&done[..punched]) > 0,
+        "its old entry is gone for good"
+    );
+    assert!(syncs(&done[punched..written]) > 0, "so are its old bytes");
+}
+
+#[test]
+fn the_space_of_a_released_block_returns_at_once() {
+    let bench = Bench::marked(8);
+    let (woken, waker) = flag();
+    bench.disk.set_housekeeper(waker);
+    release(&bench, 3, Zeroing::Discard);
+    assert!(woken.take(), "there is a chore");
+    let moment = bench.file.now();
+    assert!(bench.disk.do_chores().unwrap());
+    let punch = Operation::Punch(bench.layout.file_block(3));
+    assert_eq!(bench.file.done_since(moment), [punch]);
+}
+
+#[test]
+fn a_close_fills_a_hole_only_when_its_old_entry_is_gone_for_good() {
+    let bench = Bench::marked(8);
+    bench.disk.do_chores().unwrap();
+    let hole = bench.layout.file_block(0);
+    let moment = bench.file.now();
+    release(&bench, 0, Zeroing::Discard);
+    bench.disk.close().unwrap();
+    let done = bench.file.done_since(moment);
+    let touches = |one: &Operation| one.touched().start == hole.start;
+    let touched = done.iter().position(touches).expect("the hole is filled");
+    assert!(syncs(&done[..touched]) > 0);
+    let found = Found::within(&bench.file.contents(), &bench.layout);
+    assert_eq!((found.blocks_allocated, found.owned()), (7, 7));
+    assert_eq!(found.file_len, bench.layout.end_of(7));
 }
 
 // W5: failure is final.

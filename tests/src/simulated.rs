@@ -18,14 +18,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use vdi_core::{FileOffset, Storage};
 
+pub mod chain;
 pub mod contents;
 pub mod flag;
 pub mod history;
 pub mod layout;
 pub mod oracle;
 pub mod parts;
+mod slow_read;
 pub mod workload;
+mod zeros;
 
+pub use chain::{Built, Chain};
 pub use contents::Contents;
 pub use history::{Cut, History, Moment, Operation};
 pub use layout::{Found, Layout};

@@ -118,6 +118,10 @@ pub fn apply(disk: &Arc<Disk>, plan: &CompactPlan) -> Result<(), CompactError> {
     for (blocks, entry) in changes {
         for batch in blocks.chunks(BATCH) {
             disk.replace_entries(batch, entry)?;
+            if entry == BlockMapEntry::Unallocated {
+                // The blocks are not zeros: none may be punched that a power cut could bring back.
+                disk.flush()?;
+            }
             disk.do_chores()?;
         }
     }

@@ -18,7 +18,8 @@ pub const ZERO: u32 = 0xFFFF_FFFE;
 const POISON: u8 = 0xEE;
 
 const AT_COUNT: u64 = 0x184;
-const AT_UUID_MODIFY: u64 = 0x198;
+/// Where `uuid_modify` is.
+pub const AT_UUID_MODIFY: u64 = 0x198;
 const SHORT_HEADER: u32 = 0x180;
 const LONG_HEADER: u32 = 0x190;
 
@@ -38,6 +39,10 @@ pub struct Layout {
     pub entries: Vec<u32>,
     /// The length of the file.
     pub file_len: u64,
+    /// Each byte of `uuid_image`.
+    pub uuid: u8,
+    /// Each byte of `uuid_parent`, if there is a parent.
+    pub parent: Option<u8>,
 }
 
 impl Layout {
@@ -57,6 +62,8 @@ impl Layout {
             blocks_allocated: 0,
             entries: vec![FREE; index(blocks)],
             file_len: offset_data,
+            uuid: 1,
+            parent: None,
         }
     }
 
@@ -293,8 +300,10 @@ impl Layout {
         if self.header_size > SHORT_HEADER {
             put(0x1D4, 512);
         }
-        // No parent: both UUIDs of it are null. (Those of the image are noise.)
-        file.write(0x1A8, &[0; 32]);
+        file.write(0x188, &[self.uuid; 16]);
+        // A child whose `uuid_parent_modify` is null knows nothing of its parent's state.
+        file.write(0x1A8, &[self.parent.unwrap_or(0); 16]);
+        file.write(0x1B8, &[0; 16]);
     }
 
     fn write_block(
@@ -321,23 +330,50 @@ impl Layout {
         file.write(contents, &disk[start..end]);
     }
 
-    /// The bytes that no write to the disk may change: all of the header but count and
-    /// `uuid_modify`, the gaps, entries beyond the disk, private bytes of blocks.
+    /// The bytes that no use of the disk may change: all of the header but count and
+    /// `uuid_modify`, the gaps, entries beyond the disk. (Blocks move when a disk is closed.)
     #[must_use]
     pub fn kept(&self) -> Vec<Range<u64>> {
         let map = self.map();
         let disk_entries = map.start + 4 * self.disk_blocks() as u64;
-        let mut kept = vec![
+        vec![
             0..AT_COUNT,
             AT_COUNT + 4..AT_UUID_MODIFY,
             AT_UUID_MODIFY + 16..map.start,
             disk_entries..u64::from(self.offset_data),
-        ];
-        for &number in self.entries.iter().filter(|&&number| number < ZERO) {
+        ]
+    }
+
+    /// The first block of this image whose private bytes have changed, wherever they are now. A block
+    /// that was released and allocated anew may have lost them.
+    #[must_use]
+    pub fn lost_private_bytes(
+        &self,
+        before: &Contents,
+        after: &Contents,
+        may_be_new: bool,
+    ) -> Option<usize> {
+        let private = |contents: &Contents, number: u32| {
             let start = self.end_of(number);
-            kept.push(start..start + u64::from(self.block_extra));
-        }
-        kept
+            contents.bytes(start..start + u64::from(self.block_extra))
+        };
+        let now = Found::within(after, self).entries;
+        let pairs = self.entries.iter().zip(&now).enumerate();
+        let mut kept = pairs.filter(|(_, (old, new))| **old < ZERO && **new < ZERO);
+        let lost = kept.find(|&(_, (&old, &new))| {
+            let found = private(after, new);
+            let is_new = may_be_new && found.iter().all(|&byte| byte == 0);
+            found != private(before, old) && !is_new
+        });
+        lost.map(|(nth, _)| nth)
+    }
+
+    /// Whether entries beyond the disk own blocks, which therefore are not moved.
+    #[must_use]
+    pub fn has_hidden_blocks(&self) -> bool {
+        self.entries[self.disk_blocks()..]
+            .iter()
+            .any(|&entry| entry < ZERO)
     }
 }
 
@@ -381,6 +417,13 @@ impl Found {
     #[must_use]
     pub fn owned_end(&self) -> u32 {
         owned_end(&self.entries)
+    }
+
+    /// How many blocks have an owner.
+    #[must_use]
+    pub fn owned(&self) -> u32 {
+        let owned = self.entries.iter().filter(|&&entry| entry < ZERO);
+        u32::try_from(owned.count()).expect("small disks only")
     }
 
     /// How many bytes of a sector of the disk lie before a boundary of 512 bytes in the file: a power

@@ -80,7 +80,12 @@ impl Oracle {
 
     /// A write was answered.
     pub fn answer(&mut self, start: u64, data: &Arc<[u8]>, answered: Moment) {
-        for sector in start / 512..(start + data.len() as u64) / 512 {
+        self.answer_part(&(start..start + data.len() as u64), data, answered);
+    }
+
+    /// A write was answered, which a part of it must be read after.
+    pub fn answer_part(&mut self, part: &Range<u64>, data: &Arc<[u8]>, answered: Moment) {
+        for sector in part.start / 512..part.end / 512 {
             let versions = self.versions.entry(sector).or_default().iter_mut();
             let of_it = |version: &&mut Version| Arc::ptr_eq(&version.data, data);
             for version in versions.rev().filter(of_it) {

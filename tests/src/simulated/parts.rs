@@ -4,14 +4,14 @@ use std::ops::Range;
 
 use vdi_core::{Disk, SectorRange, Source};
 
-/// The parts of a range, in bytes of the disk, that have storage.
+/// The parts of a range, in bytes of the disk, that have storage in the top image.
 #[must_use]
 pub fn stored_parts(disk: &Disk, range: SectorRange) -> Vec<Range<u64>> {
     let mut at = range.start_bytes();
     let mut stored = Vec::new();
     let visit = disk.lane().enter();
     for extent in disk.map(range, &visit) {
-        if matches!(extent.source, Source::Stored { .. }) {
+        if matches!(extent.source, Source::Stored { depth: 0, .. }) {
             stored.push(at..at + extent.len_bytes);
         }
         at += extent.len_bytes;

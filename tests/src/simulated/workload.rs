@@ -8,14 +8,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use vdi_core::{
-    Access, Disk, Flush, Reservation, Reserve, Sector, SectorRange, Storage, WriteError,
+    Disk, Flush, Lane, Reservation, Reserve, Sector, SectorRange, Storage, WriteError, Zeroing,
 };
 
+use super::chain::{contents, open_chain};
 use super::flag::{Flag, flag};
 use super::history::Moment;
-use super::layout::{Found, Layout};
+use super::layout::{AT_UUID_MODIFY, Found, Layout};
 use super::oracle::Oracle;
 use super::parts::{parts_without, stored_parts};
+use super::slow_read::SlowRead;
+use super::zeros::Zeros;
 use super::{SimulatedFile, index, percent};
 use crate::random::Random;
 
@@ -28,18 +31,23 @@ pub struct Habits {
     pub most_in_flight: usize,
     /// Whether writes are given up, as if their data could not be written.
     pub gives_up: bool,
+    /// Whether ranges are zeroed and discarded.
+    pub zeros: bool,
 }
 
-/// A write that has its places.
+/// A request that has its places.
 #[derive(Debug)]
-struct Ready {
-    range: SectorRange,
+pub(super) struct Ready {
+    pub(super) range: SectorRange,
     data: Arc<[u8]>,
-    reservation: Reservation,
+    pub(super) reservation: Reservation,
     /// Bytes of the data that are written.
-    written: u64,
-    /// The parts of the disk, in bytes, that had storage before.
+    pub(super) written: u64,
+    /// What comes from parents is copied.
+    is_filled: bool,
+    /// The parts of the disk, in bytes, that had storage before; of a write.
     in_place: Vec<Range<u64>>,
+    pub(super) zeros: Option<Zeros>,
 }
 
 /// A write that waits.
@@ -47,6 +55,7 @@ struct Ready {
 struct Parked {
     range: SectorRange,
     data: Arc<[u8]>,
+    zeroing: Option<Zeroing>,
     flag: Arc<Flag>,
 }
 
@@ -63,10 +72,15 @@ pub struct Workload {
     pub first_write_ever: Option<Moment>,
     /// The same, since the disk was opened last.
     first_write: Option<Moment>,
-    disk: Arc<Disk>,
-    habits: Habits,
-    random: Random,
-    ready: Vec<Ready>,
+    opened: Moment,
+    /// The files of its parents.
+    pub parents: Vec<Arc<SimulatedFile>>,
+    pub(super) disk: Arc<Disk>,
+    pub(super) lane: Lane,
+    pub(super) habits: Habits,
+    pub(super) random: Random,
+    pub(super) ready: Vec<Ready>,
+    pub(super) slow_reads: Vec<SlowRead>,
     parked: Vec<Parked>,
     flush: Option<(Flush, Moment)>,
     chores: Arc<Flag>,
@@ -81,22 +95,27 @@ impl Workload {
     #[must_use]
     pub fn open(
         file: Arc<SimulatedFile>,
+        parents: Vec<Arc<SimulatedFile>>,
         layout: Layout,
         disk: Vec<u8>,
         habits: Habits,
         random: Random,
     ) -> Self {
-        let (opened, chores) = open(&file);
+        let (disk_opened, chores) = open(&file, &parents);
         Self {
+            opened: file.now(),
             file,
+            parents,
             layout,
             oracle: Oracle::new(disk),
             first_write_ever: None,
             first_write: None,
-            disk: opened,
+            lane: disk_opened.lane(),
+            disk: disk_opened,
             habits,
             random,
             ready: Vec::new(),
+            slow_reads: Vec::new(),
             parked: Vec::new(),
             flush: None,
             chores,
@@ -113,14 +132,18 @@ impl Workload {
     /// Does something.
     pub fn step(&mut self) {
         match self.random.within(0..100) {
+            0..12 if self.habits.zeros => self.begin_zeros(),
+            12..14 if self.habits.zeros => self.zero_blocking(),
             0..30 => self.begin(),
             30..50 => self.transfer_some(),
             50..62 => self.commit_some(),
             62..67 if self.habits.gives_up => self.abandon_one(),
-            62..80 => self.retry_woken(),
-            80..87 => self.do_chores(),
-            87..93 => self.flush_some(),
-            93..95 => self.write_blocking(),
+            62..78 => self.retry_woken(),
+            78..84 => self.do_chores(),
+            84..89 => self.flush_some(),
+            89..91 => self.write_blocking(),
+            91..95 => self.begin_slow_read(),
+            95..98 => self.end_slow_read(),
             _ => self.read_some(),
         }
     }
@@ -130,6 +153,9 @@ impl Workload {
     /// # Panics
     /// If a write waits for what nobody will do.
     pub fn settle(&mut self) {
+        while !self.slow_reads.is_empty() {
+            self.end_slow_read();
+        }
         while !(self.ready.is_empty() && self.parked.is_empty()) {
             let had_ready = !self.ready.is_empty();
             for nth in 0..self.ready.len() {
@@ -162,6 +188,7 @@ impl Workload {
     /// Dies with all that is in flight; then opens the disk again.
     pub fn die_and_reopen(&mut self) {
         self.flush = None;
+        self.slow_reads.clear();
         while !self.ready.is_empty() {
             self.abandon(0);
         }
@@ -174,21 +201,35 @@ impl Workload {
     /// # Panics
     /// If not.
     pub fn check_all(&self) {
-        let mut found = vec![1; self.oracle.now().len()];
-        let all = self.disk.read_at(self.disk.capacity().whole(), &mut found);
-        all.expect("nothing was made to fail");
-        if found != self.oracle.now() {
-            let is_wrong = |(_, (a, b)): &(usize, (&u8, &u8))| a != b;
-            let pairs = found.iter().zip(self.oracle.now()).enumerate();
-            let (at, (found, expected)) = pairs.clone().find(is_wrong).expect("they differ");
-            let wrong = pairs.filter(is_wrong).count();
-            panic!("byte {at} is {found}, should be {expected}; {wrong} bytes are wrong");
+        self.check(0, &contents(&self.disk));
+    }
+
+    /// Whether what was read from a byte of the disk on is right.
+    fn check(&self, start: u64, found: &[u8]) {
+        let expected = &self.oracle.now()[index(start)..][..found.len()];
+        if found == expected {
+            return;
+        }
+        let zeros = self.zeros_in_flight();
+        let sectors = found.chunks(512).zip(expected.chunks(512));
+        for (at, (found, expected)) in (start..).step_by(512).zip(sectors) {
+            let may_be_zeros = zeros.iter().any(|range| range.contains(&at));
+            let is_zero = found.iter().all(|&byte| byte == 0);
+            assert!(
+                found == expected || (may_be_zeros && is_zero),
+                "sector {} is {:?}.., should be {:?}..",
+                at / 512,
+                &found[..8],
+                &expected[..8]
+            );
         }
     }
 
     fn reopen(&mut self) {
         self.first_write = None;
-        let (disk, chores) = open(&self.file);
+        let (disk, chores) = open(&self.file, &self.parents);
+        self.opened = self.file.now();
+        self.lane = disk.lane();
         self.disk = disk;
         self.chores = chores;
     }
@@ -202,6 +243,9 @@ impl Workload {
             assert_eq!(harm, None);
             let end = found.owned_end();
             assert_eq!(found.blocks_allocated, end, "W1: the count is exact");
+            if !self.layout.has_hidden_blocks() {
+                assert_eq!(found.owned(), end, "W4: there are no holes");
+            }
             let exact = self.layout.end_of(end);
             let is_cut_off = self.layout.file_len < exact && found.file_len < exact;
             assert!(
@@ -213,7 +257,20 @@ impl Workload {
         }
     }
 
-    fn any_range(&mut self) -> SectorRange {
+    /// From the first write on an image is marked.
+    pub(super) fn note_first_write(&mut self) {
+        let marks = |one: &super::Operation| {
+            let touched = one.touched();
+            touched.start <= AT_UUID_MODIFY && AT_UUID_MODIFY < touched.end
+        };
+        if self.first_write.is_none() && self.file.done_since(self.opened).iter().any(marks) {
+            let now = self.file.note();
+            self.first_write_ever.get_or_insert(now);
+            self.first_write = Some(now);
+        }
+    }
+
+    pub(super) fn any_range(&mut self) -> SectorRange {
         let sectors = self.disk.capacity().sectors();
         let most = match self.random.within(0..10) {
             0..6 => 8,
@@ -248,7 +305,16 @@ impl Workload {
         data.into()
     }
 
-    fn is_in_flight(&self, range: SectorRange) -> bool {
+    pub(super) fn in_flight(&self) -> usize {
+        self.ready.len() + self.parked.len()
+    }
+
+    /// Whether nothing is under way that a blocking call could wait for.
+    pub(super) fn may_block(&self) -> bool {
+        self.ready.is_empty() && self.slow_reads.is_empty()
+    }
+
+    pub(super) fn is_in_flight(&self, range: SectorRange) -> bool {
         let flying = self.ready.iter().map(|one| one.range);
         let waiting = self.parked.iter().map(|one| one.range);
         flying.chain(waiting).any(|other| {
@@ -259,22 +325,41 @@ impl Workload {
 
     fn begin(&mut self) {
         let range = self.any_range();
-        let is_full = self.ready.len() + self.parked.len() >= self.habits.most_in_flight;
+        let is_full = self.in_flight() >= self.habits.most_in_flight;
         if is_full || self.is_in_flight(range) {
             return;
         }
         let data = self.any_data(range);
-        self.reserve(range, data);
+        self.reserve(range, data, None);
     }
 
-    fn reserve(&mut self, range: SectorRange, data: Arc<[u8]>) {
-        let in_place = stored_parts(&self.disk, range);
+    pub(super) fn reserve(
+        &mut self,
+        range: SectorRange,
+        data: Arc<[u8]>,
+        zeroing: Option<Zeroing>,
+    ) {
+        let in_place = match zeroing {
+            None => stored_parts(&self.disk, range),
+            // What becomes zeros, and when, is not its user's affair.
+            Some(_) => std::iter::once(range.start_bytes()..range.end_bytes()).collect(),
+        };
+        let zeros = zeroing.map(|how| Zeros {
+            how,
+            may_stay: self.may_stay(range, how),
+        });
         let (flag, waker) = flag();
-        match self.disk.reserve(range, &self.disk.lane(), &waker) {
+        let reserved = match zeroing {
+            None => self.disk.reserve(range, &self.lane, &waker),
+            Some(how) => self.disk.reserve_zeros(range, how, &self.lane, &waker),
+        };
+        match reserved {
             Ok(Reserve::Ready(reservation)) => {
+                self.note_first_write();
                 let now = self.file.note();
-                self.first_write_ever.get_or_insert(now);
-                self.first_write.get_or_insert(now);
+                if zeros.is_some() {
+                    self.tell_slow_reads(&(range.start_bytes()..range.end_bytes()));
+                }
                 for part in &in_place {
                     self.oracle.begin(range.start_bytes(), &data, part, now);
                 }
@@ -283,10 +368,17 @@ impl Workload {
                     data,
                     reservation,
                     written: 0,
+                    is_filled: false,
                     in_place,
+                    zeros,
                 });
             }
-            Ok(Reserve::Parked) => self.parked.push(Parked { range, data, flag }),
+            Ok(Reserve::Parked) => self.parked.push(Parked {
+                range,
+                data,
+                zeroing,
+                flag,
+            }),
             Err(error) => panic!("a write is refused: {error}"),
         }
     }
@@ -296,7 +388,7 @@ impl Workload {
             let nth = index(self.random.within(0..self.parked.len() as u64));
             if self.parked[nth].flag.take() {
                 let one = self.parked.swap_remove(nth);
-                self.reserve(one.range, one.data);
+                self.reserve(one.range, one.data, one.zeroing);
             }
         }
     }
@@ -307,7 +399,7 @@ impl Workload {
         self.parked = parked;
         let was_woken = !woken.is_empty();
         for one in woken {
-            self.reserve(one.range, one.data);
+            self.reserve(one.range, one.data, one.zeroing);
         }
         was_woken
     }
@@ -318,12 +410,19 @@ impl Workload {
             let all = percent(&mut self.random, 70);
             let sectors = self.ready[nth].range.count();
             let some = self.random.within(0..sectors + 1) * 512;
+            if percent(&mut self.random, 30) {
+                self.fill(nth);
+            }
             self.transfer(nth, if all { u64::MAX } else { some });
         }
     }
 
     /// Writes the data of a write up to a number of bytes.
     fn transfer(&mut self, nth: usize, up_to: u64) {
+        if self.ready[nth].zeros.is_some() {
+            self.transfer_zeros(nth);
+            return;
+        }
         let one = &mut self.ready[nth];
         let up_to = up_to.min(one.range.len_bytes());
         let mut before = 0;
@@ -350,6 +449,32 @@ impl Workload {
         }
     }
 
+    /// Copies what comes from parents.
+    fn fill(&mut self, nth: usize) {
+        let one = &mut self.ready[nth];
+        if std::mem::replace(&mut one.is_filled, true) {
+            return;
+        }
+        for fill in one.reservation.fills() {
+            let mut bytes = vec![0; index(fill.len_bytes)];
+            let parent = &self.parents[fill.depth - 1];
+            let read = parent.read_exact_at(&mut bytes, fill.from);
+            read.expect("nothing was made to fail");
+            let written = self.file.write_all_at(&bytes, fill.to);
+            written.expect("nothing was made to fail");
+        }
+    }
+
+    /// W2: data over a parent's are synced first.
+    fn sync_data(&self, reservations: &mut [Reservation]) {
+        if reservations.iter().any(Reservation::needs_sync) {
+            let flush = self.disk.begin_data_sync();
+            let synced = self.file.sync();
+            let ended = self.disk.end_data_sync(flush, synced, reservations);
+            ended.expect("nothing was made to fail");
+        }
+    }
+
     fn commit_some(&mut self) {
         let luck = self.random.within(0..2);
         let mut random = self.random.fork();
@@ -361,6 +486,11 @@ impl Workload {
 
     /// Commits the writes that were chosen in one batch.
     fn commit(&mut self, choose: impl FnMut(&Ready) -> bool) {
+        for nth in 0..self.ready.len() {
+            if self.ready[nth].written == self.ready[nth].range.len_bytes() {
+                self.fill(nth);
+            }
+        }
         let all = std::mem::take(&mut self.ready);
         let (mut chosen, left): (Vec<_>, Vec<_>) = all.into_iter().partition(choose);
         self.ready = left;
@@ -380,12 +510,18 @@ impl Workload {
                 self.oracle.begin(start, &one.data, &part, begun);
             }
             reservations.push(one.reservation);
-            writes.push((whole, one.data));
+            writes.push((one.range, one.data, one.zeros));
         }
+        self.sync_data(&mut reservations);
         let done = self.disk.commit(&mut reservations);
         done.expect("nothing was made to fail");
         assert!(reservations.is_empty(), "commit takes all");
-        for (whole, data) in writes {
+        for (range, data, zeros) in writes {
+            if let Some(zeros) = zeros {
+                self.answer_zeros(range, &data, &zeros);
+                continue;
+            }
+            let whole = range.start_bytes()..range.end_bytes();
             self.oracle.show(whole.start, &data, &whole);
             self.oracle.answer(whole.start, &data, self.file.note());
         }
@@ -401,7 +537,11 @@ impl Workload {
     /// A data write failed: what it wrote in place may be there, what it wrote to new
     /// blocks is not to be seen ever.
     fn abandon(&mut self, nth: usize) {
-        drop(self.ready.swap_remove(nth));
+        let one = self.ready.swap_remove(nth);
+        drop(one.reservation);
+        if one.zeros.is_some() {
+            let _zeros = self.learn(one.range);
+        }
     }
 
     fn do_chores(&mut self) {
@@ -441,7 +581,7 @@ impl Workload {
 
     /// On the convenient road. It waits, so there may be nothing that it could wait for.
     fn write_blocking(&mut self) {
-        if !self.ready.is_empty() {
+        if !self.may_block() {
             return;
         }
         let range = self.any_range();
@@ -455,8 +595,7 @@ impl Workload {
         self.oracle.begin(start, &data, &whole, begun);
         let done: Result<(), WriteError> = self.disk.write_at(range, &data);
         done.expect("nothing was made to fail");
-        self.first_write_ever.get_or_insert(self.file.note());
-        self.first_write.get_or_insert(self.file.note());
+        self.note_first_write();
         self.oracle.show(start, &data, &whole);
         self.oracle.answer(start, &data, self.file.note());
     }
@@ -466,15 +605,12 @@ impl Workload {
         let mut found = vec![1; index(range.len_bytes())];
         let done = self.disk.read_at(range, &mut found);
         done.expect("nothing was made to fail");
-        let start = range.start_bytes();
-        let expected = &self.oracle.now()[index(start)..index(start + range.len_bytes())];
-        assert!(found == expected, "{range:?} reads wrong");
+        self.check(range.start_bytes(), &found);
     }
 }
 
-fn open(file: &Arc<SimulatedFile>) -> (Arc<Disk>, Arc<Flag>) {
-    let storage: Arc<dyn Storage> = Arc::clone(file) as Arc<dyn Storage>;
-    let disk = Disk::open(storage, Access::Writable).expect("the image is right");
+fn open(file: &Arc<SimulatedFile>, parents: &[Arc<SimulatedFile>]) -> (Arc<Disk>, Arc<Flag>) {
+    let disk = open_chain(file, parents).expect("the images are right");
     let (chores, waker) = flag();
     disk.set_housekeeper(waker);
     (Arc::new(disk), chores)
