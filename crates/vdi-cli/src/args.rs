@@ -134,6 +134,8 @@ pub(crate) struct ChainArgs {
 }
 
 /// Show what an image is and what it takes
+///
+/// A differencing image is shown even if its parent is not found.
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
     /// The image
@@ -149,6 +151,10 @@ pub(crate) struct InfoArgs {
 }
 
 /// Look for what is wrong with an image; changes nothing
+///
+/// A differencing image is checked by itself, and so is whether its parents are the ones that it
+/// names: a modified parent, a loop, or a file given with --parent that is none are corruption; a parent
+/// that is not found is a note.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Exit codes:
@@ -166,7 +172,7 @@ pub(crate) struct CheckArgs {
     pub(crate) open: OpenArgs,
 }
 
-/// Show which parts of the disk have data, and where in the file
+/// Show which parts of the disk have data, and where in which file
 #[derive(Debug, Args)]
 pub(crate) struct MapArgs {
     /// The image
@@ -190,7 +196,8 @@ pub(crate) enum Format {
 /// Copy a disk into another file, raw or VDI
 ///
 /// The source is a VDI image unless `-f raw` says otherwise: a raw disk's contents are its guest's, who
-/// could write the header of another format there. Zeros take no space in the destination, which appears
+/// could write the header of another format there. Of a differencing image the whole disk is copied, its
+/// parents' part too; they are looked for beside it (see also --parent and --image-dir). Zeros take no space in the destination, which appears
 /// under its name only when it is complete and on stable storage.
 #[derive(Debug, Args)]
 #[command(after_help = "\
