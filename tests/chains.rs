@@ -214,3 +214,137 @@ fn check_finds_a_loop() {
     let answer = vdi(words!["map", chain[0]]).expect_code(1);
     assert!(answer.err.contains("its own descendant"), "{answer:#?}");
 }
+
+fn header(path: &Path) -> Value {
+    let info = vdi(words!["info", "--json", path]).expect_code(0).json();
+    info["format-specific"]["data"]["header"].clone()
+}
+
+fn raw(path: &Path) -> Vec<u8> {
+    let out = path.with_extension("raw");
+    vdi(words!["convert", "-O", "raw", "--force", path, out]).expect_code(0);
+    fs::read(&out).unwrap()
+}
+
+fn write(path: &Path, at: u64, bytes: &[u8]) {
+    use vdi_core::{Access, ChainOptions, Disk, Locking, ModifiedParent, Storage, find_chain};
+    let options = ChainOptions {
+        parents: Vec::new(),
+        image_dirs: Vec::new(),
+        locking: Locking::Locked,
+    };
+    let files = find_chain(path, Access::Writable, &options).unwrap();
+    let storages = files
+        .into_iter()
+        .map(|file| std::sync::Arc::new(file) as std::sync::Arc<dyn Storage>);
+    let disk = Disk::open_chain(storages.collect(), Access::Writable, ModifiedParent::Refuse);
+    let disk = std::sync::Arc::new(disk.unwrap());
+    let range = at..at + bytes.len() as u64;
+    let range = disk.capacity().range_of_bytes(range).unwrap();
+    disk.write_at(range, bytes).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    vdi_tests::tool::settle();
+}
+
+/// Five images of mixed block sizes; each has written to the first sectors of its own block and of a shared one.
+#[test]
+fn a_chain_of_five_made_here_reads_right() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |depth: usize| directory.path().join(format!("{depth}.vdi"));
+    vdi(words!["create", path(0), "10M"]).expect_code(0);
+    let mut expected = vec![0; 10 << 20];
+    for depth in 0..5 {
+        if depth > 0 {
+            let size = ["1M", "128k", "2M", "1M"][depth - 1];
+            let child = path(depth);
+            vdi(words![
+                "snapshot",
+                "--block-size",
+                size,
+                path(depth - 1),
+                child
+            ])
+            .expect_code(0);
+            assert_eq!(fs::metadata(&child).unwrap().len(), 2 << 20);
+        }
+        for at in [depth << 20, (5 << 20) + depth * 512] {
+            let bytes = [u8::try_from(depth).unwrap() + 1; 1024];
+            write(&path(depth), at as u64, &bytes);
+            expected[at..at + 1024].copy_from_slice(&bytes);
+        }
+        assert!(raw(&path(depth)) == expected, "{depth}");
+    }
+    for depth in 1..5 {
+        assert_eq!(
+            checked(&words![path(depth)]),
+            (serde_json::json!({}), Some(0))
+        );
+    }
+}
+
+#[test]
+fn a_child_is_what_virtualbox_would_make() {
+    let directory = tempfile::tempdir().unwrap();
+    let (base, child) = (
+        directory.path().join("b.vdi"),
+        directory.path().join("c.vdi"),
+    );
+    vdi(words!["create", "--block-size", "2M", base, "9M"]).expect_code(0);
+    // LCHS: cylinders, heads, sectors.
+    patch(&base, 0x1c8, &[9, 0, 0, 0, 16, 0, 0, 0, 63, 0, 0, 0]);
+    let before = fs::read(&base).unwrap();
+    let uuid = "706c398a-86ca-49e3-9a30-3cbc9073cd11";
+    vdi(words!["snapshot", "--uuid", uuid, base, child]).expect_code(0);
+    assert!(
+        fs::read(&base).unwrap() == before,
+        "the base is not touched"
+    );
+    let (of_base, of_child) = (header(&base), header(&child));
+    for (field, value) in [
+        ("image-type", serde_json::json!(4)),
+        ("uuid-image", uuid.into()),
+        ("uuid-parent", of_base["uuid-image"].clone()),
+        ("uuid-parent-modify", of_base["uuid-modify"].clone()),
+        ("disk-size", of_base["disk-size"].clone()),
+        ("block-size", (1 << 20).into()),
+        ("blocks-in-image", 9.into()),
+        ("blocks-allocated", 0.into()),
+    ] {
+        assert_eq!(of_child[field], value, "{field}");
+    }
+    assert_ne!(of_child["uuid-modify"], of_base["uuid-modify"]);
+    assert_eq!(bytes_at::<16>(&child, 0x1c8), bytes_at(&base, 0x1c8));
+    let map: [u8; 36] = bytes_at(&child, 1 << 20);
+    assert_eq!(map, [0xff; 36], "every entry is FREE");
+}
+
+#[test]
+fn snapshot_refuses_what_it_must_not_do() {
+    let directory = tempfile::tempdir().unwrap();
+    let (base, child) = (
+        directory.path().join("b.vdi"),
+        directory.path().join("c.vdi"),
+    );
+    vdi(words!["create", base, "9M"]).expect_code(0);
+    let refused = |reason: &str| {
+        let answer = vdi(words!["snapshot", base, child]).expect_code(1);
+        assert!(answer.err.contains(reason), "{answer:#?}");
+    };
+    fs::write(&child, "mine").unwrap();
+    refused("exists");
+    assert_eq!(fs::read(&child).unwrap(), b"mine");
+    fs::remove_file(&child).unwrap();
+    let answer = vdi(words!["snapshot", base, base]).expect_code(1);
+    assert!(answer.err.contains("the same file"), "{answer:#?}");
+    let writer = {
+        use vdi_core::{Access, HostFile, Locking};
+        HostFile::open(&base, Access::Writable, Locking::Locked).unwrap()
+    };
+    refused("in use");
+    drop(writer);
+    vdi_tests::tool::settle();
+    patch(&base, UUID_IMAGE, &[0; 16]);
+    refused("null");
+    assert!(!child.exists());
+}

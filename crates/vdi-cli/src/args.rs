@@ -4,6 +4,8 @@
 //! found out by whoever uses it. Sources: `qemu-img(1)`, whose names and meanings
 //! are kept where it has them.
 
+mod edit;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -11,6 +13,8 @@ use clap_complete::Shell;
 use uuid::Uuid;
 
 use crate::size;
+
+pub(crate) use self::edit::SnapshotArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -26,7 +30,8 @@ Examples:
   vdi info disk.vdi                            what it is and what it takes
   vdi check disk.vdi && echo sound
   vdi convert -f raw -O vdi disk.raw disk.vdi  import a raw image
-  vdi convert -O raw disk.vdi disk.raw         export it again";
+  vdi convert -O raw disk.vdi disk.raw         export it again
+  vdi snapshot disk.vdi today.vdi              keep disk.vdi as it is and go on with today.vdi";
 
 /// The tool for VirtualBox VDI images
 #[derive(Debug, Parser)]
@@ -43,10 +48,13 @@ pub(crate) enum Verb {
     Check(CheckArgs),
     Map(MapArgs),
     Convert(ConvertArgs),
+    Snapshot(SnapshotArgs),
     Completions(CompletionsArgs),
 }
 
 /// Make an empty image
+///
+/// To make a child of another image, see `vdi snapshot`.
 ///
 /// The image appears under its name only when it is complete.
 #[derive(Debug, Args)]

@@ -1,5 +1,7 @@
 //! The verbs: each is one call of the library and one report.
 
+mod snapshot;
+
 use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::ops::ControlFlow;
@@ -81,6 +83,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Check(args) => check(&args),
         Verb::Map(args) => map(&args),
         Verb::Convert(args) => convert(&args),
+        Verb::Snapshot(args) => snapshot::run(&args),
         Verb::Completions(args) => completions(&args),
     }
 }

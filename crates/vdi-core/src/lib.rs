@@ -41,7 +41,7 @@ pub mod visit;
 mod writer;
 
 pub use chain::{ChainError, ChainOptions, find_chain, find_parent};
-pub use create::{CreateError, CreateOptions, NewKind, create};
+pub use create::{CreateError, CreateOptions, NewKind, create, create_child};
 pub use disk::{
     Disk, Extent, Extents, Fill, Flush, ModifiedParent, ReadError, Reservation, Reserve, Source,
     WriteError, WriteExtent, Zeroing,
