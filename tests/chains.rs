@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use vdi_tests::image::field;
+use vdi_tests::image::{field, write_to};
 use vdi_tests::images::corpus;
 use vdi_tests::tool::vdi;
 use vdi_tests::words;
@@ -226,27 +226,6 @@ fn raw(path: &Path) -> Vec<u8> {
     fs::read(&out).unwrap()
 }
 
-fn write(path: &Path, at: u64, bytes: &[u8]) {
-    use vdi_core::{Access, ChainOptions, Disk, Locking, ModifiedParent, Storage, find_chain};
-    let options = ChainOptions {
-        parents: Vec::new(),
-        image_dirs: Vec::new(),
-        locking: Locking::Locked,
-    };
-    let files = find_chain(path, Access::Writable, &options).unwrap();
-    let storages = files
-        .into_iter()
-        .map(|file| std::sync::Arc::new(file) as std::sync::Arc<dyn Storage>);
-    let disk = Disk::open_chain(storages.collect(), Access::Writable, ModifiedParent::Refuse);
-    let disk = std::sync::Arc::new(disk.unwrap());
-    let range = at..at + bytes.len() as u64;
-    let range = disk.capacity().range_of_bytes(range).unwrap();
-    disk.write_at(range, bytes).unwrap();
-    disk.close().unwrap();
-    drop(disk);
-    vdi_tests::tool::settle();
-}
-
 /// Five images of mixed block sizes; each has written to the first sectors of its own block and of a shared one.
 #[test]
 fn a_chain_of_five_made_here_reads_right() {
@@ -270,7 +249,7 @@ fn a_chain_of_five_made_here_reads_right() {
         }
         for at in [depth << 20, (5 << 20) + depth * 512] {
             let bytes = [u8::try_from(depth).unwrap() + 1; 1024];
-            write(&path(depth), at as u64, &bytes);
+            write_to(&path(depth), at as u64, &bytes);
             expected[at..at + 1024].copy_from_slice(&bytes);
         }
         assert!(raw(&path(depth)) == expected, "{depth}");

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::size;
 
-pub(crate) use self::edit::SnapshotArgs;
+pub(crate) use self::edit::{CompactArgs, ResizeArgs, SnapshotArgs};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -31,7 +31,9 @@ Examples:
   vdi check disk.vdi && echo sound
   vdi convert -f raw -O vdi disk.raw disk.vdi  import a raw image
   vdi convert -O raw disk.vdi disk.raw         export it again
-  vdi snapshot disk.vdi today.vdi              keep disk.vdi as it is and go on with today.vdi";
+  vdi snapshot disk.vdi today.vdi              keep disk.vdi as it is and go on with today.vdi
+  vdi compact disk.vdi                         give back what is zeros
+  vdi resize disk.vdi +10G";
 
 /// The tool for VirtualBox VDI images
 #[derive(Debug, Parser)]
@@ -49,6 +51,8 @@ pub(crate) enum Verb {
     Map(MapArgs),
     Convert(ConvertArgs),
     Snapshot(SnapshotArgs),
+    Compact(CompactArgs),
+    Resize(ResizeArgs),
     Completions(CompletionsArgs),
 }
 

@@ -1,5 +1,7 @@
 //! The verbs: each is one call of the library and one report.
 
+mod compact;
+mod resize;
 mod snapshot;
 
 use std::fs;
@@ -15,7 +17,9 @@ use clap::CommandFactory;
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vdi_core::check::{self, CheckError, Severity};
+use vdi_core::compact::CompactError;
 use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
+use vdi_core::resize::ResizeError;
 use vdi_core::{
     Access, Capacity, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError,
     HostFile, Image, ImageKind, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage,
@@ -67,6 +71,12 @@ pub(crate) enum Failure {
         to: PathBuf,
         source: CopyError,
     },
+    #[error("cannot compact {}", path.display())]
+    Compact { path: PathBuf, source: CompactError },
+    #[error("cannot resize {}", path.display())]
+    Resize { path: PathBuf, source: ResizeError },
+    #[error(transparent)]
+    ResizeRefused(#[from] resize::Refused),
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]
@@ -84,6 +94,8 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Map(args) => map(&args),
         Verb::Convert(args) => convert(&args),
         Verb::Snapshot(args) => snapshot::run(&args),
+        Verb::Compact(args) => compact::run(&args),
+        Verb::Resize(args) => resize::run(&args),
         Verb::Completions(args) => completions(&args),
     }
 }
@@ -359,6 +371,22 @@ fn in_use(error: FileError) -> Failure {
 /// Opens an image and its parents for reading.
 fn open_disk(path: &Path, open: &OpenArgs) -> Result<Arc<Disk>, Failure> {
     open_chain(path, Access::ReadOnly, &open.chain, locking(open))
+}
+
+/// Opens an image that a verb changes, unless it only says what it would do.
+fn open_to_change(path: &Path, chain: &ChainArgs, dry_run: bool) -> Result<Arc<Disk>, Failure> {
+    let access = if dry_run {
+        Access::ReadOnly
+    } else {
+        Access::Writable
+    };
+    let files = find_chain(path, access, &chain_options(chain, Locking::Locked));
+    let files = files.map_err(|error| match error {
+        // Nothing is changed that another program uses, so there is no way around its locks.
+        ChainError::File(file) => Failure::File(file),
+        other => no_chain(path, other),
+    })?;
+    open_files(path, files, access, modified_parent(chain))
 }
 
 /// Opens an image, and its parents for reading.

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use uuid::Uuid;
 
-use super::{block_size, uuid_not_null};
+use super::{ChainArgs, block_size, uuid_not_null};
+use crate::size;
 
 /// Make a child of an image: an empty one through which all of it shows
 ///
@@ -30,4 +31,111 @@ pub(crate) struct SnapshotArgs {
     /// Unit of allocation of the child, a power of two from 128k to 128M [default: 1M]
     #[arg(long, value_name = "SIZE", value_parser = block_size)]
     pub(crate) block_size: Option<u32>,
+}
+
+/// Give back the space of blocks that need none, and close the holes in the file
+///
+/// Blocks of zeros are released, the others move together, the file is cut. The contents stay, and so do children.
+/// A crash or a signal at any time leaves an image that reads the same; begin again then.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi compact --dry-run disk.vdi         how much would it save?
+  vdi compact --same-as-parent child.vdi
+
+A guest's deleted files are zeros only if it discarded them (fstrim) or wrote zeros over them.")]
+pub(crate) struct CompactArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Only say what would be done
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Release blocks of a child, too, that are the same as in its parent
+    #[arg(long)]
+    pub(crate) same_as_parent: bool,
+    /// Show no progress and no plan
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Make the disk of an image larger or smaller
+///
+/// What is added reads as zeros. The image is changed in place; a crash or a signal at any time leaves it with the
+/// old or the new size. The guest's partitions and file systems are its own business: shrink them before,
+/// grow them afterwards.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi resize disk.vdi 40G
+  vdi resize disk.vdi +10G
+  vdi resize --shrink disk.vdi -10G
+
+Sizes take a unit as in `vdi create` and are rounded up to whole sectors of 512 bytes.")]
+pub(crate) struct ResizeArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// The new size, or what to add (+) or take away (-)
+    #[arg(value_name = "[+|-]SIZE", value_parser = new_size, allow_hyphen_values = true)]
+    pub(crate) size: NewSize,
+    /// Let the disk get smaller
+    #[arg(long)]
+    pub(crate) shrink: bool,
+    /// Let data that are not zeros be cut off
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Only say what would be done
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// A size, or its difference to the one there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NewSize {
+    Is(u64),
+    Larger(u64),
+    Smaller(u64),
+}
+
+impl NewSize {
+    /// The size in bytes, in whole sectors, if there is such a one.
+    pub(crate) fn from(self, bytes: u64) -> Option<u64> {
+        let size = match self {
+            Self::Is(size) => Some(size),
+            Self::Larger(more) => bytes.checked_add(more),
+            Self::Smaller(less) => bytes.checked_sub(less),
+        };
+        size?.checked_next_multiple_of(vdi_core::SECTOR_SIZE)
+    }
+}
+
+fn new_size(text: &str) -> Result<NewSize, String> {
+    let parse = |text| size::parse(text).map_err(|error| error.to_string());
+    match text.as_bytes().first() {
+        Some(b'+') => parse(&text[1..]).map(NewSize::Larger),
+        Some(b'-') => parse(&text[1..]).map(NewSize::Smaller),
+        Some(_) | None => parse(text).map(NewSize::Is),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_size_is_absolute_or_relative_and_never_wraps() {
+        assert_eq!(new_size("1k"), Ok(NewSize::Is(1024)));
+        assert_eq!(new_size("+1k").unwrap().from(512), Some(1536));
+        assert_eq!(new_size("-1k").unwrap().from(1536), Some(512));
+        assert_eq!(new_size("-1").unwrap().from(1024), Some(1024));
+        assert_eq!(new_size("-1k").unwrap().from(512), None);
+        assert_eq!(NewSize::Larger(u64::MAX).from(512), None);
+        assert_eq!(NewSize::Is(u64::MAX).from(512), None);
+        for text in ["", "+", "--1k", "+-1k"] {
+            assert!(new_size(text).is_err(), "{text}");
+        }
+    }
 }
