@@ -186,7 +186,18 @@ fn help_and_version_answer_on_standard_output() {
     ] {
         assert!(help.contains(word), "{word}");
     }
-    for verb in ["create", "info", "check", "map", "convert", "completions"] {
+    for verb in [
+        "create",
+        "info",
+        "check",
+        "map",
+        "convert",
+        "snapshot",
+        "compact",
+        "resize",
+        "set",
+        "completions",
+    ] {
         assert!(
             vdi([verb, "--help"])
                 .expect_code(0)

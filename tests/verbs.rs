@@ -345,6 +345,10 @@ fn what_lies_behind_the_old_end_never_shows() {
         &["--shrink", "--force", &(3 * MIB + 1024).to_string()],
     )
     .expect_code(0);
+    // VirtualBox would show it, too, when it grows the image.
+    let file = fs::read(&path).unwrap();
+    assert_eq!(file.len() as u64, data + MIB);
+    assert!(are_zeros(&file[usize::try_from(data).unwrap() + 1024..]));
     resize(&path, &["5M"]).expect_code(0);
     expected[3 << 20..(3 << 20) + 1024].fill(7);
     assert_reads(&path, &expected);
@@ -462,4 +466,76 @@ fn any_order_of_writes_resizes_and_compactions_reads_as_plain_bytes() {
             assert_reads(&path, &expected);
         }
     }
+}
+
+#[test]
+fn set_changes_what_it_is_told_and_nothing_else() {
+    let (_directory, path) = scratch();
+    vdi(words!["create", path, "9M"]).expect_code(0);
+    write_to(&path, 0, &[1; 512]);
+    let before = fs::read(&path).unwrap();
+    let uuid = "706c398a-86ca-49e3-9a30-3cbc9073cd11";
+    let comment = "\u{e4}".repeat(127);
+    for (words, at) in [
+        (["--comment", &comment], 0x54..0x154),
+        (["--uuid-image", uuid], 0x188..0x198),
+        (["--uuid-modify", uuid], 0x198..0x1a8),
+        (["--lchs", "9/16/63"], 0x1c8..0x1d4),
+    ] {
+        fs::write(&path, &before).unwrap();
+        vdi(words!["set", path, words[0], words[1]]).expect_code(0);
+        let mut after = fs::read(&path).unwrap();
+        assert!(after[at.clone()] != before[at.clone()], "{words:?}");
+        after[at.clone()].copy_from_slice(&before[at]);
+        assert!(after == before, "{words:?} changes more");
+    }
+    let all = words![
+        "set",
+        "--comment",
+        "hello",
+        "--uuid-image",
+        uuid,
+        "--lchs",
+        "9/16/63",
+        path
+    ];
+    vdi(all).expect_code(0);
+    let info = vdi(words!["info", "--json", path]).expect_code(0).json();
+    let data = &info["format-specific"]["data"];
+    assert_eq!(data["comment"], "hello");
+    assert_eq!(data["header"]["uuid-image"], uuid);
+    let geometry = serde_json::json!({"cylinders": 9, "heads": 16, "sectors": 63});
+    assert_eq!(data["lchs-geometry"], geometry);
+    qemu_img(words!["check", "-f", "vdi", path]).expect_code(0);
+}
+
+#[test]
+fn set_refuses_what_does_not_fit_and_leaves_the_image() {
+    let (_directory, path) = scratch();
+    qemu::create(&path, "9M");
+    let before = fs::read(&path).unwrap();
+    let long = "x".repeat(256);
+    for (words, reason) in [
+        (words!["--comment", long].as_slice(), "256 bytes"),
+        (
+            &words!["--uuid-image", "00000000-0000-0000-0000-000000000000"],
+            "null",
+        ),
+        (&words!["--lchs", "1/2"], "three numbers"),
+        (&words!["--lchs", "1/2/3"], "short header"),
+        (&words![], "--comment"),
+    ] {
+        let answer = vdi([words!["set", path].as_slice(), words].concat()).expect_code(1);
+        assert!(answer.err.contains(reason), "{answer:#?}");
+    }
+    assert!(fs::read(&path).unwrap() == before);
+    image().write(&path);
+    let answer = vdi(words!["set", path, "--lchs", "1/256/3"]).expect_code(1);
+    assert!(answer.err.contains("255 heads"), "{answer:#?}");
+    // What VirtualBox refuses it opens again.
+    image().with_field("uuid_image", 0).write(&path);
+    vdi(words!["check", path]).expect_code(2);
+    let uuid = "706c398a-86ca-49e3-9a30-3cbc9073cd11";
+    vdi(words!["set", path, "--uuid-image", uuid]).expect_code(0);
+    vdi(words!["check", path]).expect_code(0);
 }

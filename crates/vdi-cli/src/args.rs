@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::size;
 
-pub(crate) use self::edit::{CompactArgs, ResizeArgs, SnapshotArgs};
+pub(crate) use self::edit::{CompactArgs, ResizeArgs, SetArgs, SnapshotArgs};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -53,6 +53,7 @@ pub(crate) enum Verb {
     Snapshot(SnapshotArgs),
     Compact(CompactArgs),
     Resize(ResizeArgs),
+    Set(SetArgs),
     Completions(CompletionsArgs),
 }
 

@@ -2,6 +2,7 @@
 
 mod compact;
 mod resize;
+mod set;
 mod snapshot;
 
 use std::fs;
@@ -20,6 +21,7 @@ use vdi_core::check::{self, CheckError, Severity};
 use vdi_core::compact::CompactError;
 use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
 use vdi_core::resize::ResizeError;
+use vdi_core::set::SetError;
 use vdi_core::{
     Access, Capacity, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError,
     HostFile, Image, ImageKind, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage,
@@ -77,6 +79,8 @@ pub(crate) enum Failure {
     Resize { path: PathBuf, source: ResizeError },
     #[error(transparent)]
     ResizeRefused(#[from] resize::Refused),
+    #[error("cannot set the fields of {}", path.display())]
+    Set { path: PathBuf, source: SetError },
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]
@@ -96,6 +100,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Snapshot(args) => snapshot::run(&args),
         Verb::Compact(args) => compact::run(&args),
         Verb::Resize(args) => resize::run(&args),
+        Verb::Set(args) => set::run(&args),
         Verb::Completions(args) => completions(&args),
     }
 }

@@ -35,6 +35,7 @@ mod release;
 mod reservation;
 pub mod resize;
 mod room;
+pub mod set;
 pub mod storage;
 pub mod units;
 pub mod visit;

@@ -92,6 +92,40 @@ pub(crate) struct ResizeArgs {
     pub(crate) chain: ChainArgs,
 }
 
+/// Set what the header says of an image besides its contents
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("field").required(true).multiple(true), after_help = "\
+Examples:
+  vdi set --comment 'before the upgrade' disk.vdi
+  vdi set --lchs 1024/255/63 disk.vdi
+
+A child finds its parent by the parent's UUID, and takes another modify UUID for a change of the parent.
+To let a copy of a disk be another image, give it another UUID.")]
+pub(crate) struct SetArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Comment, of at most 255 bytes
+    #[arg(long, value_name = "TEXT", group = "field")]
+    pub(crate) comment: Option<String>,
+    /// UUID of the image
+    #[arg(long, value_name = "UUID", value_parser = uuid_not_null, group = "field")]
+    pub(crate) uuid_image: Option<Uuid>,
+    /// UUID of the state of its contents
+    #[arg(long, value_name = "UUID", value_parser = uuid_not_null, group = "field")]
+    pub(crate) uuid_modify: Option<Uuid>,
+    /// Geometry for a BIOS: cylinders, heads and sectors; 0/0/0 for none
+    #[arg(long, value_name = "C/H/S", value_parser = lchs, group = "field")]
+    pub(crate) lchs: Option<[u32; 3]>,
+}
+
+fn lchs(text: &str) -> Result<[u32; 3], String> {
+    let numbers: Result<Vec<u32>, _> = text.split('/').map(str::parse).collect();
+    numbers
+        .ok()
+        .and_then(|numbers| numbers.try_into().ok())
+        .ok_or_else(|| "a geometry is three numbers, such as 1024/255/63".to_owned())
+}
+
 /// A size, or its difference to the one there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NewSize {
