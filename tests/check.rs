@@ -494,9 +494,9 @@ fn a_lying_count_costs_neither_time_nor_memory() {
 fn what_cannot_be_checked_is_no_verdict() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("image.vdi");
-    image().with_field("version", 2).write(&path);
+    image().with_field("version", 3).write(&path);
     let answer = vdi(words!["check", path]).expect_code(1);
-    assert!(answer.err.contains("version is 0.2"), "{answer:#?}");
+    assert!(answer.err.contains("version is 0.3"), "{answer:#?}");
     assert_eq!(answer.out, "");
     vdi(words!["check", directory.path().join("nothing")]).expect_code(1);
     vdi(words!["check", directory.path()]).expect_code(1);

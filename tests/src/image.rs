@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tempfile::TempDir;
-use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, NewKind};
+use vdi_core::{
+    Access, ChainOptions, CreateOptions, Disk, HostFile, Locking, ModifiedParent, NewKind, Storage,
+    find_chain,
+};
 
 use crate::qemu;
 use crate::server::scratch;
@@ -107,6 +110,32 @@ impl Image {
             .expect("the file is longer");
         bytes
     }
+}
+
+/// Writes to the disk that ends with the image at `path`; its parents are beside it.
+///
+/// # Panics
+/// If it cannot be opened or written.
+pub fn write_to(path: &Path, at: u64, bytes: &[u8]) {
+    let options = ChainOptions {
+        parents: Vec::new(),
+        image_dirs: Vec::new(),
+        locking: Locking::Locked,
+    };
+    let files = find_chain(path, Access::Writable, &options).expect("nobody has the image open");
+    let storages = files
+        .into_iter()
+        .map(|file| Arc::new(file) as Arc<dyn Storage>);
+    let disk = Disk::open_chain(storages.collect(), Access::Writable, ModifiedParent::Refuse);
+    let disk = Arc::new(disk.expect("the image is sound"));
+    let range = disk
+        .capacity()
+        .range_of_bytes(at..at + bytes.len() as u64)
+        .expect("whole sectors of the disk");
+    disk.write_at(range, bytes).expect("there is room");
+    disk.close().expect("there is room");
+    drop(disk);
+    crate::tool::settle();
 }
 
 /// Whether all bytes are 0; fast also when nothing is optimised.

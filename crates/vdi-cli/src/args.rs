@@ -4,6 +4,8 @@
 //! found out by whoever uses it. Sources: `qemu-img(1)`, whose names and meanings
 //! are kept where it has them.
 
+mod edit;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -11,6 +13,8 @@ use clap_complete::Shell;
 use uuid::Uuid;
 
 use crate::size;
+
+pub(crate) use self::edit::{CompactArgs, ResizeArgs, SetArgs, SnapshotArgs};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -26,7 +30,10 @@ Examples:
   vdi info disk.vdi                            what it is and what it takes
   vdi check disk.vdi && echo sound
   vdi convert -f raw -O vdi disk.raw disk.vdi  import a raw image
-  vdi convert -O raw disk.vdi disk.raw         export it again";
+  vdi convert -O raw disk.vdi disk.raw         export it again
+  vdi snapshot disk.vdi today.vdi              keep disk.vdi as it is and go on with today.vdi
+  vdi compact disk.vdi                         give back what is zeros
+  vdi resize disk.vdi +10G";
 
 /// The tool for VirtualBox VDI images
 #[derive(Debug, Parser)]
@@ -43,10 +50,16 @@ pub(crate) enum Verb {
     Check(CheckArgs),
     Map(MapArgs),
     Convert(ConvertArgs),
+    Snapshot(SnapshotArgs),
+    Compact(CompactArgs),
+    Resize(ResizeArgs),
+    Set(SetArgs),
     Completions(CompletionsArgs),
 }
 
 /// Make an empty image
+///
+/// To make a child of another image, see `vdi snapshot`.
 ///
 /// The image appears under its name only when it is complete.
 #[derive(Debug, Args)]
@@ -134,6 +147,8 @@ pub(crate) struct ChainArgs {
 }
 
 /// Show what an image is and what it takes
+///
+/// A differencing image is shown even if its parent is not found.
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
     /// The image
@@ -149,6 +164,10 @@ pub(crate) struct InfoArgs {
 }
 
 /// Look for what is wrong with an image; changes nothing
+///
+/// A differencing image is checked by itself, and so is whether its parents are the ones that it
+/// names: a modified parent, a loop, or a file given with --parent that is none are corruption; a parent
+/// that is not found is a note.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Exit codes:
@@ -166,7 +185,7 @@ pub(crate) struct CheckArgs {
     pub(crate) open: OpenArgs,
 }
 
-/// Show which parts of the disk have data, and where in the file
+/// Show which parts of the disk have data, and where in which file
 #[derive(Debug, Args)]
 pub(crate) struct MapArgs {
     /// The image
@@ -190,7 +209,8 @@ pub(crate) enum Format {
 /// Copy a disk into another file, raw or VDI
 ///
 /// The source is a VDI image unless `-f raw` says otherwise: a raw disk's contents are its guest's, who
-/// could write the header of another format there. Zeros take no space in the destination, which appears
+/// could write the header of another format there. Of a differencing image the whole disk is copied, its
+/// parents' part too; they are looked for beside it (see also --parent and --image-dir). Zeros take no space in the destination, which appears
 /// under its name only when it is complete and on stable storage.
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -1,5 +1,10 @@
 //! The verbs: each is one call of the library and one report.
 
+mod compact;
+mod resize;
+mod set;
+mod snapshot;
+
 use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::ops::ControlFlow;
@@ -13,10 +18,14 @@ use clap::CommandFactory;
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vdi_core::check::{self, CheckError, Severity};
+use vdi_core::compact::CompactError;
 use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
+use vdi_core::resize::ResizeError;
+use vdi_core::set::SetError;
 use vdi_core::{
     Access, Capacity, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError,
-    HostFile, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage, find_chain,
+    HostFile, Image, ImageKind, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage,
+    find_chain, find_parent,
 };
 
 use crate::args::{
@@ -64,6 +73,14 @@ pub(crate) enum Failure {
         to: PathBuf,
         source: CopyError,
     },
+    #[error("cannot compact {}", path.display())]
+    Compact { path: PathBuf, source: CompactError },
+    #[error("cannot resize {}", path.display())]
+    Resize { path: PathBuf, source: ResizeError },
+    #[error(transparent)]
+    ResizeRefused(#[from] resize::Refused),
+    #[error("cannot set the fields of {}", path.display())]
+    Set { path: PathBuf, source: SetError },
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]
@@ -80,6 +97,10 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Check(args) => check(&args),
         Verb::Map(args) => map(&args),
         Verb::Convert(args) => convert(&args),
+        Verb::Snapshot(args) => snapshot::run(&args),
+        Verb::Compact(args) => compact::run(&args),
+        Verb::Resize(args) => resize::run(&args),
+        Verb::Set(args) => set::run(&args),
         Verb::Completions(args) => completions(&args),
     }
 }
@@ -104,30 +125,78 @@ fn create(args: &CreateArgs) -> Result<ExitCode, Failure> {
 }
 
 fn info(args: &InfoArgs) -> Result<ExitCode, Failure> {
-    let file = open_file(&args.file, &args.open)?;
-    let metadata = file.file().metadata().map_err(|source| Failure::Look {
-        path: args.file.clone(),
-        source,
-    })?;
-    drop(file);
-    let disk = open_disk(&args.file, &args.open)?;
-    // st_blocks counts in units of 512 bytes whatever the file system's block is.
-    let looked = Looked::new(&args.file, &disk, metadata.len(), metadata.blocks() * 512);
+    let looked = if args.backing_chain {
+        look_at_chain(args)?
+    } else {
+        let (image, mut looked) = look_at(open_file(&args.file, &args.open)?)?;
+        if let ImageKind::Differencing(link) = image.header().kind() {
+            let options = chain_options(&args.open.chain, locking(&args.open));
+            match find_parent(&args.file, link.uuid_image, &options) {
+                Ok(path) => looked.parent_is(&path),
+                // It can be shown all the same.
+                Err(error) => looked.warn(&error),
+            }
+        }
+        vec![looked]
+    };
     let mut out = output();
-    match (args.json, args.backing_chain) {
-        (true, true) => report::json(&mut out, &[looked])?,
-        (true, false) => report::json(&mut out, &looked)?,
-        (false, _) => report::info(&mut out, &looked)?,
+    match (args.json, looked.as_slice()) {
+        (true, [one]) if !args.backing_chain => report::json(&mut out, one)?,
+        (true, chain) => report::json(&mut out, chain)?,
+        (false, chain) => report::info(&mut out, chain)?,
     }
     done(out, ExitCode::SUCCESS)
 }
 
+/// Looks at one file of a disk.
+fn look_at(file: HostFile) -> Result<(Image, Looked), Failure> {
+    let path = file.path().to_owned();
+    let metadata = match file.file().metadata() {
+        Ok(metadata) => metadata,
+        Err(source) => return Err(Failure::Look { path, source }),
+    };
+    match Image::examine(Arc::new(file)) {
+        Ok(image) => {
+            // st_blocks counts in units of 512 bytes whatever the file system's block is.
+            let on_host_bytes = metadata.blocks() * 512;
+            let looked = Looked::new(&path, &image, metadata.len(), on_host_bytes);
+            Ok((image, looked))
+        }
+        Err(source) => Err(Failure::Open { path, source }),
+    }
+}
+
+/// Looks at an image and all its parents, whose links are judged but not insisted on.
+fn look_at_chain(args: &InfoArgs) -> Result<Vec<Looked>, Failure> {
+    let options = chain_options(&args.open.chain, locking(&args.open));
+    let modified = modified_parent(&args.open.chain);
+    let mut child: Option<(Image, Looked)> = None;
+    let mut chain = Vec::new();
+    for file in find_files(&args.file, Access::ReadOnly, &options)? {
+        let path = file.path().to_owned();
+        let parent = look_at(file)?;
+        if let Some((image, mut looked)) = child.take() {
+            looked.parent_is(&path);
+            if let Err(error) = image.check_parent(&parent.0, modified) {
+                looked.warn(&error);
+            }
+            chain.push(looked);
+        }
+        child = Some(parent);
+    }
+    chain.extend(child.map(|(_, looked)| looked));
+    Ok(chain)
+}
+
 fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let file = open_file(&args.file, &args.open)?;
-    let found = check::check(&file).map_err(|source| Failure::Check {
+    let mut found = check::check(&file).map_err(|source| Failure::Check {
         path: args.file.clone(),
         source,
     })?;
+    let options = chain_options(&args.open.chain, locking(&args.open));
+    check::check_parents(&args.file, &options, &mut found)
+        .map_err(|error| no_chain(&args.file, error))?;
     let mut out = output();
     if args.json {
         report::json(&mut out, &report::Checked::new(&args.file, &found))?;
@@ -143,14 +212,18 @@ fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
 }
 
 fn map(args: &MapArgs) -> Result<ExitCode, Failure> {
-    let disk = open_disk(&args.file, &args.open)?;
+    let chain = &args.open.chain;
+    let options = chain_options(chain, locking(&args.open));
+    let files = find_files(&args.file, Access::ReadOnly, &options)?;
+    let paths: Vec<PathBuf> = files.iter().map(|file| file.path().to_owned()).collect();
+    let disk = open_files(&args.file, files, Access::ReadOnly, modified_parent(chain))?;
     let visit = disk.lane().enter();
     let mut out = output();
     let extents = disk.map(disk.capacity().whole(), &visit);
     if args.json {
-        report::map_json(&mut out, extents)?;
+        report::map_json(&mut out, extents, &paths)?;
     } else {
-        report::map(&mut out, extents)?;
+        report::map(&mut out, extents, &paths)?;
     }
     done(out, ExitCode::SUCCESS)
 }
@@ -305,6 +378,22 @@ fn open_disk(path: &Path, open: &OpenArgs) -> Result<Arc<Disk>, Failure> {
     open_chain(path, Access::ReadOnly, &open.chain, locking(open))
 }
 
+/// Opens an image that a verb changes, unless it only says what it would do.
+fn open_to_change(path: &Path, chain: &ChainArgs, dry_run: bool) -> Result<Arc<Disk>, Failure> {
+    let access = if dry_run {
+        Access::ReadOnly
+    } else {
+        Access::Writable
+    };
+    let files = find_chain(path, access, &chain_options(chain, Locking::Locked));
+    let files = files.map_err(|error| match error {
+        // Nothing is changed that another program uses, so there is no way around its locks.
+        ChainError::File(file) => Failure::File(file),
+        other => no_chain(path, other),
+    })?;
+    open_files(path, files, access, modified_parent(chain))
+}
+
 /// Opens an image, and its parents for reading.
 fn open_chain(
     path: &Path,
@@ -312,23 +401,51 @@ fn open_chain(
     chain: &ChainArgs,
     locking: Locking,
 ) -> Result<Arc<Disk>, Failure> {
-    let options = ChainOptions {
+    let files = find_files(path, access, &chain_options(chain, locking))?;
+    open_files(path, files, access, modified_parent(chain))
+}
+
+fn chain_options(chain: &ChainArgs, locking: Locking) -> ChainOptions {
+    ChainOptions {
         parents: chain.parents.clone(),
         image_dirs: chain.image_dirs.clone(),
         locking,
-    };
-    let modified = if chain.allow_modified_parent {
+    }
+}
+
+fn modified_parent(chain: &ChainArgs) -> ModifiedParent {
+    if chain.allow_modified_parent {
         ModifiedParent::Allow
     } else {
         ModifiedParent::Refuse
-    };
-    let files = find_chain(path, access, &options).map_err(|error| match error {
+    }
+}
+
+/// Opens the files of an image and its parents.
+fn find_files(
+    path: &Path,
+    access: Access,
+    options: &ChainOptions,
+) -> Result<Vec<HostFile>, Failure> {
+    find_chain(path, access, options).map_err(|error| no_chain(path, error))
+}
+
+fn no_chain(path: &Path, error: ChainError) -> Failure {
+    match error {
         ChainError::File(file) => in_use(file),
         source => Failure::Chain {
             path: path.to_owned(),
             source,
         },
-    })?;
+    }
+}
+
+fn open_files(
+    path: &Path,
+    files: Vec<HostFile>,
+    access: Access,
+    modified: ModifiedParent,
+) -> Result<Arc<Disk>, Failure> {
     let storages = files
         .into_iter()
         .map(|file| Arc::new(file) as Arc<dyn Storage>);

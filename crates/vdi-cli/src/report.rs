@@ -8,7 +8,7 @@ mod info;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use vdi_core::check::{Finding, MapSummary, Report, Severity};
@@ -133,7 +133,7 @@ pub(crate) fn check(out: &mut impl Write, path: &Path, report: &Report) -> io::R
 
 /// One extent of the disk, as `qemu-img map` has it.
 #[derive(Debug, Serialize)]
-struct MapEntry {
+struct MapEntry<'p> {
     start: u64,
     length: u64,
     depth: usize,
@@ -144,13 +144,18 @@ struct MapEntry {
     compressed: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    filename: Option<&'p str>,
 }
 
-/// Writes the map as JSON, an extent on a line. Nothing is collected: a map may be long.
+/// Writes the map as JSON, an extent on a line. Nothing is collected: a map may be long. `files` are
+/// the images of the disk, the top one first.
 pub(crate) fn map_json(
     out: &mut impl Write,
     extents: impl Iterator<Item = Extent>,
+    files: &[PathBuf],
 ) -> io::Result<()> {
+    let names: Vec<String> = names(files).collect();
     write!(out, "[")?;
     let mut start = 0;
     for extent in extents {
@@ -173,6 +178,7 @@ pub(crate) fn map_json(
             data,
             compressed: false,
             offset,
+            filename: offset.and_then(|_| names.get(depth)).map(String::as_str),
         };
         serde_json::to_writer(&mut *out, &entry)?;
         start += length;
@@ -180,23 +186,38 @@ pub(crate) fn map_json(
     writeln!(out, "]")
 }
 
-/// Writes the map for people.
-pub(crate) fn map(out: &mut impl Write, extents: impl Iterator<Item = Extent>) -> io::Result<()> {
-    writeln!(
-        out,
-        "{:>18} {:>18}  {:<12} {:>18}",
+fn names(files: &[PathBuf]) -> impl Iterator<Item = String> {
+    files.iter().map(|path| path.display().to_string())
+}
+
+/// Writes the map for people: behind what comes from a chain of images, the file that it is in.
+pub(crate) fn map(
+    out: &mut impl Write,
+    extents: impl Iterator<Item = Extent>,
+    files: &[PathBuf],
+) -> io::Result<()> {
+    let names: Vec<String> = match files {
+        [_] => Vec::new(),
+        chain => names(chain).collect(),
+    };
+    let title = if names.is_empty() { "" } else { "file" };
+    let head = format!(
+        "{:>18} {:>18}  {:<12} {:>18}  {title}",
         "start", "length", "state", "in the file at"
-    )?;
+    );
+    writeln!(out, "{}", head.trim_end())?;
     let mut start = 0;
     for extent in extents {
-        let (state, at) = match extent.source {
-            Source::Unallocated => ("unallocated", String::new()),
-            Source::Zero { .. } => ("zero", String::new()),
-            Source::Stored { depth: 0, at } => ("stored", format!("{:#x}", at.0)),
-            Source::Stored { depth, at } => ("in a parent", format!("{depth}:{:#x}", at.0)),
+        let (state, depth, at) = match extent.source {
+            Source::Unallocated => ("unallocated", None, String::new()),
+            Source::Zero { depth } => ("zero", Some(depth), String::new()),
+            Source::Stored { depth, at } => ("stored", Some(depth), format!("{:#x}", at.0)),
         };
+        let name = depth
+            .and_then(|depth| names.get(depth))
+            .map_or("", String::as_str);
         let line = format!(
-            "{start:>#18x} {:>#18x}  {state:<12} {at:>18}",
+            "{start:>#18x} {:>#18x}  {state:<12} {at:>18}  {name}",
             extent.len_bytes
         );
         writeln!(out, "{}", line.trim_end())?;

@@ -69,7 +69,14 @@ pub fn find_chain(
 }
 
 /// The file of the image `parent`: the user's choice, or the only one that there is.
-fn find_parent(child: &Path, parent: Uuid, options: &ChainOptions) -> Result<PathBuf, ChainError> {
+///
+/// # Errors
+/// If there is none, or more than one, or a directory cannot be read.
+pub fn find_parent(
+    child: &Path,
+    parent: Uuid,
+    options: &ChainOptions,
+) -> Result<PathBuf, ChainError> {
     let named = candidates(options.parents.iter().cloned(), parent);
     if let Some(found) = only_one(named, parent)? {
         return Ok(found);

@@ -3,7 +3,7 @@
 //! [`check`] looks at a [`RawHeader`] and the map as the file has them, so it can
 //! examine what [`crate::Disk::open`] refuses. It reads header and map, never the
 //! data, and writes nothing. It asks no parent: a differencing image is examined
-//! by itself. Images of version 0 are not examined.
+//! by itself, and [`check_parents`] judges the links of its chain. Images of version 0 are not examined.
 //!
 //! Invariants:
 //!
@@ -18,6 +18,7 @@
 
 mod finding;
 mod map;
+mod parents;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,6 +26,7 @@ use std::io;
 pub use self::finding::{Finding, Severity};
 pub use self::map::MapSummary;
 use self::map::{Layout, check_map};
+pub use self::parents::check_parents;
 
 use crate::format::{self, RawHeader};
 use crate::header::{Header, HeaderError, flaws};

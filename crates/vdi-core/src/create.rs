@@ -13,7 +13,7 @@ use uuid::Uuid;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::format::{self, ENTRY_BYTES, ENTRY_FREE, RawHeader};
-use crate::header::ParentLink;
+use crate::header::{Header, ParentLink};
 use crate::units::{BlockSize, DataArea, SECTOR_SIZE};
 
 /// Where map and data begin is a multiple of this.
@@ -52,13 +52,16 @@ pub struct CreateOptions {
 /// # Errors
 /// If the options break a limit, `path` exists, or the host fails; then no file is left.
 pub fn create(path: &Path, options: &CreateOptions) -> Result<(), CreateError> {
-    let header = new_header(options)?;
+    write_new(path, &new_header(options)?, options.kind)
+}
+
+fn write_new(path: &Path, header: &RawHeader, kind: NewKind) -> Result<(), CreateError> {
     let file = File::options()
         .read(true)
         .write(true)
         .create_new(true)
         .open(path)?;
-    write_image(&file, &header, options.kind).inspect_err(|_| {
+    write_image(&file, header, kind).inspect_err(|_| {
         // The first error is the one to report.
         let _ = std::fs::remove_file(path);
     })
@@ -70,6 +73,33 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<(), CreateError> {
 /// If the options break a limit or the host fails.
 pub fn create_in(file: &File, options: &CreateOptions) -> Result<(), CreateError> {
     write_image(file, &new_header(options)?, options.kind)
+}
+
+/// Makes a child of `parent` in a new file at `path`, and syncs it. It has the parent's size and
+/// geometry, and nothing of its own: all of the parent shows through.
+///
+/// # Errors
+/// As [`create`]; and if the parent has no UUID by which the child could name it.
+pub fn create_child(
+    path: &Path,
+    parent: &Header,
+    block_size: u32,
+    uuid: Option<Uuid>,
+) -> Result<(), CreateError> {
+    if parent.uuid_image().is_nil() {
+        return Err(CreateError::NamelessParent);
+    }
+    let kind = NewKind::Differencing(parent.as_parent());
+    let mut header = new_header(&CreateOptions {
+        capacity_bytes: parent.capacity().bytes(),
+        block_size,
+        kind,
+        uuid,
+    })?;
+    if parent.raw().has_lchs() {
+        header.lchs_geometry = parent.raw().lchs_geometry;
+    }
+    write_new(path, &header, kind)
 }
 
 /// The header of a new image.
@@ -183,6 +213,8 @@ pub enum CreateError {
         most: u64,
         block_size: u32,
     },
+    #[error("the parent's uuid_image is null, so that no child can name it")]
+    NamelessParent,
     #[error("cannot write the image")]
     Io(#[from] io::Error),
 }

@@ -21,6 +21,7 @@ use crate::units::{Capacity, DataArea, DiskBlock, FileOffset, SectorRange, Span}
 use crate::visit::{Lane, Visit, Visits};
 use crate::writer::Writer;
 
+pub use crate::image::ModifiedParent;
 pub use crate::release::Zeroing;
 pub use crate::reservation::{Fill, Flush, Reservation, Reserve, WriteExtent};
 pub use crate::writer::WriteError;
@@ -39,15 +40,6 @@ pub struct Disk {
 /// How many images a disk may have: each costs a descriptor and a map in memory, and a read of
 /// what none of them has asks all of them.
 pub const MOST_IMAGES: usize = 256;
-
-/// What to do about a parent that was changed after its child was made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ModifiedParent {
-    /// Refuse: the child's contents are most likely nonsense.
-    Refuse,
-    /// Use it all the same, as VirtualBox does.
-    Allow,
-}
 
 impl Disk {
     /// Opens the disk that one image file holds.
@@ -78,7 +70,7 @@ impl Disk {
             let access = if is_top { access } else { Access::ReadOnly };
             let (image, owners) = Image::open(storage, access)?;
             if let Some(child) = images.last() {
-                check_link(child, &image, modified)?;
+                child.check_parent(&image, modified)?;
             }
             if access == Access::Writable {
                 writer = Some(Writer::new(&image, &owners)?);
@@ -435,29 +427,6 @@ impl Source {
 }
 
 /// A child and its parent know each other by UUID; VirtualBox never looks at the second one.
-fn check_link(child: &Image, parent: &Image, modified: ModifiedParent) -> Result<(), OpenError> {
-    let ImageKind::Differencing(link) = child.header.kind() else {
-        return Err(OpenError::NotAChild);
-    };
-    let found = parent.header.uuid_image();
-    if found != link.uuid_image {
-        return Err(OpenError::WrongParent {
-            wanted: link.uuid_image,
-            found,
-        });
-    }
-    let found = parent.header.raw().uuid_modify.get();
-    let known = link.uuid_modify;
-    if modified == ModifiedParent::Refuse && !known.is_nil() && found != known {
-        return Err(OpenError::ParentModified {
-            parent: link.uuid_image,
-            known,
-            found,
-        });
-    }
-    Ok(())
-}
-
 /// The host could not read what the map names.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read the image's file at {at}")]

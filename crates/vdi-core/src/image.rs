@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use crate::block_map::{BlockMap, BlockMapEntry, MapError, Owners};
 use crate::format::RawHeader;
-use crate::header::{Header, HeaderError};
+use crate::header::{Header, HeaderError, ImageKind};
 use crate::storage::{Access, Storage};
 use crate::units::{DataArea, FileOffset, Span};
 use uuid::Uuid;
 
 /// An image that keeps the invariants of [`Header`] and [`BlockMap`].
 #[derive(Debug)]
-pub(crate) struct Image {
+pub struct Image {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) header: Header,
     pub(crate) map: BlockMap,
@@ -39,6 +39,51 @@ impl Image {
         ))
     }
 
+    /// Opens an image by itself, to look at it: its contents may need parents, which are not asked for.
+    ///
+    /// # Errors
+    /// If it breaks a rule of the format.
+    pub fn examine(storage: Arc<dyn Storage>) -> Result<Self, OpenError> {
+        Ok(Self::open(storage, Access::ReadOnly)?.0)
+    }
+
+    /// The header as it was at open.
+    pub const fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The entries of the map, one for each block.
+    pub fn entries(&self) -> impl Iterator<Item = BlockMapEntry> {
+        self.map.entries()
+    }
+
+    /// Whether `parent` is the image that this one names, and as it was then.
+    ///
+    /// # Errors
+    /// If this is no child, or the child of another, or the parent was modified.
+    pub fn check_parent(&self, parent: &Self, modified: ModifiedParent) -> Result<(), OpenError> {
+        let ImageKind::Differencing(link) = self.header.kind() else {
+            return Err(OpenError::NotAChild);
+        };
+        let found = parent.header.uuid_image();
+        if found != link.uuid_image {
+            return Err(OpenError::WrongParent {
+                wanted: link.uuid_image,
+                found,
+            });
+        }
+        let found = parent.header.raw().uuid_modify.get();
+        let known = link.uuid_modify;
+        if modified == ModifiedParent::Refuse && !known.is_nil() && found != known {
+            return Err(OpenError::ParentModified {
+                parent: link.uuid_image,
+                known,
+                found,
+            });
+        }
+        Ok(())
+    }
+
     /// The part of one block from the disk's byte `at` on, of at most `most_bytes`; `None`
     /// beyond the end of this image.
     pub(crate) fn span(&self, at: u64, most_bytes: u64) -> Option<Span> {
@@ -59,6 +104,15 @@ impl Image {
             }
         }
     }
+}
+
+/// What to do about a parent that was changed after its child was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModifiedParent {
+    /// Refuse: the child's contents are most likely nonsense.
+    Refuse,
+    /// Use it all the same, as VirtualBox does.
+    Allow,
 }
 
 /// Where the bytes of a span are.

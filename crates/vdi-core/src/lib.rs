@@ -35,19 +35,20 @@ mod release;
 mod reservation;
 pub mod resize;
 mod room;
+pub mod set;
 pub mod storage;
 pub mod units;
 pub mod visit;
 mod writer;
 
-pub use chain::{ChainError, ChainOptions, find_chain};
-pub use create::{CreateError, CreateOptions, NewKind, create};
+pub use chain::{ChainError, ChainOptions, find_chain, find_parent};
+pub use create::{CreateError, CreateOptions, NewKind, create, create_child};
 pub use disk::{
     Disk, Extent, Extents, Fill, Flush, ModifiedParent, ReadError, Reservation, Reserve, Source,
     WriteError, WriteExtent, Zeroing,
 };
 pub use header::{Header, HeaderError, ImageKind, ParentLink, Warning};
-pub use image::OpenError;
+pub use image::{Image, OpenError};
 pub use storage::{Access, FileError, HostFile, Locking, Storage};
 pub use units::{
     BlockSize, Capacity, DiskBlock, FileBlock, FileOffset, SECTOR_SIZE, Sector, SectorRange,

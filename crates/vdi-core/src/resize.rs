@@ -25,12 +25,12 @@ use zerocopy::IntoBytes;
 
 use crate::block_map::BlockMapEntry;
 use crate::chores::Modified;
-use crate::disk::{Disk, ReadError, WriteError, Zeroing};
+use crate::disk::{Disk, ReadError, Source, WriteError, Zeroing};
 use crate::format::{ENTRY_BYTES, RawHeader};
 use crate::header::ImageKind;
 use crate::holes::Move;
 use crate::storage::Access;
-use crate::units::{Capacity, DiskBlock, FileBlock, FileOffset, SECTOR_SIZE, Sector};
+use crate::units::{Capacity, DiskBlock, FileBlock, FileOffset, SECTOR_SIZE, Sector, SectorRange};
 
 /// The bytes of the header that a resize switches: `offset_bmap` to `blocks_allocated`.
 const SWITCHED: std::ops::Range<usize> = 0x154..0x188;
@@ -62,8 +62,8 @@ pub enum ResizeStep {
     Shrink {
         /// Blocks with storage behind the new end.
         cut: Vec<DiskBlock>,
-        /// Whether any byte behind the new end is not zero.
-        loses_data: bool,
+        /// Bytes behind the new end, counted in sectors, that are not all zeros.
+        lost_bytes: u64,
     },
 }
 
@@ -103,7 +103,7 @@ pub fn apply(disk: &Arc<Disk>, plan: &ResizePlan) -> Result<(), ResizeError> {
     match &plan.step {
         ResizeStep::Nothing => Ok(disk.close()?),
         ResizeStep::Grow { .. } => grow(disk, plan.to),
-        ResizeStep::Shrink { cut, loses_data } => shrink(disk, plan.to, cut, *loses_data),
+        ResizeStep::Shrink { cut, lost_bytes } => shrink(disk, plan.to, cut, *lost_bytes),
     }
 }
 
@@ -118,27 +118,23 @@ fn plan_shrink(disk: &Disk, to: Capacity) -> Result<ResizeStep, ResizeError> {
         .filter(|block| u64::from(block.get()) >= first_cut)
         .collect();
     cut.sort_unstable();
-    let mut loses_data = false;
-    let partial =
-        (to.bytes() < first_cut * u64::from(size.bytes())).then(|| size.block_of(to.bytes() - 1));
-    for block in partial.flatten().into_iter().chain(cut.iter().copied()) {
-        let start = size.start_of(block).max(to.bytes());
-        let end = disk
-            .capacity()
-            .bytes()
-            .min(size.start_of(block) + u64::from(size.bytes()));
-        loses_data = loses_data || start < end && !disk.reads_as_zeros(start, end)?;
-    }
-    Ok(ResizeStep::Shrink { cut, loses_data })
+    let lost = disk
+        .capacity()
+        .range_of_bytes(to.bytes()..disk.capacity().bytes());
+    let lost_bytes = match lost {
+        Some(range) => disk.nonzero_bytes(range)?,
+        None => 0,
+    };
+    Ok(ResizeStep::Shrink { cut, lost_bytes })
 }
 
 fn shrink(
     disk: &Arc<Disk>,
     to: Capacity,
     cut: &[DiskBlock],
-    loses_data: bool,
+    lost_bytes: u64,
 ) -> Result<(), ResizeError> {
-    disk.begin_maintenance(if loses_data {
+    disk.begin_maintenance(if lost_bytes > 0 {
         Modified::Contents
     } else {
         Modified::Places
@@ -401,23 +397,31 @@ impl Disk {
         Ok(())
     }
 
-    fn reads_as_zeros(&self, start: u64, end: u64) -> Result<bool, ReadError> {
-        let mut at = start / SECTOR_SIZE;
+    /// How much of a range is in sectors that are not all zeros, in whichever image they are.
+    fn nonzero_bytes(&self, range: SectorRange) -> Result<u64, ReadError> {
         let mut buf = vec![0; 256 << 10];
-        while at < end / SECTOR_SIZE {
-            let count = (end / SECTOR_SIZE - at).min(buf.len() as u64 / SECTOR_SIZE);
-            let range = self
-                .capacity()
-                .range(Sector(at), count)
-                .expect("below the end");
-            let piece = &mut buf[..usize::try_from(range.len_bytes()).expect("it fits the buffer")];
-            self.read_at(range, piece)?;
-            if piece.iter().any(|&byte| byte != 0) {
-                return Ok(false);
+        let mut count = 0;
+        let lane = self.lane();
+        let visit = lane.enter();
+        for extent in self.map(range, &visit) {
+            let Source::Stored { depth, at } = extent.source else {
+                continue;
+            };
+            let mut done = 0;
+            while done < extent.len_bytes {
+                let left = usize::try_from(extent.len_bytes - done).unwrap_or(usize::MAX);
+                let len = left.min(buf.len());
+                let piece = &mut buf[..len];
+                self.read_image(depth, piece, at.plus(done))?;
+                let (sectors, _) = piece.as_chunks::<512>();
+                count += sectors
+                    .iter()
+                    .filter(|sector| sector.iter().any(|&byte| byte != 0))
+                    .count() as u64;
+                done += len as u64;
             }
-            at += count;
         }
-        Ok(true)
+        Ok(count * SECTOR_SIZE)
     }
 }
 

@@ -1,14 +1,16 @@
 //! What `info` answers: a disk's header, its blocks by state, and what the host gave it.
 
+use std::error::Error;
 use std::fmt;
 use std::io::{self, Write};
 use std::path::Path;
 
 use serde::Serialize;
-use vdi_core::Disk;
 use vdi_core::block_map::BlockMapEntry;
 use vdi_core::format::RawHeader;
+use vdi_core::{Image, ImageKind};
 
+use crate::line_of_causes;
 use crate::size::Human;
 
 /// What `info` shows of an image.
@@ -20,8 +22,19 @@ pub(crate) struct Looked {
     virtual_size: u64,
     actual_size: u64,
     cluster_size: u32,
+    #[serde(flatten)]
+    parent: Option<Backing>,
     format_specific: Specific,
     warnings: Vec<String>,
+}
+
+/// Where the parent's file was found.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Backing {
+    backing_filename: String,
+    full_backing_filename: String,
+    backing_filename_format: &'static str,
 }
 
 /// What only a VDI image has.
@@ -39,6 +52,8 @@ struct SpecificData {
     file_length: u64,
     comment: String,
     blocks: Blocks,
+    #[serde(skip)]
+    has_parent: bool,
     lchs_geometry: Option<Geometry>,
     header: HeaderFields,
 }
@@ -52,9 +67,9 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn count(disk: &Disk) -> Self {
+    fn count(image: &Image) -> Self {
         let mut blocks = Self::default();
-        for entry in disk.entries() {
+        for entry in image.entries() {
             match entry {
                 BlockMapEntry::Allocated(_) => blocks.allocated += 1,
                 BlockMapEntry::Zero => blocks.zero += 1,
@@ -129,35 +144,66 @@ impl HeaderFields {
 }
 
 impl Looked {
-    pub(crate) fn new(path: &Path, disk: &Disk, len_bytes: u64, on_host_bytes: u64) -> Self {
-        let raw = disk.header().raw();
+    pub(crate) fn new(path: &Path, image: &Image, len_bytes: u64, on_host_bytes: u64) -> Self {
+        let raw = image.header().raw();
         let version = raw.version.get();
         let data = SpecificData {
             version: format!("{}.{}", version >> 16, version & 0xFFFF),
-            kind: disk.header().kind().to_string(),
+            kind: image.header().kind().to_string(),
             file_length: len_bytes,
             comment: raw.comment(),
-            blocks: Blocks::count(disk),
+            blocks: Blocks::count(image),
+            has_parent: matches!(image.header().kind(), ImageKind::Differencing(_)),
             lchs_geometry: Geometry::of(raw),
             header: HeaderFields::of(raw),
         };
         Self {
             filename: path.display().to_string(),
             format: "vdi",
-            virtual_size: disk.capacity().bytes(),
+            virtual_size: image.header().capacity().bytes(),
             actual_size: on_host_bytes,
             cluster_size: raw.block_size.get(),
+            parent: None,
             format_specific: Specific {
                 r#type: "vdi",
                 data,
             },
-            warnings: disk.warnings().map(|warning| warning.to_string()).collect(),
+            warnings: image
+                .header()
+                .warnings()
+                .map(|warning| format!("{warning}; see `vdi check`"))
+                .collect(),
         }
+    }
+
+    /// Says where the parent's file is.
+    pub(crate) fn parent_is(&mut self, path: &Path) {
+        let name = path.display().to_string();
+        self.parent = Some(Backing {
+            backing_filename: name.clone(),
+            full_backing_filename: name,
+            backing_filename_format: "vdi",
+        });
+    }
+
+    /// Says what is wrong, though the image can be looked at.
+    pub(crate) fn warn(&mut self, error: &dyn Error) {
+        self.warnings.push(line_of_causes(error));
     }
 }
 
-/// Writes what `info` found for people.
-pub(crate) fn info(out: &mut impl Write, looked: &Looked) -> io::Result<()> {
+/// Writes what `info` found for people, an empty line between the images of a chain.
+pub(crate) fn info(out: &mut impl Write, chain: &[Looked]) -> io::Result<()> {
+    for (depth, looked) in chain.iter().enumerate() {
+        if depth > 0 {
+            writeln!(out)?;
+        }
+        one(out, looked)?;
+    }
+    Ok(())
+}
+
+fn one(out: &mut impl Write, looked: &Looked) -> io::Result<()> {
     let data = &looked.format_specific.data;
     let size = |bytes: u64| format!("{} ({bytes} bytes)", Human(bytes));
     let mut line = |name: &str, value: &str| writeln!(out, "{name:<14} {value}");
@@ -174,6 +220,14 @@ pub(crate) fn info(out: &mut impl Write, looked: &Looked) -> io::Result<()> {
     }
     line("image UUID:", &data.header.uuid_image)?;
     line("modify UUID:", &data.header.uuid_modify)?;
+    if data.has_parent {
+        line("parent UUID:", &data.header.uuid_parent)?;
+        let file = looked
+            .parent
+            .as_ref()
+            .map(|p| p.full_backing_filename.as_str());
+        line("parent:", file.unwrap_or("not found"))?;
+    }
     match &data.lchs_geometry {
         Some(geometry) => line("geometry:", &geometry.to_string())?,
         None => line("geometry:", "not set")?,
@@ -199,7 +253,7 @@ pub(crate) fn info(out: &mut impl Write, looked: &Looked) -> io::Result<()> {
         ),
     )?;
     for warning in &looked.warnings {
-        line("warning:", &format!("{warning}; see `vdi check`"))?;
+        line("warning:", warning)?;
     }
     Ok(())
 }

@@ -4,6 +4,9 @@
 //! common (a stable name, a severity, an advice) is in one table here.
 
 use std::fmt;
+use std::path::PathBuf;
+
+use uuid::Uuid;
 
 use crate::header::{HeaderError, Warning};
 use crate::units::SECTOR_SIZE;
@@ -100,6 +103,34 @@ pub enum Finding {
     },
     #[error("disk_size is {disk_size}, no multiple of 512; the disk has {} bytes", disk_size - disk_size % SECTOR_SIZE)]
     OddDiskSize { disk_size: u64 },
+    #[error("the parent {parent} of {} was not found", child.display())]
+    ParentMissing { child: PathBuf, parent: Uuid },
+    #[error("both {} and {} are the parent {parent} by their UUID", first.display(), second.display())]
+    ParentAmbiguous {
+        parent: Uuid,
+        first: PathBuf,
+        second: PathBuf,
+    },
+    #[error(
+        "{} was given as a parent, but is the image {found}, which is no parent of this one",
+        path.display()
+    )]
+    WrongParent { path: PathBuf, found: Uuid },
+    #[error(
+        "the parent {} was modified after its child {} was made: its uuid_modify is {found}, the child knows {known}",
+        parent.display(),
+        child.display()
+    )]
+    ParentModified {
+        child: PathBuf,
+        parent: PathBuf,
+        known: Uuid,
+        found: Uuid,
+    },
+    #[error("{} has the parent {parent}, which is its own descendant", child.display())]
+    ParentLoop { child: PathBuf, parent: Uuid },
+    #[error("the chain has more than {most} images")]
+    ChainTooLong { most: usize },
 }
 
 /// What all findings of a kind have in common.
@@ -149,6 +180,16 @@ impl Finding {
                 Note,
                 "harmless: the partial last sector is not shown",
             ),
+            Self::ParentMissing { .. } => ("parent-missing", Note, NAME_PARENT),
+            Self::ParentAmbiguous { .. } => ("parent-ambiguous", Note, NAME_PARENT),
+            Self::WrongParent { .. } => ("wrong-parent", Corruption, NAME_PARENT),
+            Self::ParentModified { .. } => ("parent-modified", Corruption, MODIFIED),
+            Self::ParentLoop { .. } => ("parent-loop", Corruption, RESTORE),
+            Self::ChainTooLong { .. } => (
+                "chain-too-long",
+                Corruption,
+                "the disk cannot be opened; merge some of its images",
+            ),
         };
         About {
             kind,
@@ -163,6 +204,10 @@ const COPY: &str =
     "VirtualBox refuses the image; its contents are intact: copy them with `vdi convert`";
 const DO_NOT_WRITE: &str =
     "do not write to the image: a write may hit another block's data; restore it from a backup";
+const NAME_PARENT: &str = "the image itself was checked all the same; to read it, name the right parent with --parent \
+                           or its directory with --image-dir";
+const MODIFIED: &str = "the child's contents are unreliable: restore the parent from a backup; \
+                        --allow-modified-parent reads it as it is";
 const COUNT: &str = "do not write to the image with VirtualBox or QEMU: they overwrite blocks in use; \
                      copy it with `vdi convert`";
 const UNUSED: &str = "harmless: only space is lost; a copy made with `vdi convert` does without it";
