@@ -283,6 +283,13 @@ fn breaks_of_counts() -> Vec<Break> {
         .opens(Writable)
         .exits(0),
         corrupt(
+            field("legacy_sector_size", 0),
+            &["legacy-sector-size"],
+            &["legacy sector size is 0", "512"],
+        )
+        .opens(Writable)
+        .exits(0),
+        corrupt(
             field("disk_size", 8 * MIB - 100),
             &["odd-disk-size"],
             &["8388508", "8388096"],
@@ -302,7 +309,6 @@ fn sound() -> Vec<ImageBuilder> {
         image().with_field("header_size", 0xFFFF_FFFF),
         image().with_field("image_flags", 0xFF00_0301),
         image().with_field("image_type", 3),
-        image().with_field("legacy_sector_size", 0),
         image().with_comment(&[b'x'; 256]),
         image().with_entry(4, ZERO).with_entry(7, 2),
         // The last block need not be whole where the disk ends in it.
@@ -494,9 +500,9 @@ fn a_lying_count_costs_neither_time_nor_memory() {
 fn what_cannot_be_checked_is_no_verdict() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("image.vdi");
-    image().with_field("version", 2).write(&path);
+    image().with_field("version", 3).write(&path);
     let answer = vdi(words!["check", path]).expect_code(1);
-    assert!(answer.err.contains("version is 0.2"), "{answer:#?}");
+    assert!(answer.err.contains("version is 0.3"), "{answer:#?}");
     assert_eq!(answer.out, "");
     vdi(words!["check", directory.path().join("nothing")]).expect_code(1);
     vdi(words!["check", directory.path()]).expect_code(1);
