@@ -15,7 +15,7 @@ use std::sync::Arc;
 use vdi_core::check::{Severity, check};
 use vdi_core::repair::{Plan, Unreadable, apply, plan};
 use vdi_core::{Access, Disk, HostFile, Locking, Storage};
-use vdi_tests::images::{FREE, ImageBuilder, ZERO, image, sha256_of_file};
+use vdi_tests::images::{FREE, ImageBuilder, ZERO, corpus, image, sha256_of_file};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
 use vdi_tests::simulated::{Contents, SimulatedFile, for_each_seed, percent};
@@ -397,6 +397,37 @@ fn an_image_in_use_is_not_repaired() {
     assert!(answer.err.contains("in use"), "{answer:#?}");
     assert_eq!(sha256_of_file(&path), before);
     drop(held);
+}
+
+#[test]
+fn what_is_dropped_from_a_child_does_not_let_its_parent_show_through() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("child.vdi");
+    let child = image()
+        .with_field("image_type", 4)
+        .with_field("uuid_parent", 9);
+    child.with_entry(5, 3).write(&path);
+    vdi(words!["repair", "--apply", "--drop-unreadable", path]).expect_code(0);
+    let bytes = fs::read(&path).unwrap();
+    assert_eq!(bytes[512 + 5 * 4..][..4], ZERO.to_le_bytes());
+}
+
+#[test]
+fn an_image_of_version_0_is_mended_where_its_own_fields_are() {
+    let case = corpus().into_iter().find(|case| case.name == "version-0");
+    let directory = tempfile::tempdir().unwrap();
+    let path = case.unwrap().images[0].unpack(directory.path());
+    vdi(words!["check", path]).expect_code(0);
+    let before = fs::read(&path).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    // blocks_allocated, and uuid_image behind it.
+    file.write_all_at(&[0; 20], 0x170).unwrap();
+    vdi(words!["repair", path]).expect_code(2);
+    vdi(words!["repair", "--apply", path]).expect_code(0);
+    let after = fs::read(&path).unwrap();
+    assert_eq!(after[..0x174], before[..0x174]);
+    assert_ne!(after[0x174..0x184], [0; 16]);
+    assert_eq!(after[0x184..], before[0x184..]);
 }
 
 const BLOCKS: u32 = 10;

@@ -122,6 +122,14 @@ pub enum PlanError {
 /// # Errors
 /// If the image cannot be read, or is of another version of the format.
 pub fn plan(storage: &dyn Storage, unreadable: Unreadable) -> Result<Plan, PlanError> {
+    plan_at_most(storage, unreadable, MOST_CHANGES)
+}
+
+fn plan_at_most(
+    storage: &dyn Storage,
+    unreadable: Unreadable,
+    most_changes: usize,
+) -> Result<Plan, PlanError> {
     let report = check::check(storage)?;
     let mut raw = RawHeader::read(storage).map_err(PlanError::Read)?;
     let mut plan = Plan {
@@ -154,7 +162,8 @@ pub fn plan(storage: &dyn Storage, unreadable: Unreadable) -> Result<Plan, PlanE
             plan.left.push(Left { finding, why });
             return Ok(plan);
         }
-        let survey = Survey::of(storage, &layout, unreadable).map_err(PlanError::Read)?;
+        let survey =
+            Survey::of(storage, &layout, unreadable, most_changes).map_err(PlanError::Read)?;
         let (blocks, left, unnamed) = survey.plan(storage).map_err(PlanError::Read)?;
         plan.left.extend(left);
         plan.left.extend(leaks(&plan.report, &blocks));
@@ -284,4 +293,52 @@ fn mend_header(raw: &mut RawHeader) -> Vec<FieldChange> {
         changes.push(FieldChange { field, at, to });
     }
     changes
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::create::{CreateOptions, NewKind, create_in};
+    use crate::storage::{Access, HostFile, Locking};
+
+    /// M4: 9 of 12 blocks need a copy, and two file blocks are holes.
+    #[test]
+    fn plans_that_hold_two_changes_each_mend_any_number_in_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.vdi");
+        let options = CreateOptions {
+            capacity_bytes: 12 << 17,
+            block_size: 128 << 10,
+            kind: NewKind::Dynamic,
+            uuid: None,
+        };
+        let file = File::create_new(&path).unwrap();
+        create_in(&file, &options).unwrap();
+        for (nth, entry) in [4_u32, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 0]
+            .into_iter()
+            .enumerate()
+        {
+            let at = (1 << 20) + 4 * nth as u64;
+            file.write_all_at(&entry.to_le_bytes(), at).unwrap();
+        }
+        file.set_len((2 << 20) + (5 << 17)).unwrap();
+        file.write_all_at(&[7; 9], (2 << 20) + (4 << 17)).unwrap();
+        let file = HostFile::open(&path, Access::Writable, Locking::Locked).unwrap();
+        let mut rounds = 0;
+        loop {
+            let plan = plan_at_most(&file, Unreadable::Keep, 2).unwrap();
+            let blocks = plan.blocks.as_ref().unwrap();
+            assert!(blocks.changes.len() <= 2);
+            apply(&file, &plan).unwrap();
+            rounds += 1;
+            if !plan.goes_on() {
+                break;
+            }
+        }
+        assert_eq!(rounds, 5);
+        assert_eq!(check::check(&file).unwrap().worst(), None);
+    }
 }

@@ -13,7 +13,7 @@
 use std::io;
 use std::ops::{ControlFlow, Range};
 
-use super::{Left, MOST_CHANGES, Unreadable};
+use super::{Left, Unreadable};
 use crate::check::{LISTED_PER_KIND, Layout, for_each_entry};
 use crate::storage::Storage;
 use crate::units::{DataArea, FileBlock, FileOffset};
@@ -145,6 +145,8 @@ pub(super) struct Survey<'l> {
     /// An entry that no sector needs names a block that the file does not have.
     pinned: bool,
     goes_on: bool,
+    /// How many entries may change (M4).
+    most_changes: usize,
 }
 
 const CANNOT_BE_READ: &str = "nothing of the block is in the file; give --drop-unreadable to let it read as zeros, \
@@ -160,6 +162,7 @@ impl<'l> Survey<'l> {
         storage: &dyn Storage,
         layout: &'l Layout,
         unreadable: Unreadable,
+        most_changes: usize,
     ) -> io::Result<Self> {
         let mut survey = Self {
             layout,
@@ -175,6 +178,7 @@ impl<'l> Survey<'l> {
             lowest_left: None,
             pinned: false,
             goes_on: false,
+            most_changes,
         };
         for_each_entry(storage, layout, |block, entry| {
             if let Some(file_block) = FileBlock::new(entry) {
@@ -258,7 +262,7 @@ impl<'l> Survey<'l> {
 
     /// M4.
     fn has_room(&mut self) -> bool {
-        let has_room = self.dropped.len() + self.needs.len() < MOST_CHANGES;
+        let has_room = self.dropped.len() + self.needs.len() < self.most_changes;
         self.goes_on |= !has_room;
         has_room
     }
@@ -323,7 +327,7 @@ impl<'l> Survey<'l> {
             if !range.contains(&entry) || !self.used.has(entry) {
                 return ControlFlow::Continue(());
             }
-            if changes.len() >= MOST_CHANGES {
+            if changes.len() >= self.most_changes {
                 self.goes_on = true;
                 return ControlFlow::Break(());
             }
