@@ -283,6 +283,13 @@ fn breaks_of_counts() -> Vec<Break> {
         .opens(Writable)
         .exits(0),
         corrupt(
+            field("legacy_sector_size", 0),
+            &["legacy-sector-size"],
+            &["legacy sector size is 0", "512"],
+        )
+        .opens(Writable)
+        .exits(0),
+        corrupt(
             field("disk_size", 8 * MIB - 100),
             &["odd-disk-size"],
             &["8388508", "8388096"],
@@ -302,7 +309,6 @@ fn sound() -> Vec<ImageBuilder> {
         image().with_field("header_size", 0xFFFF_FFFF),
         image().with_field("image_flags", 0xFF00_0301),
         image().with_field("image_type", 3),
-        image().with_field("legacy_sector_size", 0),
         image().with_comment(&[b'x'; 256]),
         image().with_entry(4, ZERO).with_entry(7, 2),
         // The last block need not be whole where the disk ends in it.

@@ -18,10 +18,10 @@ pub(crate) use self::edit::{CompactArgs, ResizeArgs, SetArgs, SnapshotArgs};
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; for `check`: nothing is wrong but perhaps for a note
+  0  done; for `check` and `repair`: nothing is wrong but perhaps for a note
   1  not done, because of an error (bad arguments, too); for `check`: not checked
-  2  only `check`: the image is corrupt
-  3  only `check`: nothing is corrupt, but space is leaked";
+  2  only `check` and `repair`: the image is corrupt
+  3  only `check` and `repair`: nothing is corrupt, but space is leaked";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -29,6 +29,7 @@ Examples:
   vdi create --fixed disk.vdi 20G              all of its space is reserved now
   vdi info disk.vdi                            what it is and what it takes
   vdi check disk.vdi && echo sound
+  vdi repair disk.vdi                          what could be mended; --apply does it
   vdi convert -f raw -O vdi disk.raw disk.vdi  import a raw image
   vdi convert -O raw disk.vdi disk.raw         export it again
   vdi snapshot disk.vdi today.vdi              keep disk.vdi as it is and go on with today.vdi
@@ -48,6 +49,7 @@ pub(crate) enum Verb {
     Create(CreateArgs),
     Info(InfoArgs),
     Check(CheckArgs),
+    Repair(RepairArgs),
     Map(MapArgs),
     Convert(ConvertArgs),
     Snapshot(SnapshotArgs),
@@ -183,6 +185,37 @@ pub(crate) struct CheckArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) open: OpenArgs,
+}
+
+/// Show how a damaged image can be mended, or mend it
+///
+/// What can be read is kept: a block with two owners is copied for the second one, a block at an
+/// impossible place is moved, one that the file's end cuts keeps what is left of it. Space that nothing uses
+/// is given back; for that blocks at the end may move into holes. What cannot be mended is named and left as
+/// it is. A repair that was interrupted is finished by another one.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit codes, without --apply for the image as it is, with it for what the repair made of it:
+  0  nothing is wrong but perhaps for a note
+  1  no plan could be made, or it could not be carried out
+  2  the image is corrupt
+  3  nothing is corrupt, but space is leaked
+
+Examples:
+  vdi repair disk.vdi           what is wrong and what would be done
+  vdi repair --apply disk.vdi   do it; header and map are kept in disk.vdi.vdi-repair-<seconds>")]
+pub(crate) struct RepairArgs {
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Carry the plan out
+    #[arg(long)]
+    pub(crate) apply: bool,
+    /// Keep no copy of header and map beside the image
+    #[arg(long, requires = "apply")]
+    pub(crate) no_backup: bool,
+    /// Let blocks read as zeros of which the file has nothing any more
+    #[arg(long)]
+    pub(crate) drop_unreadable: bool,
 }
 
 /// Show which parts of the disk have data, and where in which file

@@ -1,6 +1,7 @@
 //! The verbs: each is one call of the library and one report.
 
 mod compact;
+mod repair;
 mod resize;
 mod set;
 mod snapshot;
@@ -17,9 +18,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::CommandFactory;
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use vdi_core::check::{self, CheckError, Severity};
+use vdi_core::check::{self, CheckError, Report, Severity};
 use vdi_core::compact::CompactError;
 use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
+use vdi_core::repair::{ApplyError, PlanError};
 use vdi_core::resize::ResizeError;
 use vdi_core::set::SetError;
 use vdi_core::{
@@ -51,6 +53,12 @@ pub(crate) enum Failure {
     OpenRaw { path: PathBuf, source: RawError },
     #[error("cannot check {}", path.display())]
     Check { path: PathBuf, source: CheckError },
+    #[error("cannot make a plan to repair {}", path.display())]
+    PlanRepair { path: PathBuf, source: PlanError },
+    #[error("cannot keep a copy of header and map of {}; nothing was changed", path.display())]
+    BackUp { path: PathBuf, source: io::Error },
+    #[error("cannot repair {}", path.display())]
+    Repair { path: PathBuf, source: ApplyError },
     #[error("cannot create {}", path.display())]
     Create { path: PathBuf, source: CreateError },
     #[error("cannot create {}", path.display())]
@@ -95,6 +103,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Create(args) => create(&args),
         Verb::Info(args) => info(&args),
         Verb::Check(args) => check(&args),
+        Verb::Repair(args) => repair::repair(&args),
         Verb::Map(args) => map(&args),
         Verb::Convert(args) => convert(&args),
         Verb::Snapshot(args) => snapshot::run(&args),
@@ -203,12 +212,16 @@ fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
     } else {
         report::check(&mut out, &args.file, &found)?;
     }
-    let code = match found.worst() {
+    done(out, exit_code(&found))
+}
+
+/// What a check's result is for programs.
+fn exit_code(found: &Report) -> ExitCode {
+    match found.worst() {
         Some(Severity::Corruption) => ExitCode::from(EXIT_CORRUPT),
         Some(Severity::Leak) => ExitCode::from(EXIT_LEAKS),
         Some(Severity::Note) | None => ExitCode::SUCCESS,
-    };
-    done(out, code)
+    }
 }
 
 fn map(args: &MapArgs) -> Result<ExitCode, Failure> {

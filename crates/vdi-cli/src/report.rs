@@ -4,6 +4,7 @@
 //! Names in the JSON output are stable: they may be added to, never changed.
 
 mod info;
+mod repair;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use vdi_core::check::{Finding, MapSummary, Report, Severity};
 use vdi_core::{Extent, Source};
 
 pub(crate) use self::info::{Looked, info};
+pub(crate) use self::repair::repair;
 
 /// Writes `value` as JSON for people and programs alike.
 pub(crate) fn json(out: &mut impl Write, value: &(impl Serialize + ?Sized)) -> io::Result<()> {

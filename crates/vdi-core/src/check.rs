@@ -3,7 +3,7 @@
 //! [`check`] looks at a [`RawHeader`] and the map as the file has them, so it can
 //! examine what [`crate::Disk::open`] refuses. It reads header and map, never the
 //! data, and writes nothing. It asks no parent: a differencing image is examined
-//! by itself, and [`check_parents`] judges the links of its chain. Images of version 0 are not examined.
+//! by itself, and [`check_parents`] judges the links of its chain.
 //!
 //! Invariants:
 //!
@@ -25,7 +25,8 @@ use std::io;
 
 pub use self::finding::{Finding, Severity};
 pub use self::map::MapSummary;
-use self::map::{Layout, check_map};
+use self::map::check_map;
+pub(crate) use self::map::{Layout, for_each_entry};
 pub use self::parents::check_parents;
 
 use crate::format::{self, RawHeader};
@@ -43,7 +44,7 @@ pub enum CheckError {
     #[error("the image cannot be read")]
     Read(#[source] io::Error),
     /// It is another format under the same signature.
-    #[error("version is {major}.{minor}, but only versions 1.x can be checked")]
+    #[error("version is {major}.{minor}, but only 1.x and 0.2 exist")]
     Version {
         /// The version word's high half.
         major: u32,
@@ -128,10 +129,15 @@ pub fn check(storage: &dyn Storage) -> Result<Report, CheckError> {
 
 /// Judges the header, and tells where the map is if that can be believed (C2).
 fn check_header(raw: &RawHeader, report: &mut Report) -> Result<Option<Layout>, CheckError> {
-    if raw.is_vdi() && report.len_bytes < u64::from(format::HEADER_END_SHORT) {
+    let least = if raw.is_version_0() {
+        format::VERSION_0_MAP
+    } else {
+        format::HEADER_END_SHORT
+    };
+    if raw.is_vdi() && report.len_bytes < u64::from(least) {
         report.add(Finding::HeaderTruncated {
             len_bytes: report.len_bytes,
-            least: format::HEADER_END_SHORT,
+            least,
         });
         return Ok(None);
     }
@@ -163,6 +169,10 @@ fn check_header(raw: &RawHeader, report: &mut Report) -> Result<Option<Layout>, 
     }
     for flaw in flaws(raw) {
         report.add(Finding::Flaw(flaw));
+    }
+    let found = raw.legacy_sector_size.get();
+    if found != 512 && !raw.is_version_0() {
+        report.add(Finding::LegacySectorSize { found });
     }
     let disk_size = raw.disk_size.get();
     if !disk_size.is_multiple_of(SECTOR_SIZE) {

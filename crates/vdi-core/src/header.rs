@@ -95,6 +95,12 @@ impl Header {
         RULES.iter().filter_map(|rule| rule(raw).err())
     }
 
+    /// Whether the LCHS geometry is there and its sector size is not what it must be.
+    pub(crate) fn has_wrong_lchs(raw: &RawHeader) -> bool {
+        let has_lchs = raw.has_lchs() && raw.version.get() == format::VERSION_1_1;
+        has_lchs && raw.lchs_sector_size.get() != 512
+    }
+
     /// What is wrong with the header without a harm to readers (H3).
     pub fn warnings(&self) -> impl Iterator<Item = Warning> {
         flaws(&self.raw)
@@ -237,11 +243,8 @@ fn check_flags(raw: &RawHeader) -> Result<(), HeaderError> {
 
 fn check_lchs(raw: &RawHeader) -> Result<(), HeaderError> {
     let found = raw.lchs_sector_size.get();
-    let has_lchs = raw.has_lchs() && raw.version.get() == format::VERSION_1_1;
-    ensure(
-        !has_lchs || found == 512,
-        HeaderError::LchsSectorSize { found },
-    )
+    let is_wrong = Header::has_wrong_lchs(raw);
+    ensure(!is_wrong, HeaderError::LchsSectorSize { found })
 }
 
 fn check_parent(raw: &RawHeader) -> Result<(), HeaderError> {

@@ -14,7 +14,7 @@
 //! programs that are content with blocking calls.
 //!
 //! Inside, dependencies point one way: `units ← format ← header, block_map ←
-//! image ← disk ← check, convert`.
+//! image ← disk ← check ← repair, convert`.
 
 #![forbid(unsafe_code)]
 
@@ -32,6 +32,7 @@ mod holes;
 mod image;
 mod lock;
 mod release;
+pub mod repair;
 mod reservation;
 pub mod resize;
 mod room;

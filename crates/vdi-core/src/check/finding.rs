@@ -101,6 +101,8 @@ pub enum Finding {
         len_bytes: u64,
         covered: u32,
     },
+    #[error("the legacy sector size is {found}, not 512")]
+    LegacySectorSize { found: u32 },
     #[error("disk_size is {disk_size}, no multiple of 512; the disk has {} bytes", disk_size - disk_size % SECTOR_SIZE)]
     OddDiskSize { disk_size: u64 },
     #[error("the parent {parent} of {} was not found", child.display())]
@@ -161,11 +163,11 @@ impl Finding {
         let (kind, severity, advice) = match self {
             Self::HeaderTruncated { .. } => ("header-truncated", Corruption, RESTORE),
             Self::Header(error) => about_header(error),
-            Self::Flaw(Warning::CountTooLarge { .. }) => ("count-too-large", Corruption, COPY),
-            Self::Flaw(Warning::NullUuid { .. }) => ("null-uuid", Corruption, COPY),
+            Self::Flaw(Warning::CountTooLarge { .. }) => ("count-too-large", Corruption, REPAIR),
+            Self::Flaw(Warning::NullUuid { .. }) => ("null-uuid", Corruption, REPAIR),
             Self::MapTruncated { .. } => ("map-truncated", Corruption, RESTORE),
             Self::EntryOutOfRange { .. } => ("entry-out-of-range", Corruption, DO_NOT_WRITE),
-            Self::BlockBehindEnd { .. } => ("block-behind-end", Corruption, RESTORE),
+            Self::BlockBehindEnd { .. } => ("block-behind-end", Corruption, CUT_OFF),
             Self::SharedBlock { .. } => ("shared-block", Corruption, DO_NOT_WRITE),
             Self::CountTooSmall { .. } => ("count-too-small", Corruption, COUNT),
             Self::LeakedBlocks { .. } => ("leaked-blocks", Leak, UNUSED),
@@ -174,6 +176,11 @@ impl Finding {
                 "count-behind-end",
                 Note,
                 "harmless: no block of the disk is kept there",
+            ),
+            Self::LegacySectorSize { .. } => (
+                "legacy-sector-size",
+                Note,
+                "QEMU refuses the image, VirtualBox does not mind; `vdi repair` mends it",
             ),
             Self::OddDiskSize { .. } => (
                 "odd-disk-size",
@@ -200,17 +207,18 @@ impl Finding {
 }
 
 const RESTORE: &str = "restore the image from a backup";
-const COPY: &str =
-    "VirtualBox refuses the image; its contents are intact: copy them with `vdi convert`";
-const DO_NOT_WRITE: &str =
-    "do not write to the image: a write may hit another block's data; restore it from a backup";
+const REPAIR: &str =
+    "VirtualBox refuses the image; its contents are intact, and `vdi repair` mends it";
+const CUT_OFF: &str =
+    "restore the image from a backup; if there is none, `vdi repair` keeps what is left";
+const DO_NOT_WRITE: &str = "do not write to the image: a write may hit another block's data; `vdi repair` gives each block its own copy";
 const NAME_PARENT: &str = "the image itself was checked all the same; to read it, name the right parent with --parent \
                            or its directory with --image-dir";
 const MODIFIED: &str = "the child's contents are unreliable: restore the parent from a backup; \
                         --allow-modified-parent reads it as it is";
 const COUNT: &str = "do not write to the image with VirtualBox or QEMU: they overwrite blocks in use; \
-                     copy it with `vdi convert`";
-const UNUSED: &str = "harmless: only space is lost; a copy made with `vdi convert` does without it";
+                     `vdi repair` mends it";
+const UNUSED: &str = "harmless: only space is lost; `vdi repair` gives it back";
 
 fn about_header(error: &HeaderError) -> (&'static str, Severity, &'static str) {
     let kind = match error {

@@ -32,18 +32,18 @@ pub struct MapSummary {
 }
 
 /// Where map and data lie, by a header that can be believed so far.
-pub(super) struct Layout {
-    map_start: FileOffset,
-    blocks_in_image: u32,
-    blocks_allocated: u32,
-    block_size: BlockSize,
-    area: DataArea,
-    capacity: Capacity,
-    len_bytes: u64,
+pub(crate) struct Layout {
+    pub(crate) map_start: FileOffset,
+    pub(crate) blocks_in_image: u32,
+    pub(crate) blocks_allocated: u32,
+    pub(crate) block_size: BlockSize,
+    pub(crate) area: DataArea,
+    pub(crate) disk_size: u64,
+    pub(crate) len_bytes: u64,
 }
 
 impl Layout {
-    pub(super) fn of(raw: &RawHeader, len_bytes: u64) -> Option<Self> {
+    pub(crate) fn of(raw: &RawHeader, len_bytes: u64) -> Option<Self> {
         let block_size = BlockSize::new(raw.block_size.get())?;
         Some(Self {
             map_start: FileOffset(u64::from(raw.offset_bmap.get())),
@@ -51,7 +51,7 @@ impl Layout {
             blocks_allocated: raw.blocks_allocated.get(),
             block_size,
             area: DataArea::new(raw.offset_data.get(), raw.block_extra.get(), block_size),
-            capacity: Capacity::from_bytes_rounded_down(raw.disk_size.get()),
+            disk_size: raw.disk_size.get(),
             len_bytes,
         })
     }
@@ -65,9 +65,46 @@ impl Layout {
     }
 
     /// File blocks that the file has at least a part of.
-    fn covered(&self) -> u32 {
+    pub(crate) fn covered(&self) -> u32 {
         let covered = self.area.blocks_covered(self.len_bytes);
         u32::try_from(covered).unwrap_or(u32::MAX)
+    }
+
+    /// What is missing, if the file ends inside the map.
+    pub(crate) fn truncated(&self) -> Option<Finding> {
+        let missing = self.blocks_in_image - self.entries();
+        (missing > 0).then(|| Finding::MapTruncated {
+            blocks_in_image: self.blocks_in_image,
+            map_end: self.map_start.0 + u64::from(self.blocks_in_image) * ENTRY_BYTES,
+            len_bytes: self.len_bytes,
+            missing: u64::from(missing),
+        })
+    }
+
+    /// How many bytes of its file block a disk block must find in the file.
+    pub(crate) fn needed_bytes(&self, block: u32) -> u64 {
+        let capacity = Capacity::from_bytes_rounded_down(self.disk_size);
+        let start = self.block_size.start_of(DiskBlock::new(block));
+        let behind = capacity.bytes().saturating_sub(start);
+        behind.min(u64::from(self.block_size.bytes()))
+    }
+
+    /// That a disk block is kept where no file block can be, or where the file has none.
+    pub(crate) fn misplaced(&self, block: u32, file_block: FileBlock) -> Finding {
+        if file_block.get() >= self.blocks_in_image {
+            return Finding::EntryOutOfRange {
+                block,
+                file_block: file_block.get(),
+                blocks_in_image: self.blocks_in_image,
+            };
+        }
+        let needed = self.needed_bytes(block);
+        Finding::BlockBehindEnd {
+            block,
+            file_block: file_block.get(),
+            block_end: self.area.contents_of(file_block).plus(needed).0,
+            len_bytes: self.len_bytes,
+        }
     }
 }
 
@@ -76,15 +113,10 @@ pub(super) fn check_map(
     layout: &Layout,
     report: &mut Report,
 ) -> io::Result<MapSummary> {
-    let entries = layout.entries();
-    let missing = layout.blocks_in_image - entries;
-    if missing > 0 {
-        report.add(Finding::MapTruncated {
-            blocks_in_image: layout.blocks_in_image,
-            map_end: layout.map_start.0 + u64::from(layout.blocks_in_image) * ENTRY_BYTES,
-            len_bytes: layout.len_bytes,
-            missing: u64::from(missing),
-        });
+    let truncated = layout.truncated();
+    let is_whole = truncated.is_none();
+    if let Some(finding) = truncated {
+        report.add(finding);
     }
     let mut scan = Scan::new(layout);
     for_each_entry(storage, layout, |block, entry| {
@@ -93,14 +125,14 @@ pub(super) fn check_map(
     })?;
     report_shared(storage, layout, &scan, report)?;
     report_count(layout, &scan, report);
-    if missing == 0 {
+    if is_whole {
         report_unused(layout, &mut scan, report);
     }
     Ok(scan.summary)
 }
 
 /// Calls `visit` with every entry's index and value, until it breaks.
-fn for_each_entry(
+pub(crate) fn for_each_entry(
     storage: &dyn Storage,
     layout: &Layout,
     mut visit: impl FnMut(u32, u32) -> ControlFlow<()>,
@@ -165,23 +197,13 @@ impl<'a> Scan<'a> {
         self.summary.allocated += 1;
         let blocks_in_image = self.layout.blocks_in_image;
         if entry >= blocks_in_image {
-            report.add(Finding::EntryOutOfRange {
-                block,
-                file_block: entry,
-                blocks_in_image,
-            });
+            report.add(self.layout.misplaced(block, file_block));
             return;
         }
-        let needed = self.needed_bytes(block);
+        let needed = self.layout.needed_bytes(block);
         let block_end = self.layout.area.contents_of(file_block).plus(needed).0;
         if needed > 0 && block_end > self.layout.len_bytes {
-            let len_bytes = self.layout.len_bytes;
-            report.add(Finding::BlockBehindEnd {
-                block,
-                file_block: entry,
-                block_end,
-                len_bytes,
-            });
+            report.add(self.layout.misplaced(block, file_block));
         }
         self.highest = self.highest.max(Some(entry));
         let (word, bit) = ((entry / u64::BITS) as usize, 1 << (entry % u64::BITS));
@@ -193,17 +215,6 @@ impl<'a> Scan<'a> {
         if self.shared.len() < LISTED_PER_KIND {
             self.shared.push((block, entry));
         }
-    }
-
-    /// How many bytes of its file block a disk block must find in the file.
-    fn needed_bytes(&self, block: u32) -> u64 {
-        let size = self.layout.block_size;
-        let behind = self
-            .layout
-            .capacity
-            .bytes()
-            .saturating_sub(size.start_of(DiskBlock::new(block)));
-        behind.min(u64::from(size.bytes()))
     }
 
     /// How many of the first `count` file blocks are in an entry.
