@@ -109,12 +109,7 @@ fn field(name: &str, value: u64) -> ImageBuilder {
     image().with_field(name, value)
 }
 
-fn curable() -> Vec<Damage> {
-    let behind = |entry| {
-        image()
-            .with_entry(5, entry)
-            .with_field("blocks_allocated", 4)
-    };
+fn curable_headers() -> Vec<Damage> {
     vec![
         damage(
             "legacy-sector-size",
@@ -157,6 +152,16 @@ fn curable() -> Vec<Damage> {
             field("blocks_allocated", 5),
             &["blocks_allocated: 5 becomes 3"],
         ),
+    ]
+}
+
+fn curable_maps() -> Vec<Damage> {
+    let behind = |entry| {
+        image()
+            .with_entry(5, entry)
+            .with_field("blocks_allocated", 4)
+    };
+    vec![
         damage(
             "shared-block",
             image().with_shared_block(1, 6).with_shared_block(1, 7),
@@ -213,7 +218,7 @@ fn curable() -> Vec<Damage> {
 
 #[test]
 fn what_can_be_mended_is_mended_and_reads_as_before() {
-    for damage in curable() {
+    for damage in curable_headers().into_iter().chain(curable_maps()) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image.vdi");
         damage.write(&path);

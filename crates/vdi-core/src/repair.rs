@@ -1,7 +1,7 @@
 //! Mending what [`crate::check`] finds: a plan, and its application.
 //!
-//! [`plan`] looks at a [`RawHeader`] and the map as the file has them and writes nothing;
-//! [`apply`] carries out what it gave. Not a search for lost data: what no entry names is free space.
+//! [`plan()`] looks at a [`RawHeader`] and the map as the file has them and writes nothing;
+//! [`apply()`] carries out what it gave. Not a search for lost data: what no entry names is free space.
 //!
 //! Invariants:
 //!
