@@ -5,6 +5,10 @@
 //! system, a boot after a boot. Odd rings and hostile chains have tests of their own.
 //! What the guests do is in `ci/guest/jobs`.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, NewKind};
 use vdi_tests::guest::{Guest, create_image, expect_clean, stop};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::server::{Launch, Server};
@@ -117,4 +121,52 @@ fn the_guest_chooses_its_cache_only_where_the_front_end_lets_it() {
         .run("cache.sh");
     stop(daemon);
     expect_clean(&image);
+}
+
+/// Bytes that the host keeps for a file.
+fn allocated_bytes(image: &Image) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let file = std::fs::metadata(image.path());
+    file.expect("the image is ours").blocks() * 512
+}
+
+#[test]
+fn a_trim_gives_back_what_was_deleted_and_a_child_goes_on_from_there() {
+    let image = create_image(DISK_BYTES);
+    let daemon = Launch::image(image.path()).start();
+    let most = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| Guest::on(&daemon, 1).run("trim.sh"));
+        let mut most = 0;
+        while !guest.is_finished() {
+            most = most.max(allocated_bytes(&image));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        guest.join().unwrap();
+        most
+    });
+    assert!(most > 300 * MIB, "the file was never there: {most} bytes");
+    let left = allocated_bytes(&image);
+    println!("{left} bytes are left");
+    assert!(left < 40 * MIB, "{left} bytes for 5 MB and a file system");
+    stop(daemon);
+    expect_clean(&image);
+
+    let before = std::fs::read(image.path()).unwrap();
+    let parent = HostFile::open(image.path(), Access::ReadOnly, Locking::ForceShare).unwrap();
+    let parent = Disk::open(Arc::new(parent), Access::ReadOnly).unwrap();
+    let child = image.path().with_file_name("child.vdi");
+    let options = CreateOptions {
+        capacity_bytes: DISK_BYTES,
+        block_size: 1 << 20,
+        kind: NewKind::Differencing(parent.header().as_parent()),
+        uuid: None,
+    };
+    vdi_core::create(&child, &options).unwrap();
+    let daemon = Launch::image(&child).start();
+    Guest::on(&daemon, 1).run("change.sh");
+    stop(daemon);
+    assert!(
+        before == std::fs::read(image.path()).unwrap(),
+        "the parent was changed"
+    );
 }

@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a test says by a panic what is wrong")]
 
 mod blkio;
+mod chains;
 mod connections;
 mod device;
 mod durability;
@@ -15,3 +16,4 @@ mod program;
 mod requests;
 mod rings;
 mod sharing;
+mod zeros;

@@ -26,7 +26,7 @@ pub use control::{Control, ControlError, Wanted, ring_addresses};
 pub use layout::{Cut, Indirect, Layout};
 pub use memory::{Buffer, Memory, Region};
 pub use queue::{Calls, Fate, PATIENCE, Queue, Token};
-pub use request::{Answer, Request, UNTOUCHED};
+pub use request::{Answer, Request, Segment, UNTOUCHED};
 pub use ring::{Descriptor, INDIRECT, NEXT, Ring, Used, WRITE};
 
 const MIB: u64 = 1 << 20;

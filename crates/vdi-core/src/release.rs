@@ -212,8 +212,28 @@ impl Released {
         free
     }
 
-    /// Whether blocks wait for visitors to go.
+    /// Whether blocks are on their way back: to be punched, or waiting for visitors to go.
     pub(crate) fn is_waiting(&self) -> bool {
-        !(self.in_turn.is_empty() && self.punched.is_empty())
+        !(self.unpunched.is_empty() && self.in_turn.is_empty() && self.punched.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One that is released between the punches and the search for room is no reason to say that there is none.
+    #[test]
+    fn a_released_block_is_on_its_way_back_until_it_is_free() {
+        let visits = Arc::<Visits>::default();
+        let mut released = Released::default();
+        assert!(!released.is_waiting());
+        released.add(FileBlock::new(7).unwrap());
+        assert!(released.is_waiting(), "not punched yet");
+        let ranges = released.take_unpunched();
+        released.add_punched(ranges);
+        assert!(released.is_waiting(), "not waited for yet");
+        assert_eq!(released.reclaim(&visits).len(), 1);
+        assert!(!released.is_waiting());
     }
 }

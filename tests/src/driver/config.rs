@@ -20,6 +20,10 @@ pub mod feature {
     pub const TOPOLOGY: u64 = 1 << virtio_blk::VIRTIO_BLK_F_TOPOLOGY;
     /// The driver may switch the cache mode.
     pub const CONFIG_WCE: u64 = 1 << virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
+    /// There are discards.
+    pub const DISCARD: u64 = 1 << virtio_blk::VIRTIO_BLK_F_DISCARD;
+    /// Zeros can be written without sending them.
+    pub const WRITE_ZEROES: u64 = 1 << virtio_blk::VIRTIO_BLK_F_WRITE_ZEROES;
     /// There may be several queues.
     pub const MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
     /// All writes to guest memory are logged.
@@ -45,6 +49,8 @@ pub mod feature {
         | FLUSH
         | TOPOLOGY
         | CONFIG_WCE
+        | DISCARD
+        | WRITE_ZEROES
         | MQ
         | INDIRECT_DESC
         | EVENT_IDX
@@ -75,6 +81,14 @@ pub struct Config {
     pub writeback: u8,
     /// Number of queues, with MQ.
     pub num_queues: u16,
+    /// Most sectors and segments of a discard, with DISCARD.
+    pub max_discard: (u32, u32),
+    /// What discards should be aligned to, in sectors.
+    pub discard_alignment: u32,
+    /// Most sectors and segments of a write-zeroes, with WRITE_ZEROES.
+    pub max_write_zeroes: (u32, u32),
+    /// 1: a write-zeroes may give space back.
+    pub write_zeroes_may_unmap: u8,
 }
 
 impl Config {
@@ -86,7 +100,7 @@ impl Config {
     /// Reads the fields.
     ///
     /// # Panics
-    /// If there are fewer than 36 bytes.
+    /// If there are fewer than 57 bytes.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Self {
         fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
@@ -105,6 +119,16 @@ impl Config {
             opt_io_size: u32::from_le_bytes(field(bytes, 28)),
             writeback: bytes[32],
             num_queues: u16::from_le_bytes(field(bytes, 34)),
+            max_discard: (
+                u32::from_le_bytes(field(bytes, 36)),
+                u32::from_le_bytes(field(bytes, 40)),
+            ),
+            discard_alignment: u32::from_le_bytes(field(bytes, 44)),
+            max_write_zeroes: (
+                u32::from_le_bytes(field(bytes, 48)),
+                u32::from_le_bytes(field(bytes, 52)),
+            ),
+            write_zeroes_may_unmap: bytes[56],
         }
     }
 }

@@ -5,11 +5,42 @@
 //! Source: virtio 1.2 section 5.2.6.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 /// What memory holds before the device writes it.
 pub const UNTOUCHED: u8 = 0xee;
+
+/// A range of a discard or write-zeroes request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// The first sector.
+    pub sector: u64,
+    /// How many.
+    pub sectors: u32,
+    /// 1: its space may be given back.
+    pub flags: u32,
+}
+
+impl Segment {
+    /// A range without flags.
+    #[must_use]
+    pub const fn new(sector: u64, sectors: u32) -> Self {
+        Self {
+            sector,
+            sectors,
+            flags: 0,
+        }
+    }
+
+    /// With the flag that lets its space be given back.
+    #[must_use]
+    pub const fn unmap(mut self) -> Self {
+        self.flags = 1;
+        self
+    }
+}
 
 /// What a driver asks of the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +100,28 @@ impl Request {
     pub const fn get_id() -> Self {
         let mut request = Self::of_kind(VIRTIO_BLK_T_GET_ID);
         request.answer_bytes = 20;
+        request
+    }
+
+    /// Says that nobody needs these ranges any more.
+    #[must_use]
+    pub fn discard(segments: &[Segment]) -> Self {
+        Self::of_segments(VIRTIO_BLK_T_DISCARD, segments)
+    }
+
+    /// Makes these ranges zeros.
+    #[must_use]
+    pub fn write_zeroes(segments: &[Segment]) -> Self {
+        Self::of_segments(VIRTIO_BLK_T_WRITE_ZEROES, segments)
+    }
+
+    fn of_segments(kind: u32, segments: &[Segment]) -> Self {
+        let mut request = Self::of_kind(kind);
+        for segment in segments {
+            request.data.extend(segment.sector.to_le_bytes());
+            request.data.extend(segment.sectors.to_le_bytes());
+            request.data.extend(segment.flags.to_le_bytes());
+        }
         request
     }
 
