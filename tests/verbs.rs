@@ -378,6 +378,24 @@ fn a_child_that_grows_shows_nothing_of_a_larger_parent() {
 }
 
 #[test]
+fn a_child_without_a_last_block_of_its_own_shows_nothing_of_a_parent_that_grew() {
+    let (directory, base) = scratch();
+    let small = 3 * MIB + 512;
+    qemu::create(&base, &small.to_string());
+    write_to(&base, 3 * MIB, &[5; 512]);
+    let child = directory.path().join("c.vdi");
+    vdi(words!["snapshot", base, child]).expect_code(0);
+    resize(&base, &["5M"]).expect_code(0);
+    write_to(&base, small, &vec![6; (2 << 20) - 512]);
+    // It knows of no state of its parent.
+    patch(&child, 0x1b8, &[0; 16]);
+    resize(&child, &["5M"]).expect_code(0);
+    let mut expected = vec![0; 5 << 20];
+    expected[3 << 20..(3 << 20) + 512].fill(5);
+    assert_reads(&child, &expected);
+}
+
+#[test]
 fn shrinking_needs_leave_and_twice_if_it_loses_data() {
     let (_directory, path) = scratch();
     let mut expected = by_qemu(&path, 12 * MIB, &[5, 0, 11]);

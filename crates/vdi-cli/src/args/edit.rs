@@ -11,7 +11,8 @@ use crate::size;
 /// Make a child of an image: an empty one through which all of it shows
 ///
 /// It takes no time and no space. From now on write to the child only: a change of the base would change what
-/// the child reads as, so it is noticed and the child is not opened any more.
+/// the child reads as, so it is noticed and the child is not opened any more. (QEMU's writes are not noticed: it
+/// leaves no mark.)
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
