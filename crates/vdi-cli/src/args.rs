@@ -4,6 +4,7 @@
 //! found out by whoever uses it. Sources: `qemu-img(1)`, whose names and meanings
 //! are kept where it has them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -43,6 +44,9 @@ pub(crate) enum Verb {
     Check(CheckArgs),
     Map(MapArgs),
     Convert(ConvertArgs),
+    Commit(CommitArgs),
+    Flatten(FlattenArgs),
+    Rebase(RebaseArgs),
     Completions(CompletionsArgs),
 }
 
@@ -221,6 +225,69 @@ pub(crate) struct ConvertArgs {
     pub(crate) quiet: bool,
     #[command(flatten)]
     pub(crate) open: OpenArgs,
+}
+
+/// Merge a differencing image into its parent
+///
+/// Afterwards the parent reads as the image did, and the image is an empty child of it. Other children
+/// of the parent become invalid. A merge that was interrupted harms nothing: the image reads as
+/// before, and the same command completes it.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi commit snapshot.vdi && rm snapshot.vdi
+  vdi commit --parent base.vdi snapshot.vdi")]
+pub(crate) struct CommitArgs {
+    /// The image to merge
+    #[arg(value_name = "CHILD")]
+    pub(crate) file: PathBuf,
+    /// Show no progress and say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Make a differencing image one without a parent
+///
+/// What its parents have is copied into it. An interrupted flatten harms nothing and can be done again.
+#[derive(Debug, Args)]
+pub(crate) struct FlattenArgs {
+    /// The image to change
+    #[arg(value_name = "CHILD")]
+    pub(crate) file: PathBuf,
+    /// Show no progress and say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Give an image another parent
+///
+/// Where the old parent and the new one differ, the image first gets what it shows of the old one, so it
+/// reads as before. An interrupted rebase harms nothing and can be done again.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi rebase -b base.vdi child.vdi             drop the images between the two
+  vdi rebase --unsafe -b copy.vdi child.vdi    the parent's contents are elsewhere now
+  vdi rebase -b '' child.vdi                   the same as `vdi flatten child.vdi`")]
+pub(crate) struct RebaseArgs {
+    /// The image to change
+    #[arg(value_name = "CHILD")]
+    pub(crate) file: PathBuf,
+    /// The new parent; an empty name for none
+    #[arg(short = 'b', long = "new-parent", value_name = "FILE")]
+    pub(crate) new_parent: OsString,
+    /// Change the name of the parent only: what the image reads as changes where the parents differ
+    #[arg(long = "unsafe", short = 'u')]
+    pub(crate) is_unsafe: bool,
+    /// Show no progress and say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
 }
 
 /// Print completions for a shell

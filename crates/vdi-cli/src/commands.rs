@@ -1,5 +1,8 @@
 //! The verbs: each is one call of the library and one report.
 
+mod commit;
+mod rebase;
+
 use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::ops::ControlFlow;
@@ -13,7 +16,9 @@ use clap::CommandFactory;
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vdi_core::check::{self, CheckError, Severity};
+use vdi_core::commit::CommitError;
 use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
+use vdi_core::rebase::RebaseError;
 use vdi_core::{
     Access, Capacity, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError,
     HostFile, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage, find_chain,
@@ -64,6 +69,14 @@ pub(crate) enum Failure {
         to: PathBuf,
         source: CopyError,
     },
+    #[error("cannot merge {} into its parent", path.display())]
+    Commit { path: PathBuf, source: CommitError },
+    #[error("cannot change the parent of {}", path.display())]
+    Rebase { path: PathBuf, source: RebaseError },
+    #[error("{} has no parent", path.display())]
+    NoParent { path: PathBuf },
+    #[error("an image without a parent has all of its contents; --unsafe goes with a new parent")]
+    UnsafeFlatten,
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]
@@ -80,6 +93,9 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Check(args) => check(&args),
         Verb::Map(args) => map(&args),
         Verb::Convert(args) => convert(&args),
+        Verb::Commit(args) => commit::commit(&args),
+        Verb::Flatten(args) => rebase::flatten(&args),
+        Verb::Rebase(args) => rebase::rebase(&args),
         Verb::Completions(args) => completions(&args),
     }
 }
@@ -312,32 +328,66 @@ fn open_chain(
     chain: &ChainArgs,
     locking: Locking,
 ) -> Result<Arc<Disk>, Failure> {
-    let options = ChainOptions {
-        parents: chain.parents.clone(),
-        image_dirs: chain.image_dirs.clone(),
-        locking,
-    };
-    let modified = if chain.allow_modified_parent {
-        ModifiedParent::Allow
-    } else {
-        ModifiedParent::Refuse
-    };
-    let files = find_chain(path, access, &options).map_err(|error| match error {
-        ChainError::File(file) => in_use(file),
-        source => Failure::Chain {
-            path: path.to_owned(),
-            source,
-        },
-    })?;
-    let storages = files
+    let storages = find_files(path, access, chain, locking)?
         .into_iter()
         .map(|file| Arc::new(file) as Arc<dyn Storage>);
-    Disk::open_chain(storages.collect(), access, modified)
+    Disk::open_chain(storages.collect(), access, modified_parent(chain))
         .map(Arc::new)
         .map_err(|source| Failure::Open {
             path: path.to_owned(),
             source,
         })
+}
+
+/// Opens the files of an image and its parents.
+fn find_files(
+    path: &Path,
+    access: Access,
+    chain: &ChainArgs,
+    locking: Locking,
+) -> Result<Vec<HostFile>, Failure> {
+    let options = ChainOptions {
+        parents: chain.parents.clone(),
+        image_dirs: chain.image_dirs.clone(),
+        locking,
+    };
+    find_chain(path, access, &options).map_err(|error| match error {
+        ChainError::File(file) if access == Access::ReadOnly => in_use(file),
+        ChainError::File(file) => Failure::File(file),
+        source => Failure::Chain {
+            path: path.to_owned(),
+            source,
+        },
+    })
+}
+
+fn modified_parent(chain: &ChainArgs) -> ModifiedParent {
+    if chain.allow_modified_parent {
+        ModifiedParent::Allow
+    } else {
+        ModifiedParent::Refuse
+    }
+}
+
+/// A bar that counts blocks, unless nobody wants to see it.
+fn bar_of_blocks(is_quiet: bool) -> ProgressBar {
+    let bar = if is_quiet {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new(0)
+    };
+    bar.with_style(
+        ProgressStyle::with_template("{wide_bar} {pos}/{len} blocks {eta}")
+            .expect("the template is right"),
+    )
+}
+
+/// Tells a bar how many blocks are done, and of how many.
+fn told(bar: &ProgressBar) -> impl FnMut(u32, u32) {
+    |done, total| {
+        bar.set_length(total.into());
+        bar.set_position(done.into());
+    }
 }
 
 fn open_for(file: HostFile, access: Access) -> Result<Arc<Disk>, Failure> {

@@ -395,7 +395,7 @@ fn nonzero_pieces(buf: &[u8], at_bytes: u64) -> impl Iterator<Item = Range<usize
 }
 
 /// Whether all bytes are zero; in the shape that the compiler makes vector code of.
-fn is_zero(buf: &[u8]) -> bool {
+pub(crate) fn is_zero(buf: &[u8]) -> bool {
     let (lines, rest) = buf.as_chunks::<64>();
     lines
         .iter()

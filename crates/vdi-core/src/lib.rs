@@ -18,10 +18,12 @@
 
 #![forbid(unsafe_code)]
 
+mod batch;
 pub mod block_map;
 pub mod chain;
 pub mod check;
 mod chores;
+pub mod commit;
 pub mod compact;
 pub mod convert;
 pub mod create;
@@ -30,7 +32,9 @@ pub mod format;
 pub mod header;
 mod holes;
 mod image;
+mod link;
 mod lock;
+pub mod rebase;
 mod release;
 mod reservation;
 pub mod resize;
