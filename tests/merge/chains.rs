@@ -10,14 +10,14 @@ use vdi_tests::tool::{qemu_img, vdi};
 use vdi_tests::words;
 
 /// A case's images in a directory of their own, the base first.
-struct Chain {
-    case: Case,
-    directory: TempDir,
-    images: Vec<PathBuf>,
+pub(crate) struct Chain {
+    pub(crate) case: Case,
+    pub(crate) directory: TempDir,
+    pub(crate) images: Vec<PathBuf>,
 }
 
 impl Chain {
-    fn unpack(case: Case) -> Self {
+    pub(crate) fn unpack(case: Case) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let unpacked = case
             .images
@@ -30,29 +30,29 @@ impl Chain {
         }
     }
 
-    fn named(name: &str) -> Self {
+    pub(crate) fn named(name: &str) -> Self {
         let found = corpus().into_iter().find(|case| case.name == name);
         Self::unpack(found.unwrap())
     }
 
-    fn child(&self) -> &Path {
+    pub(crate) fn child(&self) -> &Path {
         self.images.last().unwrap()
     }
 
-    fn parent(&self) -> &Path {
+    pub(crate) fn parent(&self) -> &Path {
         &self.images[self.images.len() - 2]
     }
 
-    fn contents(&self) -> &Contents {
+    pub(crate) fn contents(&self) -> &Contents {
         self.case.contents_of(self.case.leaf())
     }
 
-    fn verify_child(&self) {
+    pub(crate) fn verify_child(&self) {
         self.verify(self.child(), self.contents());
     }
 
     /// Whether an image reads as these sums say, perhaps with zeros behind.
-    fn verify(&self, image: &Path, contents: &Contents) {
+    pub(crate) fn verify(&self, image: &Path, contents: &Contents) {
         let raw = self.directory.path().join("found.raw");
         vdi(words!["convert", "-q", "--force", "-O", "raw", image, raw]).expect_code(0);
         let file = File::open(&raw).unwrap();
@@ -63,7 +63,7 @@ impl Chain {
     }
 }
 
-fn chains() -> impl Iterator<Item = Chain> {
+pub(crate) fn chains() -> impl Iterator<Item = Chain> {
     let cases = corpus().into_iter().filter(|case| case.images.len() > 1);
     cases.map(Chain::unpack)
 }

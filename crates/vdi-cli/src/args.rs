@@ -15,9 +15,10 @@ use crate::size;
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; for `check`: nothing is wrong but perhaps for a note
-  1  not done, because of an error (bad arguments, too); for `check`: not checked
-  2  only `check`: the image is corrupt
+  0  done; for `check`: nothing is wrong but perhaps for a note; for `compare`: the disks are the same
+  1  not done, because of an error (bad arguments, too); for `check`: not checked; for `compare`: the
+     disks differ
+  2  for `check`: the image is corrupt; for `compare`: not compared, because of an error
   3  only `check`: nothing is corrupt, but space is leaked";
 
 const EXAMPLES: &str = "\
@@ -47,6 +48,8 @@ pub(crate) enum Verb {
     Commit(CommitArgs),
     Flatten(FlattenArgs),
     Rebase(RebaseArgs),
+    Compare(CompareArgs),
+    Clone(CloneArgs),
     Completions(CompletionsArgs),
 }
 
@@ -284,6 +287,70 @@ pub(crate) struct RebaseArgs {
     #[arg(long = "unsafe", short = 'u')]
     pub(crate) is_unsafe: bool,
     /// Show no progress and say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Say whether two disks hold the same, as `qemu-img compare` does
+///
+/// A disk that is shorter than the other counts as the same if the other has zeros there.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit codes:
+  0  the disks are the same
+  1  the disks differ
+  2  the disks could not be compared, because of an error (bad arguments, too)
+
+Examples:
+  vdi compare before.vdi after.vdi
+  vdi compare -f raw disk.raw disk.vdi")]
+pub(crate) struct CompareArgs {
+    /// A disk
+    #[arg(value_name = "A")]
+    pub(crate) first: PathBuf,
+    /// The other disk
+    #[arg(value_name = "B")]
+    pub(crate) second: PathBuf,
+    /// Format of A
+    #[arg(short = 'f', long, value_name = "FORMAT", default_value = "vdi")]
+    pub(crate) first_format: Format,
+    /// Format of B
+    #[arg(short = 'F', long, value_name = "FORMAT", default_value = "vdi")]
+    pub(crate) second_format: Format,
+    /// The sizes, and which ranges have storage, must be the same too
+    #[arg(short, long)]
+    pub(crate) strict: bool,
+    /// Say nothing; the exit code tells
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// Make another image that holds what an image and its parents do
+///
+/// It gets a UUID of its own; a full clone keeps the source's comment, geometry and uuid_modify.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi clone vm.vdi copy.vdi             a copy of the whole chain, as one image
+  vdi clone --linked vm.vdi child.vdi   an empty child of vm.vdi, which must not change any more")]
+pub(crate) struct CloneArgs {
+    /// The image to clone
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// The file to make
+    #[arg(value_name = "DST")]
+    pub(crate) destination: PathBuf,
+    /// Make a child of the source, which takes no time and no space
+    #[arg(long)]
+    pub(crate) linked: bool,
+    /// Replace the destination if it exists and is not empty
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Show no progress
     #[arg(short, long)]
     pub(crate) quiet: bool,
     #[command(flatten)]

@@ -256,7 +256,7 @@ pub fn copy(
 
 impl End {
     /// The next run at or behind `at_bytes` that may read other than zero, cut to sectors.
-    fn next_data(&self, at_bytes: u64) -> Result<Option<Range<u64>>, CopyError> {
+    pub(crate) fn next_data(&self, at_bytes: u64) -> Result<Option<Range<u64>>, CopyError> {
         match self {
             Self::Raw(raw) => {
                 let data = raw
@@ -283,7 +283,7 @@ impl End {
         }
     }
 
-    fn read(&self, buf: &mut [u8], at_bytes: u64) -> Result<(), CopyError> {
+    pub(crate) fn read(&self, buf: &mut [u8], at_bytes: u64) -> Result<(), CopyError> {
         match self {
             Self::Raw(raw) => raw
                 .read(buf, at_bytes)
