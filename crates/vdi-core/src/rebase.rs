@@ -2,7 +2,7 @@
 //!
 //! First the child gets, as blocks of its own, what would otherwise read differently: with its old
 //! parent it reads as before all the while. When that is durable, one write of the header
-//! ([`crate::link`]) switches. What a child reads as does not change, so its `uuid_modify`
+//! (`link.rs`) switches. What a child reads as does not change, so its `uuid_modify`
 //! stays and its own children stay valid.
 
 use std::io;
