@@ -6,6 +6,7 @@
 
 mod edit;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -18,9 +19,11 @@ pub(crate) use self::edit::{CompactArgs, ResizeArgs, SetArgs, SnapshotArgs};
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; for `check` and `repair`: nothing is wrong but perhaps for a note
-  1  not done, because of an error (bad arguments, too); for `check`: not checked
-  2  only `check` and `repair`: the image is corrupt
+  0  done; for `check` and `repair`: nothing is wrong but perhaps for a note; for `compare`: the disks
+     are the same
+  1  not done, because of an error (bad arguments, too); for `check`: not checked; for `compare`: the
+     disks differ
+  2  for `check` and `repair`: the image is corrupt; for `compare`: not compared, because of an error
   3  only `check` and `repair`: nothing is corrupt, but space is leaked";
 
 const EXAMPLES: &str = "\
@@ -56,6 +59,11 @@ pub(crate) enum Verb {
     Compact(CompactArgs),
     Resize(ResizeArgs),
     Set(SetArgs),
+    Commit(CommitArgs),
+    Flatten(FlattenArgs),
+    Rebase(RebaseArgs),
+    Compare(CompareArgs),
+    Clone(CloneArgs),
     Completions(CompletionsArgs),
 }
 
@@ -274,6 +282,133 @@ pub(crate) struct ConvertArgs {
     pub(crate) quiet: bool,
     #[command(flatten)]
     pub(crate) open: OpenArgs,
+}
+
+/// Merge a differencing image into its parent
+///
+/// Afterwards the parent reads as the image did, and the image is an empty child of it. Other children
+/// of the parent become invalid. A merge that was interrupted harms nothing: the image reads as
+/// before, and the same command completes it.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi commit snapshot.vdi && rm snapshot.vdi
+  vdi commit --parent base.vdi snapshot.vdi")]
+pub(crate) struct CommitArgs {
+    /// The image to merge
+    #[arg(value_name = "CHILD")]
+    pub(crate) file: PathBuf,
+    /// Show no progress and say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Make a differencing image one without a parent
+///
+/// What its parents have is copied into it. An interrupted flatten harms nothing and can be done again.
+#[derive(Debug, Args)]
+pub(crate) struct FlattenArgs {
+    /// The image to change
+    #[arg(value_name = "CHILD")]
+    pub(crate) file: PathBuf,
+    /// Show no progress and say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Give an image another parent
+///
+/// Where the old parent and the new one differ, the image first gets what it shows of the old one, so it
+/// reads as before. An interrupted rebase harms nothing and can be done again.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi rebase -b base.vdi child.vdi             drop the images between the two
+  vdi rebase --unsafe -b copy.vdi child.vdi    the parent's contents are elsewhere now
+  vdi rebase -b '' child.vdi                   the same as `vdi flatten child.vdi`")]
+pub(crate) struct RebaseArgs {
+    /// The image to change
+    #[arg(value_name = "CHILD")]
+    pub(crate) file: PathBuf,
+    /// The new parent; an empty name for none
+    #[arg(short = 'b', long = "new-parent", value_name = "FILE")]
+    pub(crate) new_parent: OsString,
+    /// Change the name of the parent only: what the image reads as changes where the parents differ
+    #[arg(long = "unsafe", short = 'u')]
+    pub(crate) is_unsafe: bool,
+    /// Show no progress and say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
+}
+
+/// Say whether two disks hold the same, as `qemu-img compare` does
+///
+/// A disk that is shorter than the other counts as the same if the other has zeros there.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit codes:
+  0  the disks are the same
+  1  the disks differ
+  2  the disks could not be compared, because of an error (bad arguments, too)
+
+Examples:
+  vdi compare before.vdi after.vdi
+  vdi compare -f raw disk.raw disk.vdi")]
+pub(crate) struct CompareArgs {
+    /// A disk
+    #[arg(value_name = "A")]
+    pub(crate) first: PathBuf,
+    /// The other disk
+    #[arg(value_name = "B")]
+    pub(crate) second: PathBuf,
+    /// Format of A
+    #[arg(short = 'f', long, value_name = "FORMAT", default_value = "vdi")]
+    pub(crate) first_format: Format,
+    /// Format of B
+    #[arg(short = 'F', long, value_name = "FORMAT", default_value = "vdi")]
+    pub(crate) second_format: Format,
+    /// The sizes, and which ranges have storage, must be the same too
+    #[arg(short, long)]
+    pub(crate) strict: bool,
+    /// Say nothing; the exit code tells
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// Make another image that holds what an image and its parents do
+///
+/// It gets a UUID of its own; a full clone keeps the source's comment, geometry and uuid_modify.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi clone vm.vdi copy.vdi             a copy of the whole chain, as one image
+  vdi clone --linked vm.vdi child.vdi   an empty child of vm.vdi, which must not change any more")]
+pub(crate) struct CloneArgs {
+    /// The image to clone
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// The file to make
+    #[arg(value_name = "DST")]
+    pub(crate) destination: PathBuf,
+    /// Make a child of the source, which takes no time and no space
+    #[arg(long)]
+    pub(crate) linked: bool,
+    /// Replace the destination if it exists and is not empty
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Show no progress
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) chain: ChainArgs,
 }
 
 /// Print completions for a shell

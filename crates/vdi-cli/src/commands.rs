@@ -1,6 +1,10 @@
 //! The verbs: each is one call of the library and one report.
 
+mod clone;
+mod commit;
 mod compact;
+mod compare;
+mod rebase;
 mod repair;
 mod resize;
 mod set;
@@ -19,8 +23,12 @@ use clap::CommandFactory;
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vdi_core::check::{self, CheckError, Report, Severity};
+use vdi_core::clone::CloneError;
+use vdi_core::commit::CommitError;
 use vdi_core::compact::CompactError;
+use vdi_core::compare::CompareError;
 use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
+use vdi_core::rebase::RebaseError;
 use vdi_core::repair::{ApplyError, PlanError};
 use vdi_core::resize::ResizeError;
 use vdi_core::set::SetError;
@@ -89,6 +97,24 @@ pub(crate) enum Failure {
     ResizeRefused(#[from] resize::Refused),
     #[error("cannot set the fields of {}", path.display())]
     Set { path: PathBuf, source: SetError },
+    #[error("cannot merge {} into its parent", path.display())]
+    Commit { path: PathBuf, source: CommitError },
+    #[error("cannot change the parent of {}", path.display())]
+    Rebase { path: PathBuf, source: RebaseError },
+    #[error("cannot compare {} with {}", first.display(), second.display())]
+    Compare {
+        first: PathBuf,
+        second: PathBuf,
+        source: CompareError,
+    },
+    #[error("cannot clone {}", path.display())]
+    Clone { path: PathBuf, source: CloneError },
+    #[error("cannot write the header of {}", path.display())]
+    Describe { path: PathBuf, source: io::Error },
+    #[error("{} has no parent", path.display())]
+    NoParent { path: PathBuf },
+    #[error("an image without a parent has all of its contents; --unsafe goes with a new parent")]
+    UnsafeFlatten,
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]
@@ -110,6 +136,11 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Compact(args) => compact::run(&args),
         Verb::Resize(args) => resize::run(&args),
         Verb::Set(args) => set::run(&args),
+        Verb::Commit(args) => commit::commit(&args),
+        Verb::Flatten(args) => rebase::flatten(&args),
+        Verb::Rebase(args) => rebase::rebase(&args),
+        Verb::Compare(args) => compare::compare(&args),
+        Verb::Clone(args) => clone::clone(&args),
         Verb::Completions(args) => completions(&args),
     }
 }
@@ -254,31 +285,36 @@ fn convert(args: &ConvertArgs) -> Result<ExitCode, Failure> {
         return Err(Failure::LayoutOfRaw);
     }
     let stop = stop_on_signals()?;
-    let from = open_source(args)?;
+    let from = open_end(&args.source, args.source_format, &args.open)?;
     refuse_same(&args.source, &args.destination)?;
+    let copying = Copying {
+        from: &args.source,
+        to: &args.destination,
+        is_quiet: args.quiet,
+    };
     if is_device(&args.destination) {
         let to = open_device(args)?;
-        copy(args, &from, &to, &stop)?;
+        copy(&copying, &from, &to, &stop)?;
         return Ok(ExitCode::SUCCESS);
     }
     let new = NewFile::beside(&args.destination, existing(args.force))?;
     let to = create_destination(args, new.path(), from.capacity())?;
-    copy(args, &from, &to, &stop)?;
+    copy(&copying, &from, &to, &stop)?;
     // The locks go before the name comes: whoever sees it can open it.
     drop(to);
     new.publish()?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn open_source(args: &ConvertArgs) -> Result<End, Failure> {
-    let path = &args.source;
-    match args.source_format {
-        Format::Vdi => Ok(End::Image(open_disk(path, &args.open)?)),
-        Format::Raw => match RawDisk::open(path, Access::ReadOnly, locking(&args.open)) {
+/// Opens a disk of some format for reading.
+fn open_end(path: &Path, format: Format, open: &OpenArgs) -> Result<End, Failure> {
+    match format {
+        Format::Vdi => Ok(End::Image(open_disk(path, open)?)),
+        Format::Raw => match RawDisk::open(path, Access::ReadOnly, locking(open)) {
             Ok(raw) => Ok(End::Raw(raw)),
             Err(RawError::File(error)) => Err(in_use(error)),
             Err(source) => Err(Failure::OpenRaw {
-                path: path.clone(),
+                path: path.to_owned(),
                 source,
             }),
         },
@@ -314,9 +350,16 @@ fn create_destination(args: &ConvertArgs, path: &Path, capacity: Capacity) -> Re
     }
 }
 
+/// What a copy is called to its user.
+struct Copying<'a> {
+    from: &'a Path,
+    to: &'a Path,
+    is_quiet: bool,
+}
+
 /// Copies, with a progress bar if somebody looks, until a signal comes.
-fn copy(args: &ConvertArgs, from: &End, to: &End, stop: &AtomicBool) -> Result<(), Failure> {
-    let bar = if args.quiet {
+fn copy(copying: &Copying<'_>, from: &End, to: &End, stop: &AtomicBool) -> Result<(), Failure> {
+    let bar = if copying.is_quiet {
         ProgressBar::hidden()
     } else {
         ProgressBar::new(from.capacity().bytes())
@@ -338,8 +381,8 @@ fn copy(args: &ConvertArgs, from: &End, to: &End, stop: &AtomicBool) -> Result<(
     let copied = convert::copy(from, to, &mut go_on);
     bar.finish_and_clear();
     copied.map_err(|source| Failure::Copy {
-        from: args.source.clone(),
-        to: args.destination.clone(),
+        from: copying.from.to_owned(),
+        to: copying.to.to_owned(),
         source,
     })
 }
@@ -398,12 +441,7 @@ fn open_to_change(path: &Path, chain: &ChainArgs, dry_run: bool) -> Result<Arc<D
     } else {
         Access::Writable
     };
-    let files = find_chain(path, access, &chain_options(chain, Locking::Locked));
-    let files = files.map_err(|error| match error {
-        // Nothing is changed that another program uses, so there is no way around its locks.
-        ChainError::File(file) => Failure::File(file),
-        other => no_chain(path, other),
-    })?;
+    let files = find_files(path, access, &chain_options(chain, Locking::Locked))?;
     open_files(path, files, access, modified_parent(chain))
 }
 
@@ -440,7 +478,11 @@ fn find_files(
     access: Access,
     options: &ChainOptions,
 ) -> Result<Vec<HostFile>, Failure> {
-    find_chain(path, access, options).map_err(|error| no_chain(path, error))
+    find_chain(path, access, options).map_err(|error| match error {
+        // Nothing is changed that another program uses, so there is no way around its locks.
+        ChainError::File(file) if access == Access::Writable => Failure::File(file),
+        other => no_chain(path, other),
+    })
 }
 
 fn no_chain(path: &Path, error: ChainError) -> Failure {
@@ -468,6 +510,27 @@ fn open_files(
             path: path.to_owned(),
             source,
         })
+}
+
+/// A bar that counts blocks, unless nobody wants to see it.
+fn bar_of_blocks(is_quiet: bool) -> ProgressBar {
+    let bar = if is_quiet {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new(0)
+    };
+    bar.with_style(
+        ProgressStyle::with_template("{wide_bar} {pos}/{len} blocks {eta}")
+            .expect("the template is right"),
+    )
+}
+
+/// Tells a bar how many blocks are done, and of how many.
+fn told(bar: &ProgressBar) -> impl FnMut(u32, u32) {
+    |done, total| {
+        bar.set_length(total.into());
+        bar.set_position(done.into());
+    }
 }
 
 fn open_for(file: HostFile, access: Access) -> Result<Arc<Disk>, Failure> {

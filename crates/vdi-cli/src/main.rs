@@ -24,31 +24,34 @@ use crate::commands::Failure;
 const EXIT_CORRUPT: u8 = 2;
 /// What `check` exits with when space is leaked and nothing worse.
 const EXIT_LEAKS: u8 = 3;
+/// What `compare` exits with when the disks differ, as `qemu-img compare` does.
+const EXIT_DIFFERENT: u8 = 1;
+/// What `compare` exits with after an error.
+const EXIT_NOT_COMPARED: u8 = 2;
 
 fn main() -> ExitCode {
+    let failed = match std::env::args_os().nth(1) {
+        // Failure's 1 would be an answer.
+        Some(verb) if verb == "compare" => ExitCode::from(EXIT_NOT_COMPARED),
+        Some(_) | None => ExitCode::FAILURE,
+    };
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let failed = error.use_stderr();
+            let is_error = error.use_stderr();
             // Where there is no one to read it, there is nothing to do about it.
             let _ = error.print();
             // Not clap's 2, which would be a corrupt image.
-            return if failed {
-                ExitCode::FAILURE
-            } else {
-                ExitCode::SUCCESS
-            };
+            return if is_error { failed } else { ExitCode::SUCCESS };
         }
     };
     match commands::run(cli.verb) {
         Ok(code) => code,
         // The reader has seen enough (`vdi map | head`).
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-            ExitCode::FAILURE
-        }
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => failed,
         Err(failure) => {
             eprintln!("vdi: error: {}", line_of_causes(&failure));
-            ExitCode::FAILURE
+            failed
         }
     }
 }

@@ -172,7 +172,7 @@ impl Disk {
     }
 
     /// Reads from the top image alone, where it has storage.
-    fn read_own(&self, span: Span, buf: &mut [u8]) -> Result<(), ReadError> {
+    pub(crate) fn read_own(&self, span: Span, buf: &mut [u8]) -> Result<(), ReadError> {
         let crate::image::Place::Stored(at) = self.top().locate(span) else {
             buf.fill(0);
             return Ok(());
@@ -184,7 +184,7 @@ impl Disk {
     }
 
     /// Reads what the parents have where `span` of the top image is.
-    fn read_parents(&self, span: Span, buf: &mut [u8]) -> Result<(), ReadError> {
+    pub(crate) fn read_parents(&self, span: Span, buf: &mut [u8]) -> Result<(), ReadError> {
         let mut rest = buf;
         for extent in self.parents_at(span) {
             let len = usize::try_from(extent.len_bytes).expect("an extent is inside the buffer");

@@ -256,7 +256,7 @@ pub fn copy(
 
 impl End {
     /// The next run at or behind `at_bytes` that may read other than zero, cut to sectors.
-    fn next_data(&self, at_bytes: u64) -> Result<Option<Range<u64>>, CopyError> {
+    pub(crate) fn next_data(&self, at_bytes: u64) -> Result<Option<Range<u64>>, CopyError> {
         match self {
             Self::Raw(raw) => {
                 let data = raw
@@ -283,7 +283,7 @@ impl End {
         }
     }
 
-    fn read(&self, buf: &mut [u8], at_bytes: u64) -> Result<(), CopyError> {
+    pub(crate) fn read(&self, buf: &mut [u8], at_bytes: u64) -> Result<(), CopyError> {
         match self {
             Self::Raw(raw) => raw
                 .read(buf, at_bytes)
@@ -395,7 +395,7 @@ fn nonzero_pieces(buf: &[u8], at_bytes: u64) -> impl Iterator<Item = Range<usize
 }
 
 /// Whether all bytes are zero; in the shape that the compiler makes vector code of.
-fn is_zero(buf: &[u8]) -> bool {
+pub(crate) fn is_zero(buf: &[u8]) -> bool {
     let (lines, rest) = buf.as_chunks::<64>();
     lines
         .iter()

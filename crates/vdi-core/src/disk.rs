@@ -291,7 +291,8 @@ impl Disk {
         self.commit(&mut written)
     }
 
-    fn fill_from_parents(&self, reservation: &Reservation) -> Result<(), WriteError> {
+    /// Copies what a reservation wants from the parents.
+    pub(crate) fn fill_from_parents(&self, reservation: &Reservation) -> Result<(), WriteError> {
         let mut buf = Vec::new();
         for fill in reservation.fills() {
             let len = usize::try_from(fill.len_bytes).expect("a block fits in memory");
@@ -318,7 +319,7 @@ impl Disk {
 }
 
 /// A thread that waits for its turn.
-struct Unpark(Thread);
+pub(crate) struct Unpark(pub(crate) Thread);
 
 impl Wake for Unpark {
     fn wake(self: Arc<Self>) {

@@ -18,11 +18,15 @@
 
 #![forbid(unsafe_code)]
 
+mod batch;
 pub mod block_map;
 pub mod chain;
 pub mod check;
 mod chores;
+pub mod clone;
+pub mod commit;
 pub mod compact;
+pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod disk;
@@ -30,7 +34,9 @@ pub mod format;
 pub mod header;
 mod holes;
 mod image;
+mod link;
 mod lock;
+pub mod rebase;
 mod release;
 pub mod repair;
 mod reservation;
