@@ -41,10 +41,10 @@ pub(super) fn commit(args: &CommitArgs) -> Result<ExitCode, Failure> {
         if let Some(to) = grown_to {
             writeln!(out, "{parent} has grown to {} bytes", to.bytes())?;
         }
-        writeln!(
-            out,
-            "{child} is an empty child of it; other children of {parent} are invalid now"
-        )?;
+        writeln!(out, "{child} is an empty child of it now")?;
+        if (blocks_written, blocks_zeroed) != (0, 0) {
+            writeln!(out, "other children of {parent} are invalid now")?;
+        }
     }
     done(out, ExitCode::SUCCESS)
 }
