@@ -26,6 +26,7 @@ use crate::command::Takeover;
 use crate::device::Device;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, RingError, Rings};
+use crate::tracking::{Tracking, TrackingError};
 use crate::workers::Workers;
 
 /// The device as a front end controls it.
@@ -50,6 +51,8 @@ enum Refusal {
     Memory(#[from] MemoryError),
     #[error("{}", crate::chain_of(.0))]
     Ring(#[from] RingError),
+    #[error("{}", crate::chain_of(.0))]
+    Tracking(#[from] TrackingError),
 }
 
 impl From<Refusal> for Error {
@@ -60,6 +63,12 @@ impl From<Refusal> for Error {
 
 impl From<RingError> for Error {
     fn from(error: RingError) -> Self {
+        Refusal::from(error).into()
+    }
+}
+
+impl From<TrackingError> for Error {
+    fn from(error: TrackingError) -> Self {
         Refusal::from(error).into()
     }
 }
@@ -170,8 +179,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let event_idx = self.device.has_event_idx();
-        Ok(self.rings.set_kick(index.into(), file, event_idx)?)
+        Ok(self.rings.set_kick(index.into(), file, &self.device)?)
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
@@ -215,6 +223,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
             .device
             .write_config(offset as usize, bytes)
             .ok_or(refusal)?;
+        if let Some(tracking) = self.rings.tracking() {
+            tracking.set_writeback(self.device.writeback_choice())?;
+        }
         if !writeback && let Err(error) = self.disk.flush() {
             // Later writes fail on their own.
             tracing::error!(
@@ -257,18 +268,22 @@ impl VhostUserBackendReqHandlerMut for Backend {
         .into())
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Refusal::NotOffered {
-            what: "INFLIGHT_SHMFD",
-        }
-        .into())
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let limits = self.rings.tracking_limits();
+        Ok(Tracking::make(
+            wanted,
+            limits,
+            self.device.writeback_choice(),
+        )?)
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        Err(Refusal::NotOffered {
-            what: "INFLIGHT_SHMFD",
+    fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> Result<()> {
+        let tracking = Tracking::map(region, file, self.rings.tracking_limits())?;
+        if let Some(choice) = tracking.writeback()? {
+            self.device.recall_writeback(choice);
         }
-        .into())
+        tracking.set_writeback(self.device.writeback_choice())?;
+        Ok(self.rings.set_tracking(tracking)?)
     }
 
     fn set_device_state_fd(

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::memory::Memory;
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::ring::owned;
+use crate::tracking::Tracker;
 
 /// Wakes a worker: for a command, or because parked requests should be tried again.
 #[derive(Debug)]
@@ -78,18 +79,20 @@ pub(crate) struct Setup {
     pub(crate) index: u16,
     /// Its ring, set up and valid.
     pub(crate) vring: Vring,
-    /// Its kick eventfd.
-    pub(crate) kick: OwnedFd,
     /// Its err eventfd.
     pub(crate) error_fd: ErrorFd,
     /// Whether chains are taken already.
     pub(crate) mode: Mode,
+    /// Where its chains in flight are recorded.
+    pub(crate) tracker: Option<Tracker>,
+    /// Chains that an earlier daemon left in flight, in their order.
+    pub(crate) left_behind: Vec<u16>,
 }
 
 /// What the control thread wants.
 pub(crate) enum Command {
-    /// Serve a queue in this memory.
-    Start(Box<Setup>, Arc<Memory>),
+    /// Serve a queue, which is kicked here, in this memory.
+    Start(Box<Setup>, OwnedFd, Arc<Memory>),
     /// Take no more chains, answer what was taken.
     Pause(u16),
     /// Take chains again.

@@ -49,8 +49,37 @@ const CONFIG_ALIAS: usize = 0x100;
 /// The offset of `writeback`, the only field that a driver may write.
 const WRITEBACK_AT: usize = 32;
 
-/// What a driver (or nobody yet) chose for the `writeback` field.
-const UNSET: u8 = 2;
+/// What is known of the driver's choice of the `writeback` field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Writeback {
+    /// Every write is durable when it is answered.
+    Off,
+    /// Flushes make writes durable.
+    On,
+    /// Nobody chose: what was negotiated decides.
+    Unset,
+    /// Somebody may have chosen, and it was not heard here. Then it may be off.
+    Unknown,
+}
+
+impl Writeback {
+    /// As one byte, for an atomic and for later daemons: never change the numbers.
+    pub(crate) fn to_raw(self) -> u8 {
+        match self {
+            Self::Off => 0,
+            Self::On => 1,
+            Self::Unset => 2,
+            Self::Unknown => 3,
+        }
+    }
+
+    /// What the byte says, if it is one of ours.
+    pub(crate) fn from_raw(raw: u8) -> Option<Self> {
+        [Self::Off, Self::On, Self::Unset, Self::Unknown]
+            .into_iter()
+            .find(|choice| choice.to_raw() == raw)
+    }
+}
 
 /// What becomes of discards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -95,7 +124,7 @@ pub(crate) struct Device {
     serial: Serial,
     zeros: Zeros,
     acked_features: AtomicU64,
-    /// 0, 1 or [`UNSET`]. It outlives connections: QEMU keeps the value in its own copy of the
+    /// A [`Writeback`]. It outlives connections: QEMU keeps the value in its own copy of the
     /// configuration space and does not send it again after a reconnect. Forgetting a 0 would take the
     /// guest's durability away; keeping it costs only speed, and is reported truthfully.
     writeback: AtomicU8,
@@ -117,7 +146,7 @@ impl Device {
             serial,
             zeros,
             acked_features: AtomicU64::new(0),
-            writeback: AtomicU8::new(UNSET),
+            writeback: AtomicU8::new(Writeback::Unset.to_raw()),
         }
     }
 
@@ -185,6 +214,7 @@ impl Device {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     /// Remembers what the driver accepted; `None` if it is more than was offered.
@@ -214,10 +244,11 @@ impl Device {
     /// Whether a write must be durable before it is answered (virtio 1.2 section 5.2.6.2): the driver
     /// cannot flush, or has switched write-back off.
     pub(crate) fn is_write_through(&self) -> bool {
-        match self.writeback.load(Ordering::Acquire) {
-            0 => true,
-            1 if self.acked() & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0 => false,
-            _ => self.acked() & bit(VIRTIO_BLK_F_FLUSH) == 0,
+        let flushes = || self.acked() & bit(VIRTIO_BLK_F_FLUSH) != 0;
+        match self.writeback_choice() {
+            Writeback::Off | Writeback::Unknown => true,
+            Writeback::On if self.acked() & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0 => false,
+            Writeback::On | Writeback::Unset => !flushes(),
         }
     }
 
@@ -250,17 +281,43 @@ impl Device {
         Some(on)
     }
 
+    /// What is known of the driver's choice of `writeback`.
+    pub(crate) fn writeback_choice(&self) -> Writeback {
+        let raw = self.writeback.load(Ordering::Acquire);
+        Writeback::from_raw(raw).expect("only what to_raw gave is stored")
+    }
+
+    /// Takes over what an earlier daemon knew of the driver's choice. What it chose since then holds.
+    pub(crate) fn recall_writeback(&self, earlier: Writeback) {
+        if self.writeback_choice() == Writeback::Unset {
+            self.writeback.store(earlier.to_raw(), Ordering::Release);
+        }
+    }
+
+    /// A driver that used the device before may have chosen to write through, and nobody says so again. Until it
+    /// chooses anew, that is what it gets; true if that is news.
+    pub(crate) fn doubt_writeback(&self) -> bool {
+        let may_choose = self.acked() & bit(VIRTIO_BLK_F_CONFIG_WCE) != 0;
+        let doubted = may_choose && self.writeback_choice() == Writeback::Unset;
+        if doubted {
+            self.writeback
+                .store(Writeback::Unknown.to_raw(), Ordering::Release);
+        }
+        doubted
+    }
+
     fn acked(&self) -> u64 {
         self.acked_features.load(Ordering::Acquire)
     }
 
     /// What the `writeback` field says: the choice that was made, or what holds without one.
     fn writeback(&self) -> u8 {
-        match self.writeback.load(Ordering::Acquire) {
+        match self.writeback_choice() {
             // Before negotiation the answer is for a driver that can flush, as every one we know.
-            UNSET if self.acked() == 0 => 1,
-            UNSET => u8::from(!self.is_write_through()),
-            chosen => chosen,
+            Writeback::Unset if self.acked() == 0 => 1,
+            Writeback::Unset | Writeback::Unknown => u8::from(!self.is_write_through()),
+            Writeback::Off => 0,
+            Writeback::On => 1,
         }
     }
 

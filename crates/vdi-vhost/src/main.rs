@@ -29,6 +29,7 @@ mod ring;
 mod rings;
 mod session;
 mod socket;
+mod tracking;
 mod transfer;
 mod worker;
 mod workers;

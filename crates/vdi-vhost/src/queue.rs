@@ -19,11 +19,13 @@ use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
 
 use crate::chain::{self, Chain, ChainError};
+use crate::command::Setup;
 use crate::complaints::Complaints;
 use crate::inflight::Active;
 use crate::memory::Memory;
 use crate::request::Used;
 use crate::ring::WatchKey;
+use crate::tracking::{Tracker, TrackingError};
 
 /// A ring's state, shared by the control thread and its worker.
 pub(crate) type Vring = VringMutex<GuestMemoryAtomic<Memory>>;
@@ -63,6 +65,9 @@ pub(crate) struct Queue {
     size: u16,
     table: GuestAddress,
     event_idx: bool,
+    tracker: Option<Tracker>,
+    /// What an earlier daemon had in flight. It comes before anything new.
+    left_behind: Vec<u16>,
 }
 
 /// How a guest broke a ring.
@@ -87,6 +92,9 @@ pub(crate) enum Broken {
     /// There is no byte for a status.
     #[error("the chain at descriptor {head} has no writable byte for a status")]
     Unanswerable { head: u16 },
+    /// The front end took the region away.
+    #[error("in-flight tracking does not work")]
+    Tracking(#[from] TrackingError),
     /// The kick descriptor is gone.
     #[error("the kick descriptor cannot be watched")]
     Kick,
@@ -96,8 +104,16 @@ pub(crate) enum Broken {
 pub(crate) type Heads = SmallVec<[u16; BURST]>;
 
 impl Queue {
-    /// A queue whose ring is set up and valid.
-    pub(crate) fn new(vring: Vring, error_fd: ErrorFd, watch: WatchKey, mode: Mode) -> Self {
+    /// A queue whose kicks are heard by `watch`.
+    pub(crate) fn new(setup: Setup, watch: WatchKey) -> Self {
+        let Setup {
+            index: _,
+            vring,
+            error_fd,
+            mode,
+            tracker,
+            left_behind,
+        } = setup;
         let (size, table, event_idx) = {
             let state = vring.get_ref();
             let queue = state.get_queue();
@@ -121,6 +137,8 @@ impl Queue {
             size,
             table,
             event_idx,
+            tracker,
+            left_behind,
         }
     }
 
@@ -157,15 +175,26 @@ impl Queue {
     pub(crate) fn sleep(&mut self, memory: &Memory) -> Result<bool, Broken> {
         let mut state = self.vring.get_mut();
         let more = state.get_queue_mut().enable_notification(memory)?;
-        self.awake = more;
-        Ok(!more)
+        self.awake = more || !self.left_behind.is_empty();
+        Ok(!self.awake)
     }
 
     /// Takes up to [`BURST`] heads; none are left if there are fewer.
     pub(crate) fn take_heads(&mut self, memory: &Memory) -> Result<Heads, Broken> {
+        if !self.left_behind.is_empty() {
+            let count = self.left_behind.len().min(BURST);
+            return Ok(self.left_behind.drain(..count).collect());
+        }
         let mut state = self.vring.get_mut();
         let chains = state.get_queue_mut().iter(memory)?;
-        Ok(chains.take(BURST).map(|chain| chain.head_index()).collect())
+        let heads: Heads = chains.take(BURST).map(|chain| chain.head_index()).collect();
+        if let Some(tracker) = &mut self.tracker {
+            // T1; a head that no descriptor has breaks the ring as soon as it is followed.
+            for head in heads.iter().filter(|head| **head < self.size) {
+                tracker.taken(*head)?;
+            }
+        }
+        Ok(heads)
     }
 
     /// Follows the chain of a head that was taken.
@@ -210,7 +239,13 @@ impl Queue {
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
         for used in self.used.drain(..) {
+            if let Some(tracker) = &mut self.tracker {
+                tracker.giving_back(used.head)?;
+            }
             queue.add_used(memory, used.head, used.len)?;
+            if let Some(tracker) = &mut self.tracker {
+                tracker.given_back(used.head, queue.next_used())?;
+            }
         }
         let mut call = queue.needs_notification(memory)?;
         if call && !self.event_idx {

@@ -22,8 +22,10 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
 use crate::command::{Command, Setup, Takeover};
+use crate::device::Device;
 use crate::memory::{self, Memory};
 use crate::queue::{ErrorFd, Mode, Vring};
+use crate::tracking::{Limits, Recovered, Tracker, Tracking, TrackingError};
 use crate::workers::Workers;
 
 /// The largest ring: QEMU's limit too. Bounds what a queue can have in flight.
@@ -34,6 +36,8 @@ pub(crate) struct Rings {
     workers: Workers,
     memory: GuestMemoryAtomic<Memory>,
     rings: Vec<Ring>,
+    /// Where chains in flight are recorded, if the front end wants that.
+    tracking: Option<Arc<Tracking>>,
 }
 
 struct Ring {
@@ -42,6 +46,8 @@ struct Ring {
     /// As the front end gave them.
     addresses: Option<Addresses>,
     started: bool,
+    /// It has been started before in this session.
+    was_started: bool,
 }
 
 /// Where a ring's parts are, in the front end's address space.
@@ -89,6 +95,13 @@ pub(crate) enum RingError {
     /// Writing to a full pipe would block, and a file is always readable.
     #[error("the descriptor for queue {index} is {found}, not an eventfd")]
     NotAnEventFd { index: u32, found: String },
+    /// What an earlier daemon left behind cannot be known.
+    #[error("the chains in flight of queue {index} cannot be tracked")]
+    Tracking {
+        index: u32,
+        #[source]
+        source: TrackingError,
+    },
     /// The worker could not do it.
     #[error("the worker of queue {index} failed")]
     Worker {
@@ -116,6 +129,7 @@ impl Rings {
                 error_fd: ErrorFd::default(),
                 addresses: None,
                 started: false,
+                was_started: false,
             })
         };
         let rings = (0..count)
@@ -125,6 +139,7 @@ impl Rings {
             workers,
             memory,
             rings,
+            tracking: None,
         })
     }
 
@@ -147,17 +162,42 @@ impl Rings {
         Ok(())
     }
 
+    /// What in-flight tracking may be asked for.
+    pub(crate) fn tracking_limits(&self) -> Limits {
+        Limits {
+            queues: u16::try_from(self.rings.len()).unwrap_or(u16::MAX),
+            queue_size: MAX_QUEUE_SIZE,
+        }
+    }
+
+    /// Where chains in flight are recorded, if they are.
+    pub(crate) fn tracking(&self) -> Option<&Arc<Tracking>> {
+        self.tracking.as_ref()
+    }
+
+    /// Has rings that start from now on record there what they have in flight, and go on with what is recorded.
+    pub(crate) fn set_tracking(&mut self, tracking: Tracking) -> Result<()> {
+        if let Some(index) = self.rings.iter().position(|ring| ring.started) {
+            let (index, what) = (u32::try_from(index).unwrap_or(u32::MAX), "in-flight region");
+            return Err(RingError::Running { index, what });
+        }
+        self.tracking = Some(Arc::new(tracking));
+        Ok(())
+    }
+
     /// Stops and forgets all rings; what they had in flight is answered.
     pub(crate) fn reset(&mut self) -> Result<()> {
         for index in 0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX) {
             self.stop(index)?;
             let ring = self.ring(index)?;
             ring.addresses = None;
+            ring.was_started = false;
             *lock(&ring.error_fd) = None;
             let mut state = ring.vring.get_mut();
             state.set_enabled(false);
             state.get_queue_mut().reset();
         }
+        self.tracking = None;
         Ok(())
     }
 
@@ -241,7 +281,7 @@ impl Rings {
         &mut self,
         index: u32,
         file: Option<File>,
-        event_idx: bool,
+        device: &Device,
     ) -> Result<()> {
         let file = file.ok_or(RingError::NoKick { index })?;
         check_eventfd(index, &file)?;
@@ -252,7 +292,7 @@ impl Rings {
         if ring.started {
             self.tell(index, |index| Command::Rekick(index, kick))
         } else {
-            self.start(index, kick, event_idx)
+            self.start(index, kick, device)
         }
     }
 
@@ -277,25 +317,51 @@ impl Rings {
         Ok(())
     }
 
-    fn start(&mut self, index: u32, kick: OwnedFd, event_idx: bool) -> Result<()> {
+    fn start(&mut self, index: u32, kick: OwnedFd, device: &Device) -> Result<()> {
         let memory = self.memory();
         let small = self.check(index)?;
+        let tracking = self.tracking.clone();
+        let tracking = tracking.as_ref();
         let ring = self.ring(index)?;
-        let mode = ring
-            .make_ready(&memory, event_idx)
+        let ready = ring
+            .make_ready(&memory, device.has_event_idx())
             .ok_or(RingError::NotSetUp { index })?;
-        let (vring, error_fd) = (ring.vring.clone(), Arc::clone(&ring.error_fd));
-        let setup = Setup {
+        let mut knows_guest = ring.was_started;
+        let failed = |source| RingError::Tracking { index, source };
+        let mut setup = Setup {
             index: small,
-            vring,
-            kick,
-            error_fd,
-            mode,
+            vring: ring.vring.clone(),
+            error_fd: Arc::clone(&ring.error_fd),
+            mode: ready.mode,
+            tracker: None,
+            left_behind: Vec::new(),
         };
+        if let Some(tracking) = tracking
+            && let Some((tracker, recovered)) =
+                Tracker::recover(tracking, small, ready.size, ready.used).map_err(failed)?
+        {
+            tell_of_recovery(index, &recovered);
+            ring.vring.set_queue_next_avail(recovered.next_available);
+            setup.tracker = Some(tracker);
+            setup.left_behind = recovered.heads;
+            knows_guest |= recovered.was_tracked;
+        }
+        if ready.used != 0 && !knows_guest && device.doubt_writeback() {
+            tell_of_doubt();
+            if let Some(tracking) = tracking {
+                let unknown = device.writeback_choice();
+                tracking.set_writeback(unknown).map_err(failed)?;
+            }
+        }
+        if ready.used != 0 {
+            // An earlier daemon may have died between the used ring and the call; one too many does no harm.
+            let _ = ring.vring.signal_used_queue();
+        }
         let failed = |source| RingError::Worker { index, source };
-        self.workers.start(setup, memory).map_err(failed)?;
-        self.ring(index)?.started = true;
-        tracing::debug!("queue {index} is started, {mode:?}");
+        self.workers.start(setup, kick, memory).map_err(failed)?;
+        let ring = self.ring(index)?;
+        (ring.started, ring.was_started) = (true, true);
+        tracing::debug!("queue {index} is started, {:?}", ready.mode);
         Ok(())
     }
 
@@ -330,8 +396,8 @@ impl Rings {
 }
 
 impl Ring {
-    /// Checks the ring and readies it for a worker: how it begins, or `None` if it cannot.
-    fn make_ready(&mut self, memory: &Memory, event_idx: bool) -> Option<Mode> {
+    /// Checks the ring and readies it for a worker; `None` if it cannot begin.
+    fn make_ready(&mut self, memory: &Memory, event_idx: bool) -> Option<Ready> {
         self.addresses?;
         let mut state = self.vring.get_mut();
         let enabled = state.is_enabled();
@@ -345,7 +411,39 @@ impl Ring {
         let used = queue.used_idx(memory, Ordering::Acquire).ok()?;
         queue.set_next_used(used.0);
         queue.set_event_idx(event_idx);
-        Some(if enabled { Mode::Running } else { Mode::Paused })
+        Some(Ready {
+            mode: if enabled { Mode::Running } else { Mode::Paused },
+            size: queue.size(),
+            used: used.0,
+        })
+    }
+}
+
+/// A ring that can begin.
+struct Ready {
+    mode: Mode,
+    size: u16,
+    /// Its used index.
+    used: u16,
+}
+
+fn tell_of_doubt() {
+    tracing::warn!(
+        "the guest used this disk before it came here, and its cache mode is not known: until it is set, every write is \
+         made durable before it is answered"
+    );
+}
+
+fn tell_of_recovery(index: u32, recovered: &Recovered) {
+    if recovered.was_stale {
+        tracing::warn!(
+            "queue {index}: the record of requests in flight is about another ring and is ignored"
+        );
+    } else if !recovered.heads.is_empty() {
+        tracing::info!(
+            "queue {index}: {} requests were in flight and are started again",
+            recovered.heads.len()
+        );
     }
 }
 

@@ -189,7 +189,7 @@ impl Worker {
     fn obey(&mut self, command: Command, ack: Ack) {
         let mut result = Ok(());
         match command {
-            Command::Start(setup, memory) => result = self.start(*setup, memory),
+            Command::Start(setup, kick, memory) => result = self.start(*setup, kick, memory),
             Command::Rekick(index, kick) => result = self.rekick(index, kick),
             Command::Memory(memory, Takeover::Now) => self.memory = memory,
             Command::Resume(index) => {
@@ -212,18 +212,10 @@ impl Worker {
         let _ = ack.send(result);
     }
 
-    fn start(&mut self, setup: Setup, memory: Arc<Memory>) -> io::Result<()> {
-        let Setup {
-            index,
-            vring,
-            kick,
-            error_fd,
-            mode,
-        } = setup;
+    fn start(&mut self, setup: Setup, kick: OwnedFd, memory: Arc<Memory>) -> io::Result<()> {
         let watch = self.watch(kick)?;
         self.memory = memory;
-        self.queues
-            .insert(index, Queue::new(vring, error_fd, watch, mode));
+        self.queues.insert(setup.index, Queue::new(setup, watch));
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! connections.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
@@ -54,13 +55,19 @@ impl Workers {
         Self { served, handles }
     }
 
-    /// Serves a queue.
-    pub(crate) fn start(&mut self, setup: Setup, memory: Arc<Memory>) -> io::Result<()> {
-        let slot = self.slot(setup.index);
+    /// Serves a queue, which is kicked by `kick`.
+    pub(crate) fn start(
+        &mut self,
+        setup: Setup,
+        kick: OwnedFd,
+        memory: Arc<Memory>,
+    ) -> io::Result<()> {
+        let index = setup.index;
+        let slot = self.slot(index);
         if self.handles[slot].is_none() {
             self.handles[slot] = Some(Handle::spawn(&self.served, slot)?);
         }
-        self.tell(setup.index, Command::Start(Box::new(setup), memory))
+        self.tell(index, Command::Start(Box::new(setup), kick, memory))
     }
 
     /// Has a queue's worker do something, and waits until it is done. Nothing happens if it does not run.
