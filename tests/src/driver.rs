@@ -8,6 +8,7 @@
 mod chain;
 mod config;
 mod control;
+mod inflight;
 mod layout;
 mod memory;
 mod queue;
@@ -23,9 +24,10 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 pub use config::{Config, feature};
 pub use control::{Control, ControlError, Wanted, ring_addresses};
+pub use inflight::{Inflight, InflightQueue};
 pub use layout::{Cut, Indirect, Layout};
 pub use memory::{Buffer, Memory, Region};
-pub use queue::{Calls, Fate, PATIENCE, Queue, Token};
+pub use queue::{Attachment, Calls, Fate, PATIENCE, Queue, Token};
 pub use request::{Answer, Request, Segment, UNTOUCHED};
 pub use ring::{Descriptor, INDIRECT, NEXT, Ring, Used, WRITE};
 
@@ -90,6 +92,13 @@ impl Options {
         self
     }
 
+    /// The same with requests in flight tracked.
+    #[must_use]
+    pub fn tracked(mut self) -> Self {
+        self.wanted.protocol |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        self
+    }
+
     /// The same with other memory.
     #[must_use]
     pub fn memory(mut self, regions: Vec<Region>) -> Self {
@@ -112,6 +121,74 @@ pub struct Driver {
     pub queues: Vec<Queue>,
     /// What driver and device share.
     pub memory: Arc<Memory>,
+    /// Where requests in flight are tracked, if they are.
+    pub inflight: Option<Inflight>,
+}
+
+/// What a front end keeps while its back end is gone, to begin again with the next one.
+pub struct Kept {
+    wanted: Wanted,
+    memory: Arc<Memory>,
+    queues: Vec<Attachment>,
+    inflight: Option<Inflight>,
+}
+
+/// Where a front end lets rings begin after a reconnect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Base {
+    /// At the used index, as QEMU does; the region of requests in flight goes before the memory table.
+    Used,
+    /// At the available index, as Cloud Hypervisor does; the region comes after the memory table.
+    Available,
+}
+
+impl Kept {
+    /// Begins again with whoever listens there now. The driver may have gone on submitting.
+    ///
+    /// # Errors
+    /// If there is no connection in time, or the back end refuses a message.
+    pub fn reconnect(&self, path: &Path, base: Base) -> Result<Control, ControlError> {
+        let control = Control::connect(path, self.wanted)?;
+        self.attach(control, base)
+    }
+
+    /// Begins again on a socket that is connected.
+    ///
+    /// # Errors
+    /// If the back end refuses a message.
+    pub fn reconnect_on(&self, socket: UnixStream, base: Base) -> Result<Control, ControlError> {
+        let control = Control::negotiate(socket, self.wanted)?;
+        self.attach(control, base)
+    }
+
+    fn attach(&self, mut control: Control, base: Base) -> Result<Control, ControlError> {
+        if base == Base::Used {
+            self.set_inflight(&mut control)?;
+        }
+        control.set_memory(&self.memory.messages())?;
+        if base == Base::Available {
+            self.set_inflight(&mut control)?;
+        }
+        for queue in &self.queues {
+            let index = match base {
+                Base::Used => queue.used_index(),
+                Base::Available => queue.available_index(),
+            };
+            control.attach(queue, index)?;
+        }
+        Ok(control)
+    }
+
+    /// The region of requests in flight, to write anything into it.
+    pub fn inflight_mut(&mut self) -> Option<&mut Inflight> {
+        self.inflight.as_mut()
+    }
+
+    fn set_inflight(&self, control: &mut Control) -> Result<(), ControlError> {
+        self.inflight
+            .iter()
+            .try_for_each(|region| control.set_inflight(region))
+    }
 }
 
 impl Driver {
@@ -135,6 +212,13 @@ impl Driver {
 
     fn start(mut control: Control, options: &Options) -> Result<Self, ControlError> {
         let memory = Memory::new(&options.memory);
+        let mut inflight = None;
+        if control.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            let queues = u16::try_from(options.queues).expect("there are few queues");
+            let region = control.get_inflight(queues, options.queue_size)?;
+            control.set_inflight(&region)?;
+            inflight = Some(region);
+        }
         control.set_memory(&memory.messages())?;
         let event_index = control.features() & feature::EVENT_IDX != 0;
         let queues: Vec<Queue> = (0..options.queues)
@@ -147,7 +231,19 @@ impl Driver {
             control,
             queues,
             memory,
+            inflight,
         })
+    }
+
+    /// What is needed to begin again with another back end while the queues are used.
+    #[must_use]
+    pub fn keep(&self, options: &Options) -> Kept {
+        Kept {
+            wanted: options.wanted,
+            memory: Arc::clone(&self.memory),
+            queues: self.queues.iter().map(Queue::attachment).collect(),
+            inflight: self.inflight.as_ref().map(Inflight::duplicate),
+        }
     }
 
     /// The first queue.

@@ -4,6 +4,7 @@ pub mod driver;
 pub mod guest;
 pub mod image;
 pub mod images;
+pub mod load;
 pub mod page_cache;
 pub mod qemu;
 pub mod random;

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -11,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
-use super::queue::{PATIENCE, Queue};
+use super::inflight::Inflight;
+use super::queue::{Attachment, PATIENCE, Queue};
 
 /// Why the back end did not do what a message asked for.
 #[derive(Debug, Error)]
@@ -243,19 +246,55 @@ impl Control {
     /// # Errors
     /// If the back end refuses.
     pub fn start(&mut self, queue: &Queue, base: u16) -> Result<(), ControlError> {
-        let index = queue.index();
-        let addresses = ring_addresses(queue);
-        let size = queue.ring().size();
+        self.attach(&queue.attachment(), base)
+    }
+
+    /// The same for a ring that somebody else uses meanwhile.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn attach(&mut self, ring: &Attachment, base: u16) -> Result<(), ControlError> {
+        let index = ring.index;
+        let size = ring.addresses.queue_size;
         self.within("SET_VRING_NUM", |f| f.set_vring_num(index, size))?;
-        self.within("SET_VRING_ADDR", |f| f.set_vring_addr(index, &addresses))?;
+        self.within("SET_VRING_ADDR", |f| {
+            f.set_vring_addr(index, &ring.addresses)
+        })?;
         self.within("SET_VRING_BASE", |f| f.set_vring_base(index, base))?;
-        self.within("SET_VRING_ERR", |f| f.set_vring_err(index, &queue.error))?;
-        self.within("SET_VRING_CALL", |f| f.set_vring_call(index, &queue.call))?;
-        self.within("SET_VRING_KICK", |f| f.set_vring_kick(index, &queue.kick))?;
+        self.within("SET_VRING_ERR", |f| f.set_vring_err(index, &ring.error))?;
+        self.within("SET_VRING_CALL", |f| f.set_vring_call(index, &ring.call))?;
+        self.within("SET_VRING_KICK", |f| f.set_vring_kick(index, &ring.kick))?;
         if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
             self.enable(index, true)?;
         }
         Ok(())
+    }
+
+    /// Whether a protocol feature was negotiated.
+    #[must_use]
+    pub fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol.contains(feature)
+    }
+
+    /// Asks for a region in which requests in flight are tracked.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn get_inflight(&mut self, queues: u16, queue_size: u16) -> Result<Inflight, ControlError> {
+        let wanted = VhostUserInflight::new(0, 0, queues, queue_size);
+        let (message, file) = self.within("GET_INFLIGHT_FD", |f| f.get_inflight_fd(&wanted))?;
+        Ok(Inflight { message, file })
+    }
+
+    /// Has the back end track requests in flight there.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn set_inflight(&mut self, region: &Inflight) -> Result<(), ControlError> {
+        let fd = region.file.as_raw_fd();
+        self.within("SET_INFLIGHT_FD", |f| {
+            f.set_inflight_fd(&region.message, fd)
+        })
     }
 
     /// Enables or disables a ring.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EfdFlags;
+use vhost::VringConfigData;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -50,6 +51,31 @@ struct InFlight {
     writable: Vec<(u64, u32)>,
     /// Held so that nobody else gets this memory while the device may use it.
     _buffers: Vec<Buffer>,
+}
+
+/// A queue as its front end knows it, while a driver uses it.
+pub struct Attachment {
+    pub(super) index: usize,
+    pub(super) addresses: VringConfigData,
+    pub(super) kick: EventFd,
+    pub(super) call: EventFd,
+    pub(super) error: EventFd,
+    memory: Arc<Memory>,
+    indexes_at: [u64; 2],
+}
+
+impl Attachment {
+    /// Index of the next available element, as the ring says now: what Cloud Hypervisor lets a ring begin at.
+    #[must_use]
+    pub fn available_index(&self) -> u16 {
+        self.memory.load_u16(self.indexes_at[0])
+    }
+
+    /// Index of the next used element, as the ring says now: what QEMU lets a ring begin at.
+    #[must_use]
+    pub fn used_index(&self) -> u16 {
+        self.memory.load_u16(self.indexes_at[1])
+    }
 }
 
 /// A virtqueue.
@@ -121,6 +147,21 @@ impl Queue {
     #[must_use]
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
+    }
+
+    /// What a back end needs to serve this queue.
+    #[must_use]
+    pub fn attachment(&self) -> Attachment {
+        let clone = |fd: &EventFd| fd.try_clone().expect("an eventfd can be duplicated");
+        Attachment {
+            index: self.index,
+            addresses: super::control::ring_addresses(self),
+            kick: clone(&self.kick),
+            call: clone(&self.call),
+            error: clone(&self.error),
+            memory: Arc::clone(&self.memory),
+            indexes_at: [self.ring.addresses()[1] + 2, self.ring.addresses()[2] + 2],
+        }
     }
 
     /// Index of the next available element.
