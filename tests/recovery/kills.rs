@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use vdi_tests::counts;
 use vdi_tests::driver::{Base, Kept, Layout, Options, Request};
 use vdi_tests::image::Image;
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
@@ -80,11 +81,11 @@ fn kill_9_under_load_loses_nothing() {
         verified += disk.len() as u64;
         expect_sound(image.path());
     }
-    println!(
-        "kills survived: {}, of these before the front end was back: {}, requests started again: {}, bytes verified: \
-         {verified}, losses: 0",
+    counts::tell(&format!(
+        "kill -9 under a driver's load: {} kills, {} of them before the front end was back; {} requests started again, \
+         {verified} bytes verified, 0 lost",
         total.kills, total.early_kills, total.recovered
-    );
+    ));
     assert!(total.recovered > 0, "no kill met a request in flight");
 }
 

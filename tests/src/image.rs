@@ -149,6 +149,12 @@ pub fn are_zeros(bytes: &[u8]) -> bool {
 
 /// Where header fields lie.
 pub mod field {
+    /// offBlocks, 4 bytes.
+    pub const MAP_OFFSET: u64 = 0x154;
+    /// offData, 4 bytes.
+    pub const DATA_OFFSET: u64 = 0x158;
+    /// cBlocks, 4 bytes.
+    pub const BLOCKS_IN_IMAGE: u64 = 0x180;
     /// cbDisk, 8 bytes.
     pub const DISK_SIZE: u64 = 0x170;
     /// cBlocksAllocated, 4 bytes.

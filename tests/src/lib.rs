@@ -1,5 +1,6 @@
 //! Helpers for the tests: what builds images, drives the daemon and boots guests.
 
+pub mod counts;
 pub mod driver;
 pub mod guest;
 pub mod image;

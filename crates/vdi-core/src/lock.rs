@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -30,10 +30,12 @@ const RESIZE: i64 = 3;
 /// What nobody else may do meanwhile, whether we read or write.
 const UNSHARED: [i64; 2] = [WRITE, RESIZE];
 
-/// How often a conflict is looked at again: the locks of a process that was just
-/// killed go when the kernel has ended its last I/O.
-const ATTEMPTS: u32 = 20;
-const ATTEMPT_PAUSE: Duration = Duration::from_millis(5);
+/// How long a conflict is looked at again: the locks of a process that was just killed go when the
+/// kernel has ended its last I/O. A writer waits for what slow storage has in its queue, since it
+/// may be the killed one's successor.
+const READERS_PATIENCE: Duration = Duration::from_millis(100);
+const WRITERS_PATIENCE: Duration = Duration::from_secs(1);
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(2);
 
 /// Whether the locks were had.
 #[derive(Debug, PartialEq, Eq)]
@@ -45,23 +47,35 @@ pub(crate) enum Outcome {
 
 /// Takes the locks for `access` and keeps them until `file` is closed.
 pub(crate) fn acquire(file: &File, access: Access) -> io::Result<Outcome> {
-    let held: &[i64] = match access {
-        Access::ReadOnly => &[CONSISTENT_READ],
-        Access::Writable => &[CONSISTENT_READ, WRITE, RESIZE],
-    };
     // First take, then look: of two that come at once at least one sees the other.
-    for byte in bytes(held, HELD_BASE).chain(bytes(&UNSHARED, UNSHARED_BASE)) {
+    hold(file, access)?;
+    let patience = match access {
+        Access::ReadOnly => READERS_PATIENCE,
+        Access::Writable => WRITERS_PATIENCE,
+    };
+    let deadline = Instant::now() + patience;
+    while conflicts(file, held(access))? {
+        if Instant::now() >= deadline {
+            return Ok(Outcome::Conflict);
+        }
+        std::thread::sleep(ATTEMPT_PAUSE);
+    }
+    Ok(Outcome::Held)
+}
+
+/// Takes the locks for `access` without a look at who else has some.
+pub(crate) fn hold(file: &File, access: Access) -> io::Result<()> {
+    for byte in bytes(held(access), HELD_BASE).chain(bytes(&UNSHARED, UNSHARED_BASE)) {
         fcntl(file, FcntlArg::F_OFD_SETLK(&one_byte(byte, libc::F_RDLCK)))?;
     }
-    for attempt in 0..ATTEMPTS {
-        if attempt > 0 {
-            std::thread::sleep(ATTEMPT_PAUSE);
-        }
-        if !conflicts(file, held)? {
-            return Ok(Outcome::Held);
-        }
+    Ok(())
+}
+
+fn held(access: Access) -> &'static [i64] {
+    match access {
+        Access::ReadOnly => &[CONSISTENT_READ],
+        Access::Writable => &[CONSISTENT_READ, WRITE, RESIZE],
     }
-    Ok(Outcome::Conflict)
 }
 
 fn conflicts(file: &File, held: &[i64]) -> io::Result<bool> {
@@ -119,5 +133,17 @@ mod tests {
             acquire(&open(&file), Access::Writable).unwrap(),
             Outcome::Conflict
         );
+    }
+    #[test]
+    fn whoever_holds_too_keeps_others_out_when_the_first_is_gone() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, too) = (open(&file), open(&file));
+        assert_eq!(acquire(&first, Access::Writable).unwrap(), Outcome::Held);
+        hold(&too, Access::Writable).unwrap();
+        drop(first);
+        let next = open(&file);
+        assert_eq!(acquire(&next, Access::Writable).unwrap(), Outcome::Conflict);
+        drop(too);
+        assert_eq!(acquire(&next, Access::Writable).unwrap(), Outcome::Held);
     }
 }

@@ -134,6 +134,15 @@ impl HostFile {
         &self.file
     }
 
+    /// Has another open file description of a locked image hold the same locks, so that nobody gets
+    /// the image while I/O through that one is under way, whatever became of this process.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn lock_too(other: &File, access: Access) -> io::Result<()> {
+        lock::hold(other, access)
+    }
+
     /// The path by which it was opened.
     pub fn path(&self) -> &Path {
         &self.path

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vdi_core::units::DataArea;
-use vdi_core::{Access, FileOffset};
+use vdi_core::{Access, FileOffset, HostFile};
 
 use crate::ring::{DirectAlignment, direct_alignment};
 
@@ -61,6 +61,9 @@ pub(crate) enum DirectError {
     /// The file system has no O_DIRECT, or the descriptor cannot be opened again.
     #[error("cannot open the image for direct I/O; use --cache writeback")]
     Open(#[source] io::Error),
+    /// The file system knows no locks.
+    #[error("cannot lock the image for direct I/O")]
+    Lock(#[source] io::Error),
     /// statx failed.
     #[error("cannot learn what direct I/O asks for; use --cache writeback")]
     Alignment(#[source] io::Error),
@@ -102,6 +105,8 @@ impl ImageFile {
             .custom_flags(libc::O_DIRECT)
             .open(path)
             .map_err(DirectError::Open)?;
+        // A write that is on its way to the storage when this process is killed may not land in the next one's time.
+        HostFile::lock_too(&direct, access).map_err(DirectError::Lock)?;
         let alignment = direct_alignment(&direct).map_err(DirectError::Alignment)?;
         check_layout(alignment, data_start.0, block_bytes)?;
         // Read-ahead would bring pages with metadata and data into the cache as one folio. Advice only.
