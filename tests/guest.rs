@@ -5,13 +5,16 @@
 //! system, a boot after a boot. Odd rings and hostile chains have tests of their own.
 //! What the guests do is in `ci/guest/jobs`.
 
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, NewKind};
+use vdi_tests::counts;
 use vdi_tests::guest::{Guest, create_image, expect_clean, stop};
 use vdi_tests::image::{Image, MIB};
-use vdi_tests::server::{Launch, Server};
+use vdi_tests::random::Random;
+use vdi_tests::server::{Launch, Server, requests_started_again};
 
 /// No power of two, and no whole number of GiB.
 const DISK_BYTES: u64 = 641 * MIB;
@@ -86,6 +89,57 @@ fn four_queues_direct_keep_what_a_guest_wrote_for_the_next_one_on_the_same_daemo
     verify(&daemon, 2);
     stop(daemon);
     expect_clean(&image);
+}
+
+/// `VDI_TEST_ROUNDS` says how many kills.
+#[test]
+fn kill_9_under_a_guest_is_a_pause_and_no_error() {
+    let wanted = std::env::var("VDI_TEST_ROUNDS").map_or(8, |rounds| rounds.parse().unwrap());
+    let mut random = Random::printed();
+    let image = create_image(DISK_BYTES);
+    let place = tempfile::tempdir().unwrap();
+    let launch = || {
+        let launch = Launch::image_at(image.path(), &place.path().join("socket"));
+        // Past the page cache writes take long enough for a kill to meet them.
+        launch.args(["--num-queues", "4", "--cache", "direct"])
+    };
+    let mut daemon = launch().start();
+    let guest = Guest::on(&daemon, 4)
+        .that_reconnects()
+        .with_fio()
+        .within(150 + wanted * 10)
+        .set("LOOPS", &(1 + wanted / 6).to_string());
+    let (mut kills, mut recovered) = (0, 0);
+    let daemon = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| guest.run("recover.sh"));
+        while kills < wanted && !guest.is_finished() {
+            std::thread::sleep(Duration::from_millis(random.within(50..700)));
+            if has_data(&image) {
+                recovered += requests_started_again(&daemon.log());
+                assert_eq!(daemon.kill().signal, Some(9));
+                kills += 1;
+                daemon = launch().start();
+            }
+        }
+        if let Err(panic) = guest.join() {
+            std::panic::resume_unwind(panic);
+        }
+        daemon
+    });
+    recovered += requests_started_again(&daemon.log());
+    assert_eq!(kills, wanted, "the guest ended before all kills were done");
+    assert!(recovered > 0, "no kill met a request in flight");
+    counts::tell(&format!(
+        "kill -9 under a real guest: {kills} kills, {recovered} requests started again, 0 errors in the guest, fio verified \
+         every block"
+    ));
+    stop(daemon);
+    expect_clean(&image);
+}
+
+/// Whether the guest has begun to write in earnest.
+fn has_data(image: &Image) -> bool {
+    std::fs::metadata(image.path()).is_ok_and(|found| found.blocks() * 512 > 8 * MIB)
 }
 
 #[test]

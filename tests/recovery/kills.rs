@@ -13,7 +13,7 @@ use vdi_tests::driver::{Base, Kept, Layout, Options, Request};
 use vdi_tests::image::Image;
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
-use vdi_tests::server::{Launch, Server};
+use vdi_tests::server::{Launch, Server, requests_started_again};
 use vdi_tests::stop::StopOnDrop;
 use vdi_tests::tool;
 
@@ -114,13 +114,13 @@ fn run(image: &Image, setting: &Setting, rounds: u64, random: &mut Random) -> (C
         }
         while count.kills < rounds {
             std::thread::sleep(Duration::from_micros(random.within(0..60_000)));
-            count.recovered += recovered(&server.kill().log);
+            count.recovered += requests_started_again(&server.kill().log);
             count.kills += 1;
             if random.within(0..3) == 0 {
                 count.kills += 1;
                 count.early_kills += 1;
                 let log = die_while_attaching(launch().start(), &kept, setting.base, random);
-                count.recovered += recovered(&log);
+                count.recovered += requests_started_again(&log);
             }
             server = launch().start();
             driver.control = kept.reconnect(server.socket(), setting.base).unwrap();
@@ -128,7 +128,7 @@ fn run(image: &Image, setting: &Setting, rounds: u64, random: &mut Random) -> (C
         server
     });
     // All is answered; now the disk as the driver sees it, then a clean end.
-    count.recovered += recovered(&server.log());
+    count.recovered += requests_started_again(&server.log());
     drop(driver);
     assert_eq!(server.terminate().code, Some(0));
     (count, loads)
@@ -145,16 +145,6 @@ fn die_while_attaching(server: Server, kept: &Kept, base: Base, random: &mut Ran
         let _attached = attaching.join();
         killed.log
     })
-}
-
-/// How many requests a daemon started again, by its own account.
-fn recovered(log: &str) -> u64 {
-    log.lines()
-        .filter_map(|line| {
-            let (before, _) = line.split_once(" requests were in flight")?;
-            before.rsplit(' ').next()?.parse::<u64>().ok()
-        })
-        .sum()
 }
 
 /// Clean, or nothing worse than blocks that nobody uses.

@@ -327,6 +327,17 @@ impl Drop for Server {
     }
 }
 
+/// How many requests a daemon started again, by its own account.
+#[must_use]
+pub fn requests_started_again(log: &str) -> u64 {
+    log.lines()
+        .filter_map(|line| {
+            let (before, _) = line.split_once(" requests were in flight")?;
+            before.rsplit(' ').next()?.parse::<u64>().ok()
+        })
+        .sum()
+}
+
 /// A program of this workspace, found next to the test that asks for it.
 ///
 /// # Panics
