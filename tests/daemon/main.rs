@@ -10,6 +10,7 @@ mod blkio;
 mod chains;
 mod connections;
 mod device;
+mod dirty_log;
 mod durability;
 mod load;
 mod program;

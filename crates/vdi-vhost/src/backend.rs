@@ -24,6 +24,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use crate::command::Takeover;
 use crate::device::Device;
+use crate::dirty::DirtyLog;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, RingError, Rings};
 use crate::tracking::{Tracking, TrackingError};
@@ -34,6 +35,8 @@ pub(crate) struct Backend {
     device: Arc<Device>,
     disk: Arc<Disk>,
     rings: Rings,
+    /// Where the front end wants writes to be marked, once VHOST_F_LOG_ALL is accepted.
+    log: Option<Arc<DirtyLog>>,
 }
 
 /// Why a message is refused. `vhost` sees it as an error of the handler.
@@ -45,6 +48,8 @@ enum Refusal {
         "{len} bytes at {offset} of the configuration space cannot be written, only `writeback`"
     )]
     Config { offset: u32, len: usize },
+    #[error("the dirty log covers {covered} bytes of a guest whose memory ends at {needed}")]
+    ShortLog { covered: u64, needed: u64 },
     #[error("{what} was not offered")]
     NotOffered { what: &'static str },
     #[error("{}", crate::chain_of(.0))]
@@ -91,12 +96,20 @@ impl Backend {
             device,
             disk,
             rings,
+            log: None,
         })
+    }
+
+    /// Marks writes if the front end wants it now.
+    fn heed_log(&mut self) -> Result<()> {
+        let wanted = self.log.clone().filter(|_| self.device.logs_all());
+        Ok(self.rings.set_log(wanted)?)
     }
 
     /// The front end is gone: answers what is in flight, then forgets it.
     pub(crate) fn end_session(&mut self) -> std::result::Result<(), RingError> {
         self.rings.reset()?;
+        self.log = None;
         self.rings.set_memory(Memory::new(), Takeover::WhenIdle)?;
         self.device.forget_features();
         Ok(())
@@ -128,6 +141,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         self.device
             .ack_features(features)
             .ok_or(Refusal::Features { features, offered })?;
+        self.heed_log()?;
         if self.device.rings_start_enabled() {
             self.rings.enable_all()?;
         }
@@ -309,7 +323,13 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Err(Refusal::NotOffered { what: "SHMEM" }.into())
     }
 
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        Err(Refusal::NotOffered { what: "LOG_SHMFD" }.into())
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::map(log, file)?;
+        let (covered, needed) = (log.covers(), memory::end(&self.rings.memory()));
+        if covered < needed {
+            return Err(Refusal::ShortLog { covered, needed }.into());
+        }
+        self.log = Some(Arc::new(log));
+        self.heed_log()
     }
 }

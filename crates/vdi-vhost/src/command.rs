@@ -11,7 +11,7 @@ use std::task::Wake;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::memory::Memory;
+use crate::dirty::Guest;
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::ring::owned;
 use crate::tracking::Tracker;
@@ -91,8 +91,8 @@ pub(crate) struct Setup {
 
 /// What the control thread wants.
 pub(crate) enum Command {
-    /// Serve a queue, which is kicked here, in this memory.
-    Start(Box<Setup>, OwnedFd, Arc<Memory>),
+    /// Serve a queue, which is kicked here, in this guest.
+    Start(Box<Setup>, OwnedFd, Guest),
     /// Take no more chains, answer what was taken.
     Pause(u16),
     /// Take chains again.
@@ -101,8 +101,8 @@ pub(crate) enum Command {
     Stop(u16),
     /// The kicks come from here now.
     Rekick(u16, OwnedFd),
-    /// The guest's memory changed.
-    Memory(Arc<Memory>, Takeover),
+    /// The guest's memory changed, or where writes to it are marked.
+    Guest(Guest, Takeover),
     /// Stop everything and end the thread.
     Exit,
 }

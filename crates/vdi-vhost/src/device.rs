@@ -197,6 +197,7 @@ impl Device {
             | bit(VIRTIO_BLK_F_WRITE_ZEROES)
             | bit(VIRTIO_RING_F_INDIRECT_DESC)
             | bit(VIRTIO_RING_F_EVENT_IDX)
+            | VhostUserVirtioFeatures::LOG_ALL.bits()
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         if self.read_only {
             features |= bit(VIRTIO_BLK_F_RO);
@@ -215,6 +216,7 @@ impl Device {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     /// Remembers what the driver accepted; `None` if it is more than was offered.
@@ -234,6 +236,11 @@ impl Device {
     /// Whether rings work without the guest's leave: VHOST_USER_F_PROTOCOL_FEATURES was not accepted.
     pub(crate) fn rings_start_enabled(&self) -> bool {
         self.acked() & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0
+    }
+
+    /// Whether writes to the guest's memory are to be marked now.
+    pub(crate) fn logs_all(&self) -> bool {
+        self.acked() & VhostUserVirtioFeatures::LOG_ALL.bits() != 0
     }
 
     /// Whether EVENT_IDX was negotiated.

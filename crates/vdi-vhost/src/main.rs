@@ -18,6 +18,7 @@ mod chain;
 mod command;
 mod complaints;
 mod device;
+mod dirty;
 mod engine;
 mod housekeeper;
 mod image_file;

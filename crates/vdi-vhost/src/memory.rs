@@ -233,6 +233,12 @@ pub(crate) fn without_region(
     }
 }
 
+/// Where the last region ends.
+pub(crate) fn end(memory: &Memory) -> u64 {
+    let end = |region: &Region| region.guest_base.0 + region.len as u64;
+    memory.iter().map(end).max().unwrap_or(0)
+}
+
 /// Where an address of the front end's own address space lies in the guest's memory.
 pub(crate) fn from_front_end(memory: &Memory, address: u64) -> Option<GuestAddress> {
     memory.iter().find_map(|region| {

@@ -21,6 +21,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
 use crate::chain::{self, Chain, ChainError};
 use crate::command::Setup;
 use crate::complaints::Complaints;
+use crate::dirty::{DirtyLog, Guest};
 use crate::inflight::Active;
 use crate::memory::Memory;
 use crate::request::Used;
@@ -153,14 +154,17 @@ impl Queue {
     }
 
     /// The ring was kicked, or should be looked at for another reason.
-    pub(crate) fn wake(&mut self, memory: &Memory) {
+    pub(crate) fn wake(&mut self, guest: &Guest) {
         if self.awake || self.mode != Mode::Running {
             return;
         }
         self.awake = true;
         let mut state = self.vring.get_mut();
         // Only a hint for the guest: a failure here shows when chains are taken.
-        let _ = state.get_queue_mut().disable_notification(memory);
+        let _ = state.get_queue_mut().disable_notification(&*guest.memory);
+        if let Some(log) = &guest.log {
+            mark_used_ring(log, state.get_queue());
+        }
     }
 
     /// Takes chains as long as it is kicked, from now on.
@@ -172,9 +176,12 @@ impl Queue {
     }
 
     /// Asks the guest to kick; true if nothing came in meanwhile, so that the worker may sleep.
-    pub(crate) fn sleep(&mut self, memory: &Memory) -> Result<bool, Broken> {
+    pub(crate) fn sleep(&mut self, guest: &Guest) -> Result<bool, Broken> {
         let mut state = self.vring.get_mut();
-        let more = state.get_queue_mut().enable_notification(memory)?;
+        let more = state.get_queue_mut().enable_notification(&*guest.memory)?;
+        if let Some(log) = &guest.log {
+            mark_used_ring(log, state.get_queue());
+        }
         self.awake = more || !self.left_behind.is_empty();
         Ok(!self.awake)
     }
@@ -232,10 +239,11 @@ impl Queue {
     }
 
     /// Puts what was answered into the used ring and calls the guest, once and if it wants it.
-    pub(crate) fn publish(&mut self, memory: &Memory) -> Result<(), Broken> {
+    pub(crate) fn publish(&mut self, guest: &Guest) -> Result<(), Broken> {
         if self.used.is_empty() {
             return Ok(());
         }
+        let memory = &*guest.memory;
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
         for used in self.used.drain(..) {
@@ -246,6 +254,9 @@ impl Queue {
             if let Some(tracker) = &mut self.tracker {
                 tracker.given_back(used.head, queue.next_used())?;
             }
+        }
+        if let Some(log) = &guest.log {
+            mark_used_ring(log, queue);
         }
         let mut call = queue.needs_notification(memory)?;
         if call && !self.event_idx {
@@ -277,4 +288,9 @@ impl Queue {
             let _ = fd.write(&1_u64.to_ne_bytes());
         }
     }
+}
+
+/// Marks all that a device writes of a split ring: flags, index, elements and `avail_event` (virtio 1.2 section 2.7.8).
+fn mark_used_ring(log: &DirtyLog, queue: &virtio_queue::Queue) {
+    log.mark(queue.used_ring(), 6 + 8 * u64::from(queue.size()));
 }

@@ -8,8 +8,6 @@
 //!
 //! Sources: virtio 1.2 sections 2.7.4 (framing is free) and 5.2.6 (request layout and device requirements).
 
-use std::sync::Arc;
-
 use smallvec::SmallVec;
 use vdi_core::{Sector, SectorRange, Zeroing};
 use virtio_bindings::bindings::virtio_blk::{
@@ -21,6 +19,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::chain::{Chain, Piece, Pieces};
 use crate::device::Device;
+use crate::dirty::{Dirty, Guest};
 use crate::memory::Memory;
 use crate::ring::GuestBuffer;
 
@@ -71,6 +70,8 @@ impl Status {
 pub(crate) struct Reply {
     head: u16,
     status_at: GuestAddress,
+    /// What was written by then, for a migration.
+    dirty: Option<Box<Dirty>>,
 }
 
 /// An answered chain, ready for the used ring.
@@ -89,6 +90,9 @@ impl Reply {
         // It was part of the guest's memory when the chain was parsed. If the front end has taken it away since,
         // there is no one to tell.
         let _ = memory.write_obj(status.byte(), self.status_at);
+        if let Some(dirty) = &self.dirty {
+            dirty.mark(); // D1
+        }
         let len = u32::try_from(data_bytes.saturating_add(1)).unwrap_or(u32::MAX);
         Used {
             head: self.head,
@@ -139,9 +143,9 @@ pub(crate) enum Refused {
     Unanswerable,
 }
 
-/// Reads a chain as a request to `device`.
+/// Reads a chain of the guest's as a request to `device`.
 pub(crate) fn parse(
-    memory: &Arc<Memory>,
+    guest: &Guest,
     chain: Chain,
     head: u16,
     device: &Device,
@@ -151,10 +155,16 @@ pub(crate) fn parse(
         mut writable,
         out_of_order,
     } = chain;
+    let memory = &guest.memory;
+    let dirty = guest.dirty(&writable).map(Box::new);
     let status_at = take_last_byte(&mut writable)
         .filter(|at| memory.check_range(*at, 1))
         .ok_or(Refused::Unanswerable)?;
-    let reply = Reply { head, status_at };
+    let reply = Reply {
+        head,
+        status_at,
+        dirty,
+    };
     let header = if out_of_order {
         None
     } else {
@@ -294,6 +304,8 @@ fn segment(device: &Device, kind: u32, bytes: [u8; SEGMENT_BYTES]) -> Result<Seg
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use vdi_core::{Access, Capacity};
 
     use super::*;
@@ -304,22 +316,29 @@ mod tests {
     /// Where tests keep the header.
     const HEADER: u64 = 0x1000;
 
-    struct Guest {
+    struct Disk {
         memory: Arc<Memory>,
         device: Device,
     }
 
     /// A guest with a disk of 100 sectors.
-    fn guest(access: Access) -> Guest {
+    fn guest(access: Access) -> Disk {
         let capacity = Capacity::from_bytes_rounded_down(100 * 512);
         let serial = Serial::new("serial").unwrap();
-        Guest {
+        Disk {
             memory: Arc::new(memory()),
             device: Device::new(capacity, access, 1, serial, zeros(Discard::Unmap)),
         }
     }
 
-    impl Guest {
+    impl Disk {
+        fn whole(&self) -> Guest {
+            Guest {
+                memory: Arc::clone(&self.memory),
+                log: None,
+            }
+        }
+
         fn parse(
             &self,
             kind: u32,
@@ -346,7 +365,7 @@ mod tests {
                 writable,
                 out_of_order: false,
             };
-            parse(&self.memory, chain, 5, &self.device)
+            parse(&self.whole(), chain, 5, &self.device)
         }
 
         fn status(&self, kind: u32, sector: u64, writable: &[(u64, u32)]) -> Option<Status> {
@@ -475,7 +494,7 @@ mod tests {
             writable: [piece(0x5000, 1)].into_iter().collect(),
             out_of_order: true,
         };
-        let refused = parse(&guest.memory, chain, 0, &guest.device);
+        let refused = parse(&guest.whole(), chain, 0, &guest.device);
         assert!(matches!(
             refused,
             Err(Refused::WithStatus(_, Status::IoError))
@@ -509,7 +528,7 @@ mod tests {
 
     /// Parses a discard or write-zeroes request of these segments.
     fn parse_segments(
-        guest: &Guest,
+        guest: &Disk,
         kind: u32,
         segments: &[(u64, u32, u32)],
     ) -> Option<Result<Segments, Status>> {

@@ -23,6 +23,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
 use crate::command::{Command, Setup, Takeover};
 use crate::device::Device;
+use crate::dirty::{DirtyLog, Guest};
 use crate::memory::{self, Memory};
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::tracking::{Limits, Recovered, Tracker, Tracking, TrackingError};
@@ -35,6 +36,8 @@ const MAX_QUEUE_SIZE: u16 = 1024;
 pub(crate) struct Rings {
     workers: Workers,
     memory: GuestMemoryAtomic<Memory>,
+    /// Where writes to the memory are marked, during a migration.
+    log: Option<Arc<DirtyLog>>,
     rings: Vec<Ring>,
     /// Where chains in flight are recorded, if the front end wants that.
     tracking: Option<Arc<Tracking>>,
@@ -138,6 +141,7 @@ impl Rings {
         Ok(Self {
             workers,
             memory,
+            log: None,
             rings,
             tracking: None,
         })
@@ -151,14 +155,34 @@ impl Rings {
     /// Gives all workers new memory, and waits until they use it.
     pub(crate) fn set_memory(&mut self, memory: Memory, takeover: Takeover) -> Result<()> {
         let shared = Arc::new(memory);
+        let guest = Guest {
+            memory: Arc::clone(&shared),
+            log: self.log.clone(),
+        };
         self.workers
-            .set_memory(&shared, takeover)
+            .set_guest(&guest, takeover)
             .map_err(RingError::Memory)?;
         let memory = Memory::clone(&shared);
         self.memory
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .replace(memory);
+        Ok(())
+    }
+
+    /// Has all workers mark what they write, or not any more, and waits until they heed it (D2).
+    pub(crate) fn set_log(&mut self, log: Option<Arc<DirtyLog>>) -> Result<()> {
+        if self.log.is_none() && log.is_none() {
+            return Ok(());
+        }
+        let guest = Guest {
+            memory: self.memory(),
+            log: log.clone(),
+        };
+        self.workers
+            .set_guest(&guest, Takeover::WhenIdle)
+            .map_err(RingError::Memory)?;
+        self.log = log;
         Ok(())
     }
 
@@ -198,7 +222,7 @@ impl Rings {
             state.get_queue_mut().reset();
         }
         self.tracking = None;
-        Ok(())
+        self.set_log(None)
     }
 
     /// Stops a ring when everything it had in flight is answered; the index of the next chain it would have taken.
@@ -260,6 +284,10 @@ impl Rings {
         let table = translate("descriptor table", addresses.table)?;
         let available = translate("available ring", addresses.available)?;
         let used = translate("used ring", addresses.used)?;
+        // A front end that begins or ends a migration says again where running rings are.
+        if self.ring(index)?.addresses == Some(addresses) {
+            return Ok(());
+        }
         let ring = self.stopped(index, "addresses")?;
         ring.vring
             .set_queue_info(table, available, used)
@@ -320,7 +348,7 @@ impl Rings {
     fn start(&mut self, index: u32, kick: OwnedFd, device: &Device) -> Result<()> {
         let memory = self.memory();
         let small = self.check(index)?;
-        let tracking = self.tracking.clone();
+        let (tracking, log) = (self.tracking.clone(), self.log.clone());
         let tracking = tracking.as_ref();
         let ring = self.ring(index)?;
         let ready = ring
@@ -358,7 +386,8 @@ impl Rings {
             let _ = ring.vring.signal_used_queue();
         }
         let failed = |source| RingError::Worker { index, source };
-        self.workers.start(setup, kick, memory).map_err(failed)?;
+        let guest = Guest { memory, log };
+        self.workers.start(setup, kick, guest).map_err(failed)?;
         let ring = self.ring(index)?;
         (ring.started, ring.was_started) = (true, true);
         tracing::debug!("queue {index} is started, {:?}", ready.mode);

@@ -22,6 +22,7 @@ use vdi_core::{Flush, Reservation};
 
 use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
 use crate::complaints::Complaints;
+use crate::dirty::Guest;
 use crate::engine::Engine;
 use crate::inflight::{Active, Context, Key, Next};
 use crate::memory::Memory;
@@ -45,7 +46,7 @@ const DOORBELL: WatchKey = WatchKey(0);
 enum Pending {
     Pause(u16),
     Stop(u16),
-    Memory(Arc<Memory>),
+    Guest(Guest),
     Exit,
 }
 
@@ -64,7 +65,7 @@ struct Sync {
 pub(crate) struct Worker {
     context: Context,
     queues: BTreeMap<u16, Queue>,
-    memory: Arc<Memory>,
+    guest: Guest,
     doorbell: Arc<Doorbell>,
     commands: Receiver<(Command, Ack)>,
     /// Syncs go through a descriptor of the worker's own, one at a time: the kernel tells of a lost write once per
@@ -102,12 +103,11 @@ impl Worker {
             unflushed: Vec::new(),
         };
         let sync_file = served.images[0].file_for_syncs();
-        let memory = Arc::new(Memory::new());
         let (queues, next_watch) = (BTreeMap::new(), DOORBELL.0 + 1);
         Ok(Self {
             context,
             queues,
-            memory,
+            guest: Guest::none(),
             doorbell,
             commands,
             sync_file,
@@ -147,7 +147,7 @@ impl Worker {
         let mut sleep = true;
         for (index, queue) in &mut self.queues {
             if queue.is_awake() {
-                match queue.sleep(&self.memory) {
+                match queue.sleep(&self.guest) {
                     Ok(asleep) => sleep &= asleep,
                     Err(why) => queue.break_ring(*index, &why, &self.context.complaints),
                 }
@@ -163,7 +163,7 @@ impl Worker {
 
     /// Whether no queue may take chains, because the memory is about to change.
     fn is_closed(&self) -> bool {
-        matches!(self.pending, Some((Pending::Memory(_) | Pending::Exit, _)))
+        matches!(self.pending, Some((Pending::Guest(_) | Pending::Exit, _)))
     }
 
     /// Hears kicks and takes the next command.
@@ -174,7 +174,7 @@ impl Worker {
                 continue;
             };
             match fired {
-                Fired::Ready => queue.wake(&self.memory),
+                Fired::Ready => queue.wake(&self.guest),
                 Fired::Dead => queue.break_ring(*index, &Broken::Kick, &self.context.complaints),
             }
         }
@@ -189,9 +189,9 @@ impl Worker {
     fn obey(&mut self, command: Command, ack: Ack) {
         let mut result = Ok(());
         match command {
-            Command::Start(setup, kick, memory) => result = self.start(*setup, kick, memory),
+            Command::Start(setup, kick, guest) => result = self.start(*setup, kick, guest),
             Command::Rekick(index, kick) => result = self.rekick(index, kick),
-            Command::Memory(memory, Takeover::Now) => self.memory = memory,
+            Command::Guest(guest, Takeover::Now) => self.guest = guest,
             Command::Resume(index) => {
                 if let Some(queue) = self.queues.get_mut(&index) {
                     queue.resume();
@@ -199,8 +199,8 @@ impl Worker {
             }
             Command::Pause(index) => return self.pause(index, Pending::Pause(index), ack),
             Command::Stop(index) => return self.pause(index, Pending::Stop(index), ack),
-            Command::Memory(memory, Takeover::WhenIdle) => {
-                self.pending = Some((Pending::Memory(memory), ack));
+            Command::Guest(guest, Takeover::WhenIdle) => {
+                self.pending = Some((Pending::Guest(guest), ack));
                 return;
             }
             Command::Exit => {
@@ -212,9 +212,9 @@ impl Worker {
         let _ = ack.send(result);
     }
 
-    fn start(&mut self, setup: Setup, kick: OwnedFd, memory: Arc<Memory>) -> io::Result<()> {
+    fn start(&mut self, setup: Setup, kick: OwnedFd, guest: Guest) -> io::Result<()> {
         let watch = self.watch(kick)?;
-        self.memory = memory;
+        self.guest = guest;
         self.queues.insert(setup.index, Queue::new(setup, watch));
         Ok(())
     }
@@ -224,7 +224,7 @@ impl Worker {
         if let Some(queue) = self.queues.get_mut(&index) {
             self.context.engine.unwatch(queue.watch);
             queue.watch = watch;
-            queue.wake(&self.memory);
+            queue.wake(&self.guest);
         }
         Ok(())
     }
@@ -284,7 +284,7 @@ impl Worker {
         {
             answer(
                 queue,
-                &self.memory,
+                &self.guest.memory,
                 active,
                 status,
                 data_bytes,
@@ -309,7 +309,7 @@ impl Worker {
             let Some(queue) = self.queues.get_mut(&index) else {
                 continue;
             };
-            if let Err(why) = take_from(index, queue, &self.memory, &mut self.context) {
+            if let Err(why) = take_from(index, queue, &self.guest, &mut self.context) {
                 queue.break_ring(index, &why, &self.context.complaints);
             }
         }
@@ -377,7 +377,7 @@ impl Worker {
 
     fn publish(&mut self) {
         for (index, queue) in &mut self.queues {
-            if let Err(why) = queue.publish(&self.memory) {
+            if let Err(why) = queue.publish(&self.guest) {
                 queue.break_ring(*index, &why, &self.context.complaints);
             }
         }
@@ -391,7 +391,7 @@ impl Worker {
             Some((Pending::Pause(index) | Pending::Stop(index), _)) => {
                 self.queues.get(index).is_some_and(busy)
             }
-            Some((Pending::Memory(_) | Pending::Exit, _)) => self.queues.values().any(busy),
+            Some((Pending::Guest(_) | Pending::Exit, _)) => self.queues.values().any(busy),
         };
         let (false, Some((pending, ack))) = (wait, self.pending.take_if(|_| !wait)) else {
             return false;
@@ -403,7 +403,7 @@ impl Worker {
                     self.context.engine.unwatch(queue.watch);
                 }
             }
-            Pending::Memory(memory) => self.memory = memory,
+            Pending::Guest(guest) => self.guest = guest,
             Pending::Exit => {
                 let _ = ack.send(Ok(()));
                 return true;
@@ -420,14 +420,15 @@ impl Worker {
 fn take_from(
     index: u16,
     queue: &mut Queue,
-    memory: &Arc<Memory>,
+    guest: &Guest,
     context: &mut Context,
 ) -> Result<(), Broken> {
+    let memory = &guest.memory;
     let heads = queue.take_heads(memory)?;
     debug_assert!(heads.len() <= BURST);
     for head in heads {
         let chain = queue.walk(memory, head)?;
-        match request::parse(memory, chain, head, &context.device) {
+        match request::parse(guest, chain, head, &context.device) {
             Ok((reply, request)) => {
                 let key = Key { queue: index, head };
                 let (active, next) = Active::start(key, reply, request, context);

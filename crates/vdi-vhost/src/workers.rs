@@ -14,9 +14,9 @@ use vdi_core::Disk;
 use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::device::Device;
+use crate::dirty::Guest;
 use crate::engine::EngineChoice;
 use crate::image_file::ImageFile;
-use crate::memory::Memory;
 use crate::worker::Worker;
 
 /// What all workers serve.
@@ -56,18 +56,13 @@ impl Workers {
     }
 
     /// Serves a queue, which is kicked by `kick`.
-    pub(crate) fn start(
-        &mut self,
-        setup: Setup,
-        kick: OwnedFd,
-        memory: Arc<Memory>,
-    ) -> io::Result<()> {
+    pub(crate) fn start(&mut self, setup: Setup, kick: OwnedFd, guest: Guest) -> io::Result<()> {
         let index = setup.index;
         let slot = self.slot(index);
         if self.handles[slot].is_none() {
             self.handles[slot] = Some(Handle::spawn(&self.served, slot)?);
         }
-        self.tell(index, Command::Start(Box::new(setup), kick, memory))
+        self.tell(index, Command::Start(Box::new(setup), kick, guest))
     }
 
     /// Has a queue's worker do something, and waits until it is done. Nothing happens if it does not run.
@@ -78,11 +73,11 @@ impl Workers {
         }
     }
 
-    /// Gives all workers new memory, and waits until they use it.
-    pub(crate) fn set_memory(&self, memory: &Arc<Memory>, takeover: Takeover) -> io::Result<()> {
+    /// Tells all workers of a change in the guest, and waits until they heed it.
+    pub(crate) fn set_guest(&self, guest: &Guest, takeover: Takeover) -> io::Result<()> {
         let running = self.handles.iter().flatten();
         let sent: Vec<_> = running
-            .map(|handle| handle.send(Command::Memory(Arc::clone(memory), takeover)))
+            .map(|handle| handle.send(Command::Guest(guest.clone(), takeover)))
             .collect();
         sent.iter().try_for_each(done)
     }

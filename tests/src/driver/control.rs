@@ -2,6 +2,7 @@
 //!
 //! Not the road for illegal messages, which `vhost` refuses to send: see `raw.rs`.
 
+use std::fs::File;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -16,7 +17,7 @@ use vhost::vhost_user::message::{
     VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 
 use super::inflight::Inflight;
 use super::queue::{Attachment, PATIENCE, Queue};
@@ -274,6 +275,38 @@ impl Control {
     #[must_use]
     pub fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
         self.protocol.contains(feature)
+    }
+
+    /// Has the back end mark what it writes in `log` once LOG_ALL is accepted.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn set_log(&mut self, log: &File, len_bytes: u64) -> Result<(), ControlError> {
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: len_bytes,
+            mmap_offset: 0,
+            mmap_handle: log.as_raw_fd(),
+        };
+        self.within("SET_LOG_BASE", |f| f.set_log_base(0, Some(region)))
+    }
+
+    /// Accepts other features than before, as a front end does that begins or ends a migration.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn accept(&mut self, features: u64) -> Result<(), ControlError> {
+        self.features = features;
+        self.within("SET_FEATURES", |f| f.set_features(features))
+    }
+
+    /// Says again where a ring is.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn set_addresses(&mut self, ring: &Attachment) -> Result<(), ControlError> {
+        self.within("SET_VRING_ADDR", |f| {
+            f.set_vring_addr(ring.index, &ring.addresses)
+        })
     }
 
     /// Asks for a region in which requests in flight are tracked.

@@ -1,0 +1,144 @@
+//! The dirty log of a live migration: which pages of the guest's memory this process has written.
+//!
+//! A front end that moves its guest elsewhere copies the guest's memory while the guest runs, and copies again what
+//! changed. It sees what the guest's processors write, and not what we do: read data, status bytes and the used ring. What
+//! is not marked here arrives stale, and nobody notices.
+//!
+//! - **D1** A page is marked after it was written, and before the ring stops: a front end that takes the mark away and
+//!   copies the page has the new contents, or finds the mark again.
+//! - **D2** The log changes only while nothing is in flight, so a request is either marked whole or was over before.
+//! - Marks are made for whole buffers, whether all of them were written or not: one too many costs a copy.
+//!
+//! Source: vhost-user protocol, "Migration".
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use vhost::vhost_user::message::{VhostUserLog, VhostUserMemoryRegion};
+use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
+
+use crate::chain::Pieces;
+use crate::memory::{Memory, MemoryError, Region};
+
+/// Bytes that one bit stands for.
+const PAGE: u64 = 4096;
+
+/// The bitmap that the front end shares: page `n` is bit `n % 8` of byte `n / 8`.
+#[derive(Debug)]
+pub(crate) struct DirtyLog {
+    bitmap: Region,
+}
+
+impl DirtyLog {
+    /// Maps the log that the front end described.
+    pub(crate) fn map(log: &VhostUserLog, file: File) -> Result<Self, MemoryError> {
+        let region = VhostUserMemoryRegion::new(0, log.mmap_size, 0, log.mmap_offset);
+        Region::map(&region, file).map(|bitmap| Self { bitmap })
+    }
+
+    /// How many bytes of guest memory, from address 0 on, it has bits for.
+    pub(crate) fn covers(&self) -> u64 {
+        self.bitmap.len().saturating_mul(8 * PAGE)
+    }
+
+    /// Marks the pages of `len` bytes from `at` (D1). What lies beyond the log is nobody's memory.
+    pub(crate) fn mark(&self, at: u64, len: u64) {
+        let Some(last) = len.checked_sub(1).and_then(|rest| at.checked_add(rest)) else {
+            return;
+        };
+        for page in at / PAGE..=(last / PAGE).min(self.covers() / PAGE) {
+            self.mark_page(page);
+        }
+    }
+
+    fn mark_page(&self, page: u64) {
+        let Ok(byte) = self.bitmap.get_slice(MemoryRegionAddress(page / 8), 1) else {
+            return;
+        };
+        if let Ok(bits) = byte.get_atomic_ref::<AtomicU8>(0) {
+            bits.fetch_or(1 << (page % 8), Ordering::SeqCst);
+        }
+    }
+}
+
+/// What a worker has of the guest: its memory, and where writes to it are marked.
+#[derive(Debug, Clone)]
+pub(crate) struct Guest {
+    /// The memory.
+    pub(crate) memory: Arc<Memory>,
+    /// The log, while a migration wants one.
+    pub(crate) log: Option<Arc<DirtyLog>>,
+}
+
+/// The buffers of a request that are marked when it is answered.
+#[derive(Debug)]
+pub(crate) struct Dirty {
+    log: Arc<DirtyLog>,
+    pieces: Pieces,
+}
+
+impl Guest {
+    /// A guest without memory.
+    pub(crate) fn none() -> Self {
+        Self {
+            memory: Arc::new(Memory::new()),
+            log: None,
+        }
+    }
+
+    /// What is to be marked of buffers that may be written.
+    pub(crate) fn dirty(&self, pieces: &Pieces) -> Option<Dirty> {
+        self.log.as_ref().map(|log| Dirty {
+            log: Arc::clone(log),
+            pieces: pieces.clone(),
+        })
+    }
+}
+
+impl Dirty {
+    /// Marks them.
+    pub(crate) fn mark(&self) {
+        for piece in &self.pieces {
+            self.log.mark(piece.at.0, piece.len.into());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn every_page_that_is_touched_is_marked_and_no_other() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x3000).unwrap();
+        let own = file.try_clone().unwrap();
+        // It begins in the middle of a page of its file and of a byte of nothing.
+        let log = DirtyLog::map(&VhostUserLog::new(0x10, 0x1003), own).unwrap();
+        assert_eq!(log.covers(), 0x10 * 8 * 4096);
+        log.mark(0, 1);
+        log.mark(9 * 4096 - 1, 2);
+        log.mark(20 * 4096 + 1, 4096);
+        log.mark(50 * 4096, 0);
+        log.mark(127 * 4096, 1 << 40);
+        log.mark(u64::MAX - 10, 20);
+        let mut bits = [0; 0x12];
+        file.read_exact_at(&mut bits, 0x1002).unwrap();
+        let mut expected = [0; 0x12];
+        expected[1] = 0b1;
+        expected[2] = 0b11;
+        expected[3] = 0b11_0000;
+        expected[16] = 0b1000_0000;
+        assert_eq!(bits, expected);
+    }
+
+    #[test]
+    fn a_log_longer_than_its_file_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x1000).unwrap();
+        assert!(DirtyLog::map(&VhostUserLog::new(0x1001, 0), file).is_err());
+    }
+}
