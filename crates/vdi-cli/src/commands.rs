@@ -114,6 +114,8 @@ pub(crate) enum Failure {
     NoParent { path: PathBuf },
     #[error("an image without a parent has all of its contents; --unsafe goes with a new parent")]
     UnsafeFlatten,
+    #[error("cannot write the picture {}", path.display())]
+    Picture { path: PathBuf, source: io::Error },
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]

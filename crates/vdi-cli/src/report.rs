@@ -5,7 +5,10 @@
 
 mod info;
 mod map;
+mod picture;
 mod repair;
+mod strip;
+mod svg;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -17,7 +20,10 @@ use vdi_core::check::{Finding, MapSummary, Report, Severity};
 
 pub(crate) use self::info::{Looked, info};
 pub(crate) use self::map::{map, map_json};
+pub(crate) use self::picture::Scene;
 pub(crate) use self::repair::repair;
+pub(crate) use self::strip::{Colours, Shades, Terminal, strip};
+pub(crate) use self::svg::svg;
 
 /// Writes `value` as JSON for people and programs alike.
 pub(crate) fn json(out: &mut impl Write, value: &(impl Serialize + ?Sized)) -> io::Result<()> {

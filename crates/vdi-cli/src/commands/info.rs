@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use vdi_core::{Access, HostFile, Image, ImageKind, find_parent};
+use vdi_core::{Access, HostFile, Image, ImageKind, find_parent, layout};
 
 use super::{
     Failure, chain_options, done, find_files, locking, modified_parent, open_file, output,
@@ -47,8 +47,10 @@ fn look_at(file: HostFile) -> Result<(Image, Looked), Failure> {
         Ok(image) => {
             // st_blocks counts in units of 512 bytes whatever the file system's block is.
             let on_host_bytes = metadata.blocks() * 512;
-            let looked = Looked::new(&path, &image, metadata.len(), on_host_bytes);
-            Ok((image, looked))
+            match Looked::new(&path, &image, metadata.len(), on_host_bytes) {
+                Ok(looked) => Ok((image, looked)),
+                Err(source) => Err(Failure::Look { path, source }),
+            }
         }
         Err(source) => Err(Failure::Open { path, source }),
     }
@@ -58,20 +60,22 @@ fn look_at(file: HostFile) -> Result<(Image, Looked), Failure> {
 fn look_at_chain(args: &InfoArgs) -> Result<Vec<Looked>, Failure> {
     let options = chain_options(&args.open.chain, locking(&args.open));
     let modified = modified_parent(&args.open.chain);
-    let mut child: Option<(Image, Looked)> = None;
-    let mut chain = Vec::new();
+    let mut images: Vec<Image> = Vec::new();
+    let mut chain: Vec<Looked> = Vec::new();
     for file in find_files(&args.file, Access::ReadOnly, &options)? {
         let path = file.path().to_owned();
-        let parent = look_at(file)?;
-        if let Some((image, mut looked)) = child.take() {
-            looked.parent_is(&path);
-            if let Err(error) = image.check_parent(&parent.0, modified) {
-                looked.warn(&error);
+        let (image, looked) = look_at(file)?;
+        if let (Some(child), Some(child_looked)) = (images.last(), chain.last_mut()) {
+            child_looked.parent_is(&path);
+            if let Err(error) = child.check_parent(&image, modified) {
+                child_looked.warn(&error);
             }
-            chain.push(looked);
         }
-        child = Some(parent);
+        images.push(image);
+        chain.push(looked);
     }
-    chain.extend(child.map(|(_, looked)| looked));
+    for (looked, shown) in chain.iter_mut().zip(layout::shown(&images)) {
+        looked.shows(shown);
+    }
     Ok(chain)
 }

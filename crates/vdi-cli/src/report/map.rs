@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 use vdi_core::{Extent, Source};
 
+use super::picture::printable;
+
 /// One extent of the disk, as `qemu-img map` has it.
 #[derive(Debug, Serialize)]
 struct MapEntry<'p> {
@@ -73,7 +75,7 @@ pub(crate) fn map(
 ) -> io::Result<()> {
     let names: Vec<String> = match files {
         [_] => Vec::new(),
-        chain => names(chain).collect(),
+        chain => names(chain).map(|name| printable(&name)).collect(),
     };
     let title = if names.is_empty() { "" } else { "file" };
     let head = format!(
