@@ -74,8 +74,11 @@ fn look_at_chain(args: &InfoArgs) -> Result<Vec<Looked>, Failure> {
         images.push(image);
         chain.push(looked);
     }
-    for (looked, shown) in chain.iter_mut().zip(layout::shown(&images)) {
-        looked.shows(shown);
+    // Alone an image shows all that it has.
+    if images.len() > 1 {
+        for (looked, shown) in chain.iter_mut().zip(layout::shown(&images)) {
+            looked.shows(shown);
+        }
     }
     Ok(chain)
 }
