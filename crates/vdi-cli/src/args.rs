@@ -160,6 +160,18 @@ pub(crate) struct ChainArgs {
 ///
 /// A differencing image is shown even if its parent is not found.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Fragmentation is the share of blocks that are not kept right behind the block with storage in front
+of them, as `qemu-img check` counts it: 0 % if the file has them in the disk's order. Unused blocks in
+the file are `vdi compact`'s to remove.
+
+JSON has the keys of `qemu-img info`. Under format-specific.data there are, besides the header:
+  blocks         blocks of the disk: allocated, zero, unallocated
+  fragmentation  runs: pieces of the file in the disk's order, at best 1; fragmented-clusters:
+                 runs - 1; fragmented-percent: of the allocated ones; holes: unused blocks of the
+                 file between used ones; tail: unused blocks behind them
+  shown          with --backing-chain, if there are parents: bytes of data and of zeros that readers
+                 of the disk get from this image; its children hide the rest")]
 pub(crate) struct InfoArgs {
     /// The image
     pub(crate) file: PathBuf,
@@ -227,13 +239,43 @@ pub(crate) struct RepairArgs {
 }
 
 /// Show which parts of the disk have data, and where in which file
+///
+/// Of a differencing image the whole disk is shown, and behind each range the file of the image that it comes
+/// from. On a terminal the layout is drawn below the table.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+The drawing has a strip for the disk, whose cells have the colour of the image that most of the
+cell comes from, and one for each file in the file's order, whose cells have the colour of their
+place on the disk: a file without fragments goes through the colours once. Without colours
+(NO_COLOR, a dumb terminal, no terminal) there are digits instead; CLICOLOR_FORCE=1 asks for colours
+all the same.
+
+JSON is a list of ranges in the disk's order, with the keys of `qemu-img map`:
+  start, length     the range, in bytes of the disk
+  depth             the image that it comes from: 0 the one named, 1 its parent, and so on
+  present           whether any image has something here
+  zero, data        whether it reads as zeros without storage, or is in a file
+  offset, filename  where in which file, if it is in one
+
+Examples:
+  vdi map disk.vdi                   a table
+  vdi map --strip disk.vdi           a drawing for a look
+  vdi map --svg disk.svg disk.vdi    a picture for a browser, with details where the mouse points")]
 pub(crate) struct MapArgs {
     /// The image
     pub(crate) file: PathBuf,
     /// Print JSON as `qemu-img map --output=json` does
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["svg", "strip"])]
     pub(crate) json: bool,
+    /// Draw the layout and print no table
+    #[arg(long)]
+    pub(crate) strip: bool,
+    /// Draw the layout as a picture into FILE, and print no table
+    #[arg(long, value_name = "FILE", conflicts_with = "strip")]
+    pub(crate) svg: Option<PathBuf>,
+    /// Replace the picture's FILE if it exists and is not empty
+    #[arg(long, requires = "svg")]
+    pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 }

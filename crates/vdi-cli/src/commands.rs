@@ -1,9 +1,12 @@
 //! The verbs: each is one call of the library and one report.
 
+mod check;
 mod clone;
 mod commit;
 mod compact;
 mod compare;
+mod info;
+mod map;
 mod rebase;
 mod repair;
 mod resize;
@@ -22,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::CommandFactory;
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use vdi_core::check::{self, CheckError, Report, Severity};
+use vdi_core::check::CheckError;
 use vdi_core::clone::CloneError;
 use vdi_core::commit::CommitError;
 use vdi_core::compact::CompactError;
@@ -34,17 +37,13 @@ use vdi_core::resize::ResizeError;
 use vdi_core::set::SetError;
 use vdi_core::{
     Access, Capacity, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError,
-    HostFile, Image, ImageKind, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage,
-    find_chain, find_parent,
+    HostFile, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage, find_chain,
 };
 
 use crate::args::{
-    ChainArgs, CheckArgs, Cli, CompletionsArgs, ConvertArgs, CreateArgs, Format, InfoArgs,
-    LayoutArgs, MapArgs, OpenArgs, Verb,
+    ChainArgs, Cli, CompletionsArgs, ConvertArgs, CreateArgs, Format, LayoutArgs, OpenArgs, Verb,
 };
 use crate::new_file::{Existing, NewFile, NewFileError};
-use crate::report::{self, Looked};
-use crate::{EXIT_CORRUPT, EXIT_LEAKS};
 
 /// Why a verb failed.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +114,8 @@ pub(crate) enum Failure {
     NoParent { path: PathBuf },
     #[error("an image without a parent has all of its contents; --unsafe goes with a new parent")]
     UnsafeFlatten,
+    #[error("cannot write the picture {}", path.display())]
+    Picture { path: PathBuf, source: io::Error },
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]
@@ -127,10 +128,10 @@ pub(crate) enum Failure {
 pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Create(args) => create(&args),
-        Verb::Info(args) => info(&args),
-        Verb::Check(args) => check(&args),
+        Verb::Info(args) => info::run(&args),
+        Verb::Check(args) => check::run(&args),
         Verb::Repair(args) => repair::repair(&args),
-        Verb::Map(args) => map(&args),
+        Verb::Map(args) => map::run(&args),
         Verb::Convert(args) => convert(&args),
         Verb::Snapshot(args) => snapshot::run(&args),
         Verb::Compact(args) => compact::run(&args),
@@ -162,114 +163,6 @@ fn create(args: &CreateArgs) -> Result<ExitCode, Failure> {
     }
     new.publish()?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn info(args: &InfoArgs) -> Result<ExitCode, Failure> {
-    let looked = if args.backing_chain {
-        look_at_chain(args)?
-    } else {
-        let (image, mut looked) = look_at(open_file(&args.file, &args.open)?)?;
-        if let ImageKind::Differencing(link) = image.header().kind() {
-            let options = chain_options(&args.open.chain, locking(&args.open));
-            match find_parent(&args.file, link.uuid_image, &options) {
-                Ok(path) => looked.parent_is(&path),
-                // It can be shown all the same.
-                Err(error) => looked.warn(&error),
-            }
-        }
-        vec![looked]
-    };
-    let mut out = output();
-    match (args.json, looked.as_slice()) {
-        (true, [one]) if !args.backing_chain => report::json(&mut out, one)?,
-        (true, chain) => report::json(&mut out, chain)?,
-        (false, chain) => report::info(&mut out, chain)?,
-    }
-    done(out, ExitCode::SUCCESS)
-}
-
-/// Looks at one file of a disk.
-fn look_at(file: HostFile) -> Result<(Image, Looked), Failure> {
-    let path = file.path().to_owned();
-    let metadata = match file.file().metadata() {
-        Ok(metadata) => metadata,
-        Err(source) => return Err(Failure::Look { path, source }),
-    };
-    match Image::examine(Arc::new(file)) {
-        Ok(image) => {
-            // st_blocks counts in units of 512 bytes whatever the file system's block is.
-            let on_host_bytes = metadata.blocks() * 512;
-            let looked = Looked::new(&path, &image, metadata.len(), on_host_bytes);
-            Ok((image, looked))
-        }
-        Err(source) => Err(Failure::Open { path, source }),
-    }
-}
-
-/// Looks at an image and all its parents, whose links are judged but not insisted on.
-fn look_at_chain(args: &InfoArgs) -> Result<Vec<Looked>, Failure> {
-    let options = chain_options(&args.open.chain, locking(&args.open));
-    let modified = modified_parent(&args.open.chain);
-    let mut child: Option<(Image, Looked)> = None;
-    let mut chain = Vec::new();
-    for file in find_files(&args.file, Access::ReadOnly, &options)? {
-        let path = file.path().to_owned();
-        let parent = look_at(file)?;
-        if let Some((image, mut looked)) = child.take() {
-            looked.parent_is(&path);
-            if let Err(error) = image.check_parent(&parent.0, modified) {
-                looked.warn(&error);
-            }
-            chain.push(looked);
-        }
-        child = Some(parent);
-    }
-    chain.extend(child.map(|(_, looked)| looked));
-    Ok(chain)
-}
-
-fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
-    let file = open_file(&args.file, &args.open)?;
-    let mut found = check::check(&file).map_err(|source| Failure::Check {
-        path: args.file.clone(),
-        source,
-    })?;
-    let options = chain_options(&args.open.chain, locking(&args.open));
-    check::check_parents(&args.file, &options, &mut found)
-        .map_err(|error| no_chain(&args.file, error))?;
-    let mut out = output();
-    if args.json {
-        report::json(&mut out, &report::Checked::new(&args.file, &found))?;
-    } else {
-        report::check(&mut out, &args.file, &found)?;
-    }
-    done(out, exit_code(&found))
-}
-
-/// What a check's result is for programs.
-fn exit_code(found: &Report) -> ExitCode {
-    match found.worst() {
-        Some(Severity::Corruption) => ExitCode::from(EXIT_CORRUPT),
-        Some(Severity::Leak) => ExitCode::from(EXIT_LEAKS),
-        Some(Severity::Note) | None => ExitCode::SUCCESS,
-    }
-}
-
-fn map(args: &MapArgs) -> Result<ExitCode, Failure> {
-    let chain = &args.open.chain;
-    let options = chain_options(chain, locking(&args.open));
-    let files = find_files(&args.file, Access::ReadOnly, &options)?;
-    let paths: Vec<PathBuf> = files.iter().map(|file| file.path().to_owned()).collect();
-    let disk = open_files(&args.file, files, Access::ReadOnly, modified_parent(chain))?;
-    let visit = disk.lane().enter();
-    let mut out = output();
-    let extents = disk.map(disk.capacity().whole(), &visit);
-    if args.json {
-        report::map_json(&mut out, extents, &paths)?;
-    } else {
-        report::map(&mut out, extents, &paths)?;
-    }
-    done(out, ExitCode::SUCCESS)
 }
 
 fn completions(args: &CompletionsArgs) -> Result<ExitCode, Failure> {

@@ -4,19 +4,26 @@
 //! Names in the JSON output are stable: they may be added to, never changed.
 
 mod info;
+mod map;
+mod picture;
 mod repair;
+mod strip;
+mod svg;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 use vdi_core::check::{Finding, MapSummary, Report, Severity};
-use vdi_core::{Extent, Source};
 
 pub(crate) use self::info::{Looked, info};
+pub(crate) use self::map::{map, map_json};
+pub(crate) use self::picture::Scene;
 pub(crate) use self::repair::repair;
+pub(crate) use self::strip::{Colours, Shades, Terminal, strip};
+pub(crate) use self::svg::svg;
 
 /// Writes `value` as JSON for people and programs alike.
 pub(crate) fn json(out: &mut impl Write, value: &(impl Serialize + ?Sized)) -> io::Result<()> {
@@ -131,99 +138,4 @@ pub(crate) fn check(out: &mut impl Write, path: &Path, report: &Report) -> io::R
             path.display()
         ),
     }
-}
-
-/// One extent of the disk, as `qemu-img map` has it.
-#[derive(Debug, Serialize)]
-struct MapEntry<'p> {
-    start: u64,
-    length: u64,
-    depth: usize,
-    /// The image itself says what is here; a parent of it need not be asked.
-    present: bool,
-    zero: bool,
-    data: bool,
-    compressed: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    offset: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    filename: Option<&'p str>,
-}
-
-/// Writes the map as JSON, an extent on a line. Nothing is collected: a map may be long. `files` are
-/// the images of the disk, the top one first.
-pub(crate) fn map_json(
-    out: &mut impl Write,
-    extents: impl Iterator<Item = Extent>,
-    files: &[PathBuf],
-) -> io::Result<()> {
-    let names: Vec<String> = names(files).collect();
-    write!(out, "[")?;
-    let mut start = 0;
-    for extent in extents {
-        if start > 0 {
-            writeln!(out, ",")?;
-        }
-        let (present, depth, offset) = match extent.source {
-            Source::Unallocated => (false, 0, None),
-            Source::Zero { depth } => (true, depth, None),
-            Source::Stored { depth, at } => (true, depth, Some(at.0)),
-        };
-        let (zero, data) = (offset.is_none(), offset.is_some());
-        let length = extent.len_bytes;
-        let entry = MapEntry {
-            start,
-            length,
-            depth,
-            present,
-            zero,
-            data,
-            compressed: false,
-            offset,
-            filename: offset.and_then(|_| names.get(depth)).map(String::as_str),
-        };
-        serde_json::to_writer(&mut *out, &entry)?;
-        start += length;
-    }
-    writeln!(out, "]")
-}
-
-fn names(files: &[PathBuf]) -> impl Iterator<Item = String> {
-    files.iter().map(|path| path.display().to_string())
-}
-
-/// Writes the map for people: behind what comes from a chain of images, the file that it is in.
-pub(crate) fn map(
-    out: &mut impl Write,
-    extents: impl Iterator<Item = Extent>,
-    files: &[PathBuf],
-) -> io::Result<()> {
-    let names: Vec<String> = match files {
-        [_] => Vec::new(),
-        chain => names(chain).collect(),
-    };
-    let title = if names.is_empty() { "" } else { "file" };
-    let head = format!(
-        "{:>18} {:>18}  {:<12} {:>18}  {title}",
-        "start", "length", "state", "in the file at"
-    );
-    writeln!(out, "{}", head.trim_end())?;
-    let mut start = 0;
-    for extent in extents {
-        let (state, depth, at) = match extent.source {
-            Source::Unallocated => ("unallocated", None, String::new()),
-            Source::Zero { depth } => ("zero", Some(depth), String::new()),
-            Source::Stored { depth, at } => ("stored", Some(depth), format!("{:#x}", at.0)),
-        };
-        let name = depth
-            .and_then(|depth| names.get(depth))
-            .map_or("", String::as_str);
-        let line = format!(
-            "{start:>#18x} {:>#18x}  {state:<12} {at:>18}  {name}",
-            extent.len_bytes
-        );
-        writeln!(out, "{}", line.trim_end())?;
-        start += extent.len_bytes;
-    }
-    Ok(())
 }

@@ -99,6 +99,11 @@ impl Disk {
         &self.images[0]
     }
 
+    /// The images, the top one first.
+    pub fn images(&self) -> &[Image] {
+        &self.images
+    }
+
     /// The headers of the images, the top one's first, as they were at open.
     pub fn headers(&self) -> impl ExactSizeIterator<Item = &Header> {
         self.images.iter().map(|image| &image.header)
@@ -145,12 +150,7 @@ impl Disk {
     /// Where the bytes of a range are now, in order, neighbours merged. What it says is good as
     /// long as the visit lasts.
     pub fn map<'d>(&'d self, range: SectorRange, _visit: &'d Visit) -> Extents<'d> {
-        Extents {
-            images: &self.images,
-            at: range.start_bytes(),
-            end: range.end_bytes(),
-            next: None,
-        }
+        Extents::over(&self.images, range)
     }
 
     /// What the parents have where the top image's `block` is; depth 0 is the first parent.
@@ -365,7 +365,17 @@ pub struct Extents<'d> {
     next: Option<Extent>,
 }
 
-impl Extents<'_> {
+impl<'d> Extents<'d> {
+    /// What these images have of a range, the first one in front of the others.
+    pub(crate) const fn over(images: &'d [Image], range: SectorRange) -> Self {
+        Self {
+            images,
+            at: range.start_bytes(),
+            end: range.end_bytes(),
+            next: None,
+        }
+    }
+
     /// The longest run from here that every image answers as one.
     ///
     /// The first image that has something counts. A parent that is smaller than its child

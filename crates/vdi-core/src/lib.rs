@@ -34,6 +34,7 @@ pub mod format;
 pub mod header;
 mod holes;
 mod image;
+pub mod layout;
 mod link;
 mod lock;
 pub mod rebase;

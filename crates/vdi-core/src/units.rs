@@ -191,6 +191,12 @@ impl FileBlock {
     pub const fn index(self) -> usize {
         self.0 as usize
     }
+
+    /// Whether `other` is the block right behind this one.
+    pub const fn is_before(self, other: Self) -> bool {
+        // Numbers are below LIMIT.
+        self.0 + 1 == other.0
+    }
 }
 
 impl fmt::Display for FileBlock {

@@ -11,7 +11,8 @@ use vdi_core::check::{self, Report};
 use vdi_core::repair::{self, Plan, Unreadable};
 use vdi_core::{Access, HostFile, Locking};
 
-use super::{Failure, done, exit_code, in_use, output};
+use super::check::exit_code;
+use super::{Failure, done, in_use, output};
 use crate::args::RepairArgs;
 use crate::report;
 

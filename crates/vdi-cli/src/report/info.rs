@@ -8,8 +8,10 @@ use std::path::Path;
 use serde::Serialize;
 use vdi_core::block_map::BlockMapEntry;
 use vdi_core::format::RawHeader;
+use vdi_core::layout::{Shown, Spread};
 use vdi_core::{Image, ImageKind};
 
+use super::picture::printable;
 use crate::line_of_causes;
 use crate::size::Human;
 
@@ -52,6 +54,9 @@ struct SpecificData {
     file_length: u64,
     comment: String,
     blocks: Blocks,
+    fragmentation: Fragmentation,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shown: Option<ShownBytes>,
     #[serde(skip)]
     has_parent: bool,
     lchs_geometry: Option<Geometry>,
@@ -78,6 +83,38 @@ impl Blocks {
         }
         blocks
     }
+}
+
+/// How the blocks are spread over the file, in the words of [`vdi_core::layout`].
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Fragmentation {
+    runs: u32,
+    fragmented_clusters: u32,
+    fragmented_percent: f64,
+    holes: u32,
+    tail: u64,
+}
+
+impl From<Spread> for Fragmentation {
+    fn from(spread: Spread) -> Self {
+        Self {
+            runs: spread.runs,
+            fragmented_clusters: spread.fragmented(),
+            // Two decimals; more are noise.
+            fragmented_percent: (spread.fragmented_percent() * 100.0).round() / 100.0,
+            holes: spread.holes,
+            tail: spread.tail,
+        }
+    }
+}
+
+/// How much of the disk an image of its chain answers for.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct ShownBytes {
+    data: u64,
+    zero: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -144,7 +181,13 @@ impl HeaderFields {
 }
 
 impl Looked {
-    pub(crate) fn new(path: &Path, image: &Image, len_bytes: u64, on_host_bytes: u64) -> Self {
+    /// Looks at an image in a file of that length; its map is walked.
+    pub(crate) fn new(
+        path: &Path,
+        image: &Image,
+        len_bytes: u64,
+        on_host_bytes: u64,
+    ) -> io::Result<Self> {
         let raw = image.header().raw();
         let version = raw.version.get();
         let data = SpecificData {
@@ -153,11 +196,13 @@ impl Looked {
             file_length: len_bytes,
             comment: raw.comment(),
             blocks: Blocks::count(image),
+            fragmentation: Spread::of(image)?.into(),
+            shown: None,
             has_parent: matches!(image.header().kind(), ImageKind::Differencing(_)),
             lchs_geometry: Geometry::of(raw),
             header: HeaderFields::of(raw),
         };
-        Self {
+        Ok(Self {
             filename: path.display().to_string(),
             format: "vdi",
             virtual_size: image.header().capacity().bytes(),
@@ -173,7 +218,15 @@ impl Looked {
                 .warnings()
                 .map(|warning| format!("{warning}; see `vdi check`"))
                 .collect(),
-        }
+        })
+    }
+
+    /// Says what readers of the chain's disk get from this image.
+    pub(crate) fn shows(&mut self, shown: Shown) {
+        self.format_specific.data.shown = Some(ShownBytes {
+            data: shown.data_bytes,
+            zero: shown.zero_bytes,
+        });
     }
 
     /// Says where the parent's file is.
@@ -207,13 +260,17 @@ fn one(out: &mut impl Write, looked: &Looked) -> io::Result<()> {
     let data = &looked.format_specific.data;
     let size = |bytes: u64| format!("{} ({bytes} bytes)", Human(bytes));
     let mut line = |name: &str, value: &str| writeln!(out, "{name:<14} {value}");
-    line("image:", &looked.filename)?;
+    line("image:", &printable(&looked.filename))?;
     line("format:", &format!("vdi {}, {}", data.version, data.kind))?;
     line("virtual size:", &size(looked.virtual_size))?;
     let (used, len) = (Human(looked.actual_size), size(data.file_length));
     line("disk usage:", &format!("{used}, file of {len}"))?;
     line("block size:", &size(u64::from(looked.cluster_size)))?;
     line("blocks:", &data.blocks.to_string())?;
+    line("fragmentation:", &data.fragmentation.to_string())?;
+    if let Some(shown) = &data.shown {
+        line("shows:", &shown.to_string())?;
+    }
     if !data.comment.is_empty() {
         // It is the image's, not ours: nothing in it shall steer a terminal.
         line("comment:", &data.comment.escape_debug().to_string())?;
@@ -226,7 +283,8 @@ fn one(out: &mut impl Write, looked: &Looked) -> io::Result<()> {
             .parent
             .as_ref()
             .map(|p| p.full_backing_filename.as_str());
-        line("parent:", file.unwrap_or("not found"))?;
+        // It may have been found in a directory of somebody else's.
+        line("parent:", &printable(file.unwrap_or("not found")))?;
     }
     match &data.lchs_geometry {
         Some(geometry) => line("geometry:", &geometry.to_string())?,
@@ -269,6 +327,30 @@ impl fmt::Display for Blocks {
             f,
             "{allocated} allocated, {zero} zero, {unallocated} unallocated"
         )
+    }
+}
+
+impl fmt::Display for Fragmentation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            runs,
+            fragmented_clusters: _,
+            fragmented_percent: percent,
+            holes,
+            tail,
+        } = self;
+        let word = if *runs == 1 { "run" } else { "runs" };
+        write!(
+            f,
+            "{percent:.1} % ({runs} {word}); unused in the file: {holes} between blocks, {tail} behind them"
+        )
+    }
+}
+
+impl fmt::Display for ShownBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (data, zero) = (Human(self.data), Human(self.zero));
+        write!(f, "{data} of data, {zero} of zeros; children hide the rest")
     }
 }
 
