@@ -14,7 +14,7 @@ use zerocopy::IntoBytes;
 
 use crate::disk::Disk;
 use crate::format::RawUuid;
-use crate::room::Plan;
+use crate::room::{Counts, Plan, Room};
 use crate::visit::Visits;
 use crate::writer::{CLOSED, NoRoom, OPEN, State, WriteError, Writer, lock, wake};
 
@@ -78,8 +78,9 @@ impl Disk {
     /// W6: children notice that their parent changed.
     fn mark(&self, writer: &Writer, modified: Modified) -> Result<(), WriteError> {
         if !writer.marked.load(Ordering::Acquire) {
-            let owned_end = self.top().map.owned_end().max(writer.hidden_end);
             self.final_io(writer, || {
+                self.bring_home(writer)?;
+                let owned_end = self.top().map.owned_end().max(writer.hidden_end);
                 // An image whose count is too small has blocks that others would overwrite.
                 if self.top().header.blocks_allocated() < owned_end {
                     self.write_count(writer, owned_end)?;
@@ -95,6 +96,27 @@ impl Disk {
         let mut state = lock(&writer.state);
         writer.marked.store(true, Ordering::Release);
         wake(&mut state.parked);
+        Ok(())
+    }
+
+    /// Moves blocks that are away (B1) into the places that others left for a map, before anything changes: a
+    /// block released now would make the image one that is not full. Readers may still be at the
+    /// old places, which stay as they are.
+    fn bring_home(&self, writer: &Writer) -> io::Result<()> {
+        let top = self.top();
+        let in_image = top.header.blocks_in_image();
+        if top.map.owned_end() <= in_image {
+            return Ok(());
+        }
+        // A killed program's last entries must not be lost when their old places get other contents.
+        top.storage.sync()?;
+        self.fill_holes(u64::MAX)?;
+        let counts = Counts {
+            in_image,
+            allocated: top.header.blocks_allocated(),
+        };
+        let file_len = top.storage.len_bytes()?;
+        lock(&writer.state).room = Room::new(&top.map.owners(), top.area, counts, file_len);
         Ok(())
     }
 
