@@ -122,7 +122,7 @@ impl Disk {
 
     /// W1. The blocks of the plan are in nobody's hands meanwhile.
     fn make_room(&self, writer: &Writer) -> Result<bool, WriteError> {
-        let (plan, wanted) = {
+        let (mut plan, wanted) = {
             let mut state = lock(&writer.state);
             let wanted = std::mem::take(&mut state.wants_blocks);
             let wants_more = std::mem::take(&mut state.wants_more);
@@ -140,10 +140,14 @@ impl Disk {
             };
             (plan, wanted)
         };
-        let done = match &plan {
-            Plan::Recycle(ranges) => self.recycle(writer, ranges),
-            Plan::Extend(range) => self.extend(writer, range.end),
-        };
+        let mut done = self.carry_out(writer, &plan);
+        if let Err(WriteError::NoSpace { .. }) = done {
+            let least = lock(&writer.state).room.least(&plan, wanted);
+            if let Some(least) = least {
+                done = self.carry_out(writer, &least);
+                plan = least;
+            }
+        }
         let mut state = lock(&writer.state);
         match &done {
             Ok(()) => {
@@ -159,6 +163,13 @@ impl Disk {
         }
         wake(&mut state.parked);
         done.map(|()| true)
+    }
+
+    fn carry_out(&self, writer: &Writer, plan: &Plan) -> Result<(), WriteError> {
+        match plan {
+            Plan::Recycle(ranges) => self.recycle(writer, ranges),
+            Plan::Extend(range) => self.extend(writer, range.end),
+        }
     }
 
     /// Makes blocks without an owner read as zeros and brings them under W1: a header may count blocks
