@@ -511,6 +511,32 @@ fn a_full_host_refuses_writes_to_new_blocks_only_and_takes_them_again_later() {
     bench.disk.close().unwrap();
 }
 
+/// W1: a step is 64 MiB at least, but the file may get four blocks longer.
+#[test]
+fn the_last_blocks_that_a_host_has_room_for_are_used() {
+    let bench = Bench::with_blocks(2);
+    let limit = bench.layout.end_of(6);
+    for _ in 0..1000 {
+        let failure = Failure::Clean(Errno::EFBIG);
+        bench
+            .file
+            .fail(Kind::SetLen, limit + 1..u64::MAX, 0, failure);
+    }
+    for block in 2..6 {
+        bench.write_blocking(block, 7).unwrap();
+        assert_eq!(bench.first_byte(block), 7);
+    }
+    assert_eq!(bench.file.contents().len_bytes(), limit);
+    let refused = bench.write_blocking(6, 7);
+    assert!(
+        matches!(refused, Err(WriteError::NoSpace { .. })),
+        "{refused:?}"
+    );
+    bench.file.heal();
+    bench.write_blocking(6, 7).unwrap();
+    bench.disk.close().unwrap();
+}
+
 #[test]
 fn a_punch_that_fails_is_tried_again() {
     let bench = Bench::marked(0);

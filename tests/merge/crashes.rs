@@ -180,6 +180,9 @@ fn image(behind: &[Contents], random: &mut Random) -> Contents {
     vdi_core::create(&path, &options).unwrap();
     let mut contents = Contents::default();
     contents.write(0, &std::fs::read(&path).unwrap());
+    if options.kind != NewKind::Fixed && percent(random, 25) {
+        contents = of_version_0(&contents);
+    }
     let mut all = vec![contents];
     all.extend_from_slice(behind);
     let world = World::new(all);
@@ -187,6 +190,25 @@ fn image(behind: &[Contents], random: &mut Random) -> Contents {
     scribble(&disk, random);
     disk.close().unwrap();
     world.files[0].contents()
+}
+
+/// An empty image with the header of version 0, and entries enough for any child to be merged into it.
+fn of_version_0(new: &Contents) -> Contents {
+    const ENTRIES: u32 = 13;
+    let mut old = Contents::default();
+    old.write(0, &new.bytes(0..0x44));
+    old.write(0x44, &2_u32.to_le_bytes());
+    // Type, flags and comment; size and block size; image, modify and parent.
+    for (to, from) in [
+        (0x48, 0x4C..0x154),
+        (0x160, 0x170..0x17C),
+        (0x174, 0x188..0x1B8),
+    ] {
+        old.write(to, &new.bytes(from));
+    }
+    old.write(0x16C, &ENTRIES.to_le_bytes());
+    old.write(0x1A4, &[0xFF; 4 * ENTRIES as usize]);
+    old
 }
 
 /// A chain, the top image first.

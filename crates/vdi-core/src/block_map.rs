@@ -3,8 +3,15 @@
 //! Invariants, established by [`BlockMap::load`] and kept by every change:
 //!
 //! - **B1** An allocated entry names a file block below `blocks_in_image` whose part of
-//!   the disk lies inside the file.
+//!   the disk lies inside the file. In a full image, where nobody will ever want a number for a new block,
+//!   it may be one of the next [`MOST_AWAY`]: see below.
 //! - **B2** No two entries name the same file block.
+//!
+//! A full image whose map needs more room has no number for the blocks that make way for it. While
+//! [`crate::resize`] works they are *away*, behind the end of what the numbers reach. VirtualBox and QEMU
+//! read and write such blocks like any other (QEMU's check calls them corrupt), and give no new block
+//! a number, since every block of the disk has one. Before the first change [`crate::chores`] brings
+//! them home.
 //!
 //! Look-ups take no lock and never wait. Memory is taken as entries are read and
 //! found right, so a file that only claims to be large costs nothing: its holes read as
@@ -23,6 +30,10 @@ use crate::units::{Capacity, DiskBlock, FileBlock, FileOffset};
 
 /// How much of the map is read at a time.
 const PIECE_ENTRIES: u32 = 256 << 10;
+
+/// How many blocks can be away: `offset_data` has 32 bits and a block at least 128 KiB, so no more than
+/// these make way for a map.
+pub(crate) const MOST_AWAY: u32 = 1 << 15;
 
 /// The three states of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,11 +108,12 @@ impl BlockMap {
                 }
             }
         }
+        let owners = judge.finish()?;
         let map = Self {
             entries: entries.into_boxed_slice(),
             start: header.map_start(),
         };
-        Ok((map, judge.owners))
+        Ok((map, owners))
     }
 
     /// Where `block` is kept.
@@ -144,6 +156,16 @@ impl BlockMap {
         })
     }
 
+    /// Which file blocks the blocks of the disk use now.
+    pub(crate) fn owners(&self) -> Owners {
+        let mut owners = Owners::none();
+        for (file_block, _) in self.allocated() {
+            let is_first = owners.take(file_block);
+            assert!(is_first, "B2");
+        }
+        owners
+    }
+
     /// The number behind the highest file block in use.
     pub(crate) fn owned_end(&self) -> u32 {
         let ends = self.allocated().map(|(file_block, _)| file_block.get() + 1);
@@ -169,6 +191,13 @@ pub struct Owners {
 }
 
 impl Owners {
+    const fn none() -> Self {
+        Self {
+            bits: Vec::new(),
+            hidden_end: 0,
+        }
+    }
+
     /// Takes `block`, unless it has an owner.
     fn take(&mut self, block: FileBlock) -> bool {
         let (word, bit) = (block.index() / 64, 1u64 << (block.get() % 64));
@@ -224,6 +253,10 @@ struct Judge {
     header: Header,
     /// Every lower file block lies inside the file as a whole.
     whole: u64,
+    /// The first block that is away.
+    away: Option<MapError>,
+    /// Some block of the disk has no storage.
+    has_open: bool,
 }
 
 impl Judge {
@@ -231,31 +264,37 @@ impl Judge {
         let area = header.data_area();
         let whole = file_len.saturating_sub(area.start().0) / area.stride_bytes();
         Self {
-            owners: Owners {
-                bits: Vec::new(),
-                hidden_end: 0,
-            },
+            owners: Owners::none(),
             blocks_in_image: header.blocks_in_image(),
             disk_blocks: header.block_size().blocks_for(header.capacity().bytes()),
             file_len,
             header: header.clone(),
             whole,
+            away: None,
+            has_open: false,
         }
     }
 
     fn admit(&mut self, block: DiskBlock, entry: BlockMapEntry) -> Result<(), MapError> {
+        let is_hidden = u64::from(block.get()) >= self.disk_blocks;
         let BlockMapEntry::Allocated(file_block) = entry else {
+            self.has_open |= !is_hidden;
             return Ok(());
         };
         if file_block.get() >= self.blocks_in_image {
             let blocks_in_image = self.blocks_in_image;
-            return Err(MapError::OutOfRange {
+            let out_of_range = MapError::OutOfRange {
                 block: block.get(),
                 file_block: file_block.get(),
                 blocks_in_image,
-            });
+            };
+            let is_too_far = file_block.get() - blocks_in_image >= MOST_AWAY;
+            if is_hidden || is_too_far || self.check_inside(block, file_block).is_err() {
+                return Err(out_of_range);
+            }
+            self.away.get_or_insert(out_of_range);
         }
-        if u64::from(block.get()) >= self.disk_blocks {
+        if is_hidden {
             self.owners.hidden_end = self.owners.hidden_end.max(file_block.get() + 1);
         } else if u64::from(file_block.get()) >= self.whole {
             self.check_inside(block, file_block)?;
@@ -267,6 +306,15 @@ impl Judge {
             });
         }
         Ok(())
+    }
+
+    /// All entries are admitted: may blocks be away?
+    fn finish(self) -> Result<Owners, MapError> {
+        let is_full = !self.has_open && self.owners.hidden_end == 0;
+        match self.away {
+            Some(out_of_range) if !is_full => Err(out_of_range),
+            _ => Ok(self.owners),
+        }
     }
 
     /// The last block may be cut where the disk ends (B1).
@@ -339,10 +387,7 @@ pub enum MapError {
 impl Owners {
     /// Owners of these blocks.
     pub(crate) fn of(owned: &[u32]) -> Self {
-        let mut owners = Self {
-            bits: Vec::new(),
-            hidden_end: 0,
-        };
+        let mut owners = Self::none();
         for &number in owned {
             assert!(owners.take(FileBlock::new(number).unwrap()));
         }
@@ -421,6 +466,40 @@ mod tests {
         ));
         let refused = load(&[ENTRY_ZERO - 1, 0, 1, 2], end_of(9));
         assert!(matches!(refused, Err(MapError::OutOfRange { .. })));
+    }
+
+    #[test]
+    fn only_in_a_full_image_blocks_may_be_away() {
+        let away = [1, 4, 2, 5];
+        let (map, owners) = load(&away, end_of(6)).unwrap();
+        assert_eq!((map.owned_end(), owners.end()), (6, 6));
+        assert_eq!(owners.gaps(4), [0..1, 3..4]);
+        assert_eq!(map.owners().gaps(6), owners.gaps(6));
+        // The disk has four blocks, entries beyond it may be open.
+        assert!(load(&[1, 7, 2, 5, ENTRY_FREE], end_of(8)).is_ok());
+        for (entries, blocks) in [
+            ([1, 4, ENTRY_ZERO, 5, ENTRY_FREE], 6),
+            ([ENTRY_FREE, 7, 2, 5, ENTRY_FREE], 8),
+            ([1, 7, 2, 5, 6], 8),
+            ([1, 7, 2, 3, 0], 8),
+            (
+                [1, 2, 3, 5 + MOST_AWAY, ENTRY_FREE],
+                6 + u64::from(MOST_AWAY),
+            ),
+        ] {
+            let refused = load(&entries, end_of(blocks));
+            assert!(
+                matches!(refused, Err(MapError::OutOfRange { .. })),
+                "{entries:?}"
+            );
+        }
+        let refused = load(&[1, 4, 2, 4], end_of(6));
+        assert!(matches!(refused, Err(MapError::TwoOwners { .. })));
+        let refused = load(&away, end_of(5));
+        assert!(matches!(
+            refused,
+            Err(MapError::OutOfRange { block: 3, .. })
+        ));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use zerocopy::IntoBytes;
 
 use crate::disk::Disk;
 use crate::format::RawUuid;
-use crate::room::Plan;
+use crate::room::{Counts, Plan, Room};
 use crate::visit::Visits;
 use crate::writer::{CLOSED, NoRoom, OPEN, State, WriteError, Writer, lock, wake};
 
@@ -78,8 +78,9 @@ impl Disk {
     /// W6: children notice that their parent changed.
     fn mark(&self, writer: &Writer, modified: Modified) -> Result<(), WriteError> {
         if !writer.marked.load(Ordering::Acquire) {
-            let owned_end = self.top().map.owned_end().max(writer.hidden_end);
             self.final_io(writer, || {
+                self.bring_home(writer)?;
+                let owned_end = self.top().map.owned_end().max(writer.hidden_end);
                 // An image whose count is too small has blocks that others would overwrite.
                 if self.top().header.blocks_allocated() < owned_end {
                     self.write_count(writer, owned_end)?;
@@ -98,9 +99,30 @@ impl Disk {
         Ok(())
     }
 
+    /// Moves blocks that are away (B1) into the places that others left for a map, before anything changes: a
+    /// block released now would make the image one that is not full. Readers may still be at the
+    /// old places, which stay as they are.
+    fn bring_home(&self, writer: &Writer) -> io::Result<()> {
+        let top = self.top();
+        let in_image = top.header.blocks_in_image();
+        if top.map.owned_end() <= in_image {
+            return Ok(());
+        }
+        // A killed program's last entries must not be lost when their old places get other contents.
+        top.storage.sync()?;
+        self.fill_holes(u64::MAX)?;
+        let counts = Counts {
+            in_image,
+            allocated: top.header.blocks_allocated(),
+        };
+        let file_len = top.storage.len_bytes()?;
+        lock(&writer.state).room = Room::new(&top.map.owners(), top.area, counts, file_len);
+        Ok(())
+    }
+
     /// W1. The blocks of the plan are in nobody's hands meanwhile.
     fn make_room(&self, writer: &Writer) -> Result<bool, WriteError> {
-        let (plan, wanted) = {
+        let (mut plan, wanted) = {
             let mut state = lock(&writer.state);
             let wanted = std::mem::take(&mut state.wants_blocks);
             let wants_more = std::mem::take(&mut state.wants_more);
@@ -118,10 +140,14 @@ impl Disk {
             };
             (plan, wanted)
         };
-        let done = match &plan {
-            Plan::Recycle(ranges) => self.recycle(writer, ranges),
-            Plan::Extend(range) => self.extend(writer, range.end),
-        };
+        let mut done = self.carry_out(writer, &plan);
+        if let Err(WriteError::NoSpace { .. }) = done {
+            let least = lock(&writer.state).room.least(&plan, wanted);
+            if let Some(least) = least {
+                done = self.carry_out(writer, &least);
+                plan = least;
+            }
+        }
         let mut state = lock(&writer.state);
         match &done {
             Ok(()) => {
@@ -137,6 +163,13 @@ impl Disk {
         }
         wake(&mut state.parked);
         done.map(|()| true)
+    }
+
+    fn carry_out(&self, writer: &Writer, plan: &Plan) -> Result<(), WriteError> {
+        match plan {
+            Plan::Recycle(ranges) => self.recycle(writer, ranges),
+            Plan::Extend(range) => self.extend(writer, range.end),
+        }
     }
 
     /// Makes blocks without an owner read as zeros and brings them under W1: a header may count blocks

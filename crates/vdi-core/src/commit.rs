@@ -10,6 +10,7 @@
 //! After a crash at any instant the child reads as before: until 3 it has all that 2 changes in the
 //! parent, and no entry of 3 goes before the parent is durable. Nor is a block of the child punched
 //! before its entry is gone for good: it would read as zeros. Doing all of it again completes it.
+//! A child of version 0 never knows a state of its parent, so 1 and 4 change nothing in it.
 
 use std::io;
 use std::ops::Range;
@@ -66,9 +67,6 @@ pub fn commit(
     let Some(parent_file) = parents.first() else {
         return Err(CommitError::NoParent);
     };
-    if child.header().raw().is_version_0() {
-        return Err(CommitError::Version0);
-    }
     let open_parent = || open(parents).map_err(|source| CommitError::OpenParent { source });
     let mut parent = open_parent()?;
     let grown_to = (parent.capacity() < child.capacity()).then(|| child.capacity());
@@ -256,8 +254,6 @@ pub enum CommitError {
     OpenParent { source: OpenError },
     #[error("the image has no parent to be merged into")]
     NoParent,
-    #[error("a child of version 0 cannot say which state of its parent it knows; convert it first")]
-    Version0,
     #[error("the parent must grow to {to} bytes, the child's size, and cannot; see `vdi resize`")]
     Grow { to: u64, source: ResizeError },
     #[error("cannot read what is to be merged")]

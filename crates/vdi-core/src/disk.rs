@@ -104,6 +104,11 @@ impl Disk {
         &self.images
     }
 
+    /// The files of the images, the top one's first.
+    pub(crate) fn storages(&self) -> impl Iterator<Item = &Arc<dyn Storage>> {
+        self.images.iter().map(|image| &image.storage)
+    }
+
     /// The headers of the images, the top one's first, as they were at open.
     pub fn headers(&self) -> impl ExactSizeIterator<Item = &Header> {
         self.images.iter().map(|image| &image.header)

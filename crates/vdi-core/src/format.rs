@@ -214,7 +214,31 @@ impl RawHeader0 {
             lchs_sector_size: 0.into(),
         }
     }
+
+    /// What version 0 has of a header in the words of version 1.
+    const fn of(raw: &RawHeader) -> Self {
+        Self {
+            text: raw.text,
+            signature: raw.signature,
+            version: raw.version,
+            image_type: raw.image_type,
+            image_flags: raw.image_flags,
+            comment: raw.comment,
+            legacy_geometry: raw.legacy_geometry,
+            legacy_sector_size: raw.legacy_sector_size,
+            disk_size: raw.disk_size,
+            block_size: raw.block_size,
+            blocks_in_image: raw.blocks_in_image,
+            blocks_allocated: raw.blocks_allocated,
+            uuid_image: raw.uuid_image,
+            uuid_modify: raw.uuid_modify,
+            uuid_parent: raw.uuid_parent,
+        }
+    }
 }
+
+/// One write of a header lies in the first sector, which no crash tears.
+const _: () = assert!(size_of::<RawHeader>() <= 512);
 
 impl RawHeader {
     /// Reads what a file has at its start; behind the end of a short file are zeros.
@@ -244,6 +268,30 @@ impl RawHeader {
             return Ok(old.as_version_1());
         }
         Ok(raw)
+    }
+
+    /// Writes it back in the form that its version has, without what that form has no place for: one
+    /// write inside the first sector, so that a crash leaves the old header or this one.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub(crate) fn write(&self, storage: &dyn Storage) -> io::Result<()> {
+        let start = FileOffset(0);
+        if self.is_version_0() {
+            return storage.write_all_at(RawHeader0::of(self).as_bytes(), start);
+        }
+        let end = if self.can_keep_lchs() {
+            size_of::<Self>()
+        } else {
+            HEADER_END_SHORT as usize
+        };
+        storage.write_all_at(&self.as_bytes()[..end], start)
+    }
+
+    /// Whether it has a place for the LCHS geometry on which the map does not lie (VirtualBox
+    /// lets it).
+    pub(crate) const fn can_keep_lchs(&self) -> bool {
+        self.has_lchs() && self.offset_bmap.get() >= HEADER_START + HEADER_SIZE_LONG
     }
 
     /// Whether it has the oldest header, here in the words of version 1.

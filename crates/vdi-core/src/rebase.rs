@@ -3,7 +3,8 @@
 //! First the child gets, as blocks of its own, what would otherwise read differently: with its old
 //! parent it reads as before all the while. When that is durable, one write of the header
 //! (`link.rs`) switches. What a child reads as does not change, so its `uuid_modify`
-//! stays and its own children stay valid.
+//! stays and its own children stay valid. (A child of version 0 has no place for the state of its parent
+//! that it knows: it takes any, before and after.)
 
 use std::io;
 use std::sync::Arc;
@@ -98,9 +99,6 @@ fn check_loop(child: Uuid, parent: &Disk) -> Result<(), RebaseError> {
 }
 
 fn check_child(header: &Header, parent: Option<&Disk>) -> Result<(), RebaseError> {
-    if header.raw().is_version_0() {
-        return Err(RebaseError::Version0);
-    }
     if header.kind() == ImageKind::Fixed {
         return Err(RebaseError::Fixed);
     }
@@ -223,8 +221,6 @@ fn compare(
 pub enum RebaseError {
     #[error("the image has no parent, so it is flat already")]
     NoParent,
-    #[error("an image of version 0 cannot change its parent; convert it first")]
-    Version0,
     #[error("a fixed image holds all of its contents and can have no parent")]
     Fixed,
     #[error("the new parent is the image {child} itself or has it as an ancestor")]

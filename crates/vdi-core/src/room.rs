@@ -121,6 +121,18 @@ impl Room {
         (!last.is_empty()).then_some(Plan::Recycle(last))
     }
 
+    /// What to do instead of a plan that failed for lack of space: only what is missing of `wanted` blocks, if
+    /// that is less. A whole step is more than a file system that is almost full, or a limit, may allow.
+    pub(crate) fn least(&self, plan: &Plan, wanted: u32) -> Option<Plan> {
+        let missing = wanted.saturating_sub(self.fresh_blocks);
+        match plan {
+            Plan::Extend(range) if (1..range.end - range.start).contains(&missing) => {
+                Some(Plan::Extend(range.start..range.start + missing))
+            }
+            Plan::Extend(_) | Plan::Recycle(_) => None,
+        }
+    }
+
     /// The plan is done, and that is durable.
     pub(crate) fn add(&mut self, plan: Plan) {
         let ranges = match plan {
@@ -257,6 +269,21 @@ mod tests {
         assert!(!all(&mut room).contains(&block.get()));
         assert_eq!(done(&mut room, 1), Some(Plan::Recycle(vec![0..1])));
         assert_eq!(room.take(), Some(block));
+    }
+
+    #[test]
+    fn the_least_instead_of_a_step_is_what_is_missing() {
+        let mut room = room(&[0], 1, 1);
+        let plan = room.plan(3).unwrap();
+        assert_eq!(room.least(&plan, 3), Some(Plan::Extend(1..4)));
+        assert_eq!(room.least(&plan, 0), None, "nobody waits for it");
+        assert_eq!(room.least(&plan, 64), None, "it is no less");
+        room.add(Plan::Extend(1..4));
+        room.take();
+        let plan = room.plan(3).unwrap();
+        assert_eq!(plan, Plan::Extend(4..68));
+        assert_eq!(room.least(&plan, 3), Some(Plan::Extend(4..5)));
+        assert_eq!(room.least(&Plan::Recycle(vec![0..9]), 3), None);
     }
 
     #[test]

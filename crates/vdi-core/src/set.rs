@@ -6,15 +6,11 @@
 use std::io;
 
 use uuid::Uuid;
-use zerocopy::IntoBytes;
 
-use crate::format::{HEADER_END_SHORT, RawHeader};
+use crate::format::RawHeader;
 use crate::header::{Header, HeaderError};
 use crate::storage::{Access, Storage};
-use crate::units::FileOffset;
 
-/// Where the comment begins, the first field that can be set.
-const START: usize = std::mem::offset_of!(RawHeader, comment);
 /// VirtualBox cuts heads and sectors to what a BIOS knows.
 const MOST_HEADS: u32 = 255;
 const MOST_SECTORS: u32 = 63;
@@ -41,9 +37,6 @@ pub struct Fields {
 pub fn set(storage: &dyn Storage, fields: &Fields) -> Result<(), SetError> {
     let raw = RawHeader::read(storage).map_err(|source| SetError::Read { source })?;
     let mut raw = *Header::check(raw, Access::ReadOnly)?.raw();
-    if raw.is_version_0() {
-        return Err(SetError::Version0);
-    }
     if let Some(comment) = &fields.comment {
         raw.comment = comment_bytes(comment)?;
     }
@@ -58,7 +51,7 @@ pub fn set(storage: &dyn Storage, fields: &Fields) -> Result<(), SetError> {
         }
     }
     if let Some(lchs @ [cylinders, heads, sectors]) = fields.lchs {
-        if !raw.has_lchs() {
+        if !raw.can_keep_lchs() {
             return Err(SetError::ShortHeader);
         }
         if heads > MOST_HEADS || sectors > MOST_SECTORS {
@@ -70,13 +63,7 @@ pub fn set(storage: &dyn Storage, fields: &Fields) -> Result<(), SetError> {
         }
         raw.lchs_geometry = lchs.map(Into::into);
     }
-    let end = if raw.has_lchs() {
-        size_of::<RawHeader>()
-    } else {
-        HEADER_END_SHORT as usize
-    };
-    storage
-        .write_all_at(&raw.as_bytes()[START..end], FileOffset(START as u64))
+    raw.write(storage)
         .and_then(|()| storage.sync())
         .map_err(|source| SetError::Write { source })
 }
@@ -105,15 +92,13 @@ pub enum SetError {
     Read { source: io::Error },
     #[error(transparent)]
     Header(#[from] HeaderError),
-    #[error("nothing is set in images of version 0; convert it first")]
-    Version0,
     #[error("the comment has {len_bytes} bytes, but the header has room for {most}")]
     CommentTooLong { len_bytes: usize, most: usize },
     #[error("the comment has a NUL, which would end it")]
     CommentWithNul,
     #[error("the null UUID names no image")]
     NullUuid,
-    #[error("the image has the short header, which has no place for a geometry; convert it first")]
+    #[error("the image has a short header, which has no place for a geometry; convert it first")]
     ShortHeader,
     #[error(
         "the geometry {cylinders}/{heads}/{sectors} is not possible, \

@@ -72,7 +72,7 @@ fn print_plan(out: &mut impl Write, args: &ResizeArgs, plan: &ResizePlan) -> Res
     let (from, to) = (plan.from.bytes(), plan.to.bytes());
     match &plan.step {
         ResizeStep::Nothing => writeln!(out, "{name}: has {from} bytes already")?,
-        ResizeStep::Grow { vacated } => {
+        ResizeStep::Grow { vacated, filled } => {
             writeln!(
                 out,
                 "{name}: grows from {from} to {to} bytes ({})",
@@ -83,6 +83,9 @@ fn print_plan(out: &mut impl Write, args: &ResizeArgs, plan: &ResizePlan) -> Res
                     out,
                     "  the place of the first {vacated} blocks of the file goes to the map"
                 )?;
+            }
+            if *filled > 0 {
+                writeln!(out, "  {filled} blocks without storage get some")?;
             }
         }
         ResizeStep::Shrink { cut, lost_bytes } => {
