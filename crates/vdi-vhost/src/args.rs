@@ -41,6 +41,11 @@ pub(crate) struct Args {
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub(crate) num_queues: u16,
 
+    /// Begin without the image, which another daemon serves: it is opened and locked when the first queue starts, for a
+    /// guest that arrives by live migration.
+    #[arg(long)]
+    pub(crate) incoming: bool,
+
     /// Whether data go through the host's page cache or past it.
     #[arg(long, value_enum, default_value_t = Cache::Writeback)]
     pub(crate) cache: Cache,

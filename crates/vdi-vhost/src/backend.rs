@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use vdi_core::Disk;
+use vdi_core::{Access, WriteError};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -23,17 +23,22 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::command::Takeover;
+use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::dirty::DirtyLog;
+use crate::engine::EngineChoice;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, RingError, Rings};
 use crate::tracking::{Tracking, TrackingError};
-use crate::workers::Workers;
+use crate::turn::{Opened, Turn, TurnError};
+use crate::workers::{Served, Workers};
 
 /// The device as a front end controls it.
 pub(crate) struct Backend {
     device: Arc<Device>,
-    disk: Arc<Disk>,
+    turn: Turn,
+    engine: EngineChoice,
+    complaints: Arc<Complaints>,
     rings: Rings,
     /// Where the front end wants writes to be marked, once VHOST_F_LOG_ALL is accepted.
     log: Option<Arc<DirtyLog>>,
@@ -56,6 +61,10 @@ enum Refusal {
     Memory(#[from] MemoryError),
     #[error("{}", crate::chain_of(.0))]
     Ring(#[from] RingError),
+    #[error("{}", crate::chain_of(.0))]
+    Turn(#[from] TurnError),
+    #[error("the image was served for {served:?} and can now be had for {found:?} only")]
+    Access { served: Access, found: Access },
     #[error("{}", crate::chain_of(.0))]
     Tracking(#[from] TrackingError),
 }
@@ -85,19 +94,56 @@ impl From<MemoryError> for Error {
 }
 
 impl Backend {
-    /// The control plane of a device whose queues are served by `workers`.
+    /// The control plane of a device whose queues are served by `workers`, with an image that is not open yet.
     pub(crate) fn new(
         device: Arc<Device>,
-        disk: Arc<Disk>,
+        turn: Turn,
+        engine: EngineChoice,
         workers: Workers,
     ) -> std::result::Result<Self, virtio_queue::Error> {
         let rings = Rings::new(device.num_queues(), workers)?;
         Ok(Self {
             device,
-            disk,
+            turn,
+            engine,
+            complaints: Arc::default(),
             rings,
             log: None,
         })
+    }
+
+    /// Opens the image for the workers, unless it is open.
+    fn begin_turn(&mut self) -> Result<()> {
+        if self.turn.disk().is_some() {
+            return Ok(());
+        }
+        let opened = self.turn.begin().map_err(Refusal::from)?;
+        let (served, found) = (self.device.access(), opened.disk.access());
+        if served != found {
+            self.turn.end();
+            return Err(Refusal::Access { served, found }.into());
+        }
+        self.serve(opened);
+        Ok(())
+    }
+
+    /// Has the workers serve an image that was opened.
+    pub(crate) fn serve(&mut self, opened: Opened) {
+        self.device.set_capacity(opened.disk.capacity());
+        self.rings.employ(Served {
+            disk: opened.disk,
+            images: opened.images,
+            device: Arc::clone(&self.device),
+            complaints: Arc::clone(&self.complaints),
+            engine: self.engine,
+        });
+    }
+
+    /// Ends the workers and closes the image.
+    pub(crate) fn close(self) -> std::result::Result<(), WriteError> {
+        // The housekeeper, in the turn, must still be there for requests that wait for room.
+        drop(self.rings);
+        self.turn.close()
     }
 
     /// Marks writes if the front end wants it now.
@@ -189,10 +235,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let base = self.rings.stop(index)?;
+        if self.rings.dismiss_if_idle() {
+            self.turn.end();
+        }
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        self.begin_turn()?;
         Ok(self.rings.set_kick(index.into(), file, &self.device)?)
     }
 
@@ -240,7 +290,10 @@ impl VhostUserBackendReqHandlerMut for Backend {
         if let Some(tracking) = self.rings.tracking() {
             tracking.set_writeback(self.device.writeback_choice())?;
         }
-        if !writeback && let Err(error) = self.disk.flush() {
+        if !writeback
+            && let Some(disk) = self.turn.disk()
+            && let Err(error) = disk.flush()
+        {
             // Later writes fail on their own.
             tracing::error!(
                 "cannot make earlier writes durable: {}",

@@ -118,7 +118,7 @@ pub(crate) struct Zeros {
 /// [`Device::is_write_through`]).
 #[derive(Debug)]
 pub(crate) struct Device {
-    capacity: Capacity,
+    capacity_bytes: AtomicU64,
     read_only: bool,
     num_queues: u16,
     serial: Serial,
@@ -140,7 +140,7 @@ impl Device {
         zeros: Zeros,
     ) -> Self {
         Self {
-            capacity,
+            capacity_bytes: AtomicU64::new(capacity.bytes()),
             read_only: access == vdi_core::Access::ReadOnly,
             num_queues,
             serial,
@@ -157,7 +157,22 @@ impl Device {
 
     /// The size of the disk.
     pub(crate) fn capacity(&self) -> Capacity {
-        self.capacity
+        Capacity::from_bytes_rounded_down(self.capacity_bytes.load(Ordering::Acquire))
+    }
+
+    /// The disk has another size now. Only while no request is in flight.
+    pub(crate) fn set_capacity(&self, capacity: Capacity) {
+        self.capacity_bytes
+            .store(capacity.bytes(), Ordering::Release);
+    }
+
+    /// What guests may do with the disk.
+    pub(crate) fn access(&self) -> vdi_core::Access {
+        if self.read_only {
+            vdi_core::Access::ReadOnly
+        } else {
+            vdi_core::Access::Writable
+        }
     }
 
     /// Whether every write is refused.
@@ -332,7 +347,7 @@ impl Device {
     fn config(&self) -> [u8; CONFIG_BYTES] {
         let mut config = [0; CONFIG_BYTES];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.capacity.sectors().to_le_bytes());
+        put(0, &self.capacity().sectors().to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &BLK_SIZE.to_le_bytes());
         put(24, &[PHYSICAL_BLOCK_EXP]);

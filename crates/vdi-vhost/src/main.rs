@@ -32,33 +32,30 @@ mod session;
 mod socket;
 mod tracking;
 mod transfer;
+mod turn;
 mod worker;
 mod workers;
 
 use std::error::Error;
 use std::io::{self, IsTerminal};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{getsockopt, sockopt};
 use tracing_subscriber::EnvFilter;
-use vdi_core::{
-    Access, ChainError, ChainOptions, Disk, Locking, ModifiedParent, OpenError, Storage,
-    WriteError, find_chain,
-};
+use vdi_core::{Access, Disk, WriteError};
 
-use crate::args::{Args, Cache};
+use crate::args::Args;
 use crate::backend::Backend;
 use crate::device::{Device, Serial, Zeros};
-use crate::housekeeper::Housekeeper;
-use crate::image_file::{DirectError, ImageFile};
 use crate::session::{Door, ServeError};
 use crate::socket::{SocketError, SocketFile};
-use crate::workers::{Served, Workers};
+use crate::turn::{Opening, Turn, TurnError};
+use crate::workers::Workers;
 
 /// What is logged unless RUST_LOG says otherwise. `virtio_queue` logs whatever a guest does wrong, without limit.
 const LOG_FILTER: &str = "info,virtio_queue=off";
@@ -66,18 +63,8 @@ const LOG_FILTER: &str = "info,virtio_queue=off";
 /// Why the daemon ends with exit code 1.
 #[derive(Debug, thiserror::Error)]
 enum Fatal {
-    #[error("cannot open the image")]
-    Chain(#[from] ChainError),
-    #[error("cannot serve {}", path.display())]
-    Open {
-        path: PathBuf,
-        #[source]
-        source: OpenError,
-    },
-    #[error("--cache direct is not possible")]
-    Direct(#[from] DirectError),
-    #[error("cannot duplicate the image's descriptor")]
-    Duplicate(#[source] io::Error),
+    #[error(transparent)]
+    Turn(#[from] TurnError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error("descriptor {fd} is no socket to serve")]
@@ -88,8 +75,6 @@ enum Fatal {
     },
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
-    #[error("cannot start a thread")]
-    Thread(#[source] io::Error),
     #[error("cannot make queues")]
     Queues(#[from] virtio_queue::Error),
     #[error(transparent)]
@@ -125,33 +110,25 @@ fn run(args: &Args) -> Result<(), Fatal> {
     let inherited = args.fd.map(take_door).transpose()?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
     allow_many_descriptors();
-    let (disk, images) = open(args)?;
-    let serial = args.serial.clone();
-    let serial =
-        serial.unwrap_or_else(|| Serial::from_image_uuid(disk.header().uuid_image().into_bytes()));
-    let zeros = Zeros {
-        discard: args.discard,
-        detect: args.detect_zeroes,
-        block_sectors: disk.header().block_size().bytes() / 512,
+    let mut turn = Turn::waiting(Opening::new(args));
+    let opened = if args.incoming {
+        None
+    } else {
+        Some(turn.begin()?)
     };
-    let device = Device::new(
-        disk.capacity(),
-        disk.access(),
-        args.num_queues,
-        serial,
-        zeros,
-    );
+    let device = match &opened {
+        Some(opened) => make_device(args, &opened.disk, opened.disk.access()),
+        None => {
+            let opening = Opening::new(args);
+            make_device(args, &opening.look()?, opening.access())
+        }
+    };
     let device = Arc::new(device);
-    let housekeeper = Housekeeper::start(&disk).map_err(Fatal::Thread)?;
-    let served = Served {
-        disk: Arc::clone(&disk),
-        images: images.into(),
-        device: Arc::clone(&device),
-        complaints: Arc::default(),
-        engine: args.engine,
-    };
-    let workers = Workers::new(served, worker_count(args));
-    let backend = Backend::new(device, Arc::clone(&disk), workers)?;
+    let workers = Workers::new(worker_count(args));
+    let mut backend = Backend::new(Arc::clone(&device), turn, args.engine, workers)?;
+    if let Some(opened) = opened {
+        backend.serve(opened);
+    }
     let backend = Arc::new(Mutex::new(backend));
     let (socket_file, door) = match (inherited, &args.socket_path) {
         (Some(door), _) => (None, door),
@@ -162,69 +139,41 @@ fn run(args: &Args) -> Result<(), Fatal> {
         }
     };
     tracing::info!(
-        "serving {} ({} bytes)",
+        "serving {} ({} bytes){}",
         args.blk_file.display(),
-        disk.capacity().bytes()
+        device.capacity().bytes(),
+        if args.incoming {
+            ", when it is our turn"
+        } else {
+            ""
+        }
     );
     let served = session::serve(door, &backend, &signals);
     drop(socket_file);
-    // Ends the workers; the housekeeper must still be there for requests that wait for room.
-    drop(backend);
-    drop(housekeeper);
-    let closed = disk.close();
+    let backend = Arc::into_inner(backend).expect("sessions have ended");
+    let backend = backend.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let closed = backend.close();
     served?;
     closed?;
     tracing::info!("the image is closed");
     Ok(())
 }
 
-/// Opens the image, its parents, and the ways to their data, the image's first.
-fn open(args: &Args) -> Result<(Arc<Disk>, Vec<ImageFile>), Fatal> {
-    let access = if args.read_only {
-        Access::ReadOnly
-    } else {
-        Access::Writable
+/// The device that guests see of a disk.
+fn make_device(args: &Args, disk: &Disk, access: Access) -> Device {
+    let uuid = || Serial::from_image_uuid(disk.header().uuid_image().into_bytes());
+    let zeros = Zeros {
+        discard: args.discard,
+        detect: args.detect_zeroes,
+        block_sectors: disk.header().block_size().bytes() / 512,
     };
-    let options = ChainOptions {
-        parents: args.parents.clone(),
-        image_dirs: args.image_dirs.clone(),
-        locking: Locking::Locked,
-    };
-    let modified = if args.allow_modified_parent {
-        ModifiedParent::Allow
-    } else {
-        ModifiedParent::Refuse
-    };
-    let (mut files, mut storages) = (Vec::new(), Vec::<Arc<dyn Storage>>::new());
-    for file in find_chain(&args.blk_file, access, &options)? {
-        files.push(file.file().try_clone().map_err(Fatal::Duplicate)?);
-        tracing::debug!("image {} is {}", storages.len(), file.path().display());
-        storages.push(Arc::new(file));
-    }
-    let unfit = |source| Fatal::Open {
-        path: args.blk_file.clone(),
-        source,
-    };
-    let disk = Disk::open_chain(storages, access, modified).map_err(unfit)?;
-    for warning in disk.warnings() {
-        tracing::warn!("{}: {warning}", args.blk_file.display());
-    }
-    let mut images = Vec::new();
-    for (file, header) in files.into_iter().zip(disk.headers()) {
-        let is_top = images.is_empty();
-        let area = header.data_area();
-        images.push(match args.cache {
-            Cache::Writeback => ImageFile::buffered(file),
-            Cache::Direct if is_top => ImageFile::direct(file, access, area)?,
-            // A parent whose blocks lie askew may as well be read through the page cache.
-            Cache::Direct => match file.try_clone() {
-                Ok(copy) => ImageFile::direct(copy, Access::ReadOnly, area)
-                    .unwrap_or_else(|_| ImageFile::buffered(file)),
-                Err(error) => return Err(Fatal::Duplicate(error)),
-            },
-        });
-    }
-    Ok((Arc::new(disk), images))
+    Device::new(
+        disk.capacity(),
+        access,
+        args.num_queues,
+        args.serial.clone().unwrap_or_else(uuid),
+        zeros,
+    )
 }
 
 /// The socket that this process was started with.

@@ -27,7 +27,7 @@ use crate::dirty::{DirtyLog, Guest};
 use crate::memory::{self, Memory};
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::tracking::{Limits, Recovered, Tracker, Tracking, TrackingError};
-use crate::workers::Workers;
+use crate::workers::{Served, Workers};
 
 /// The largest ring: QEMU's limit too. Bounds what a queue can have in flight.
 const MAX_QUEUE_SIZE: u16 = 1024;
@@ -150,6 +150,20 @@ impl Rings {
     /// The guest's memory as it is now.
     pub(crate) fn memory(&self) -> Arc<Memory> {
         self.memory.memory().clone().into_inner()
+    }
+
+    /// Gives the workers something to serve.
+    pub(crate) fn employ(&mut self, served: Served) {
+        self.workers.employ(served);
+    }
+
+    /// Lets go of what is served, if no ring needs it any more; whether that was so.
+    pub(crate) fn dismiss_if_idle(&mut self) -> bool {
+        let idle = self.rings.iter().all(|ring| !ring.started);
+        if idle {
+            self.workers.dismiss();
+        }
+        idle
     }
 
     /// Gives all workers new memory, and waits until they use it.

@@ -37,7 +37,8 @@ pub(crate) struct Served {
 /// All workers, running or not; dropping it ends them, after what is in flight.
 #[derive(Debug)]
 pub(crate) struct Workers {
-    served: Served,
+    /// What they serve, if there is something now.
+    served: Option<Served>,
     handles: Vec<Option<Handle>>,
 }
 
@@ -49,10 +50,24 @@ struct Handle {
 }
 
 impl Workers {
-    /// `count` workers, none of which runs yet.
-    pub(crate) fn new(served: Served, count: usize) -> Self {
+    /// `count` workers, none of which runs or has anything to serve yet.
+    pub(crate) fn new(count: usize) -> Self {
         let handles = std::iter::repeat_with(|| None).take(count.max(1)).collect();
-        Self { served, handles }
+        Self {
+            served: None,
+            handles,
+        }
+    }
+
+    /// Gives them something to serve.
+    pub(crate) fn employ(&mut self, served: Served) {
+        self.served = Some(served);
+    }
+
+    /// Ends all threads and forgets what they served. No queue may be started.
+    pub(crate) fn dismiss(&mut self) {
+        self.handles.iter_mut().for_each(|handle| *handle = None);
+        self.served = None;
     }
 
     /// Serves a queue, which is kicked by `kick`.
@@ -60,7 +75,9 @@ impl Workers {
         let index = setup.index;
         let slot = self.slot(index);
         if self.handles[slot].is_none() {
-            self.handles[slot] = Some(Handle::spawn(&self.served, slot)?);
+            let served = self.served.as_ref();
+            let served = served.ok_or_else(|| io::Error::other("there is nothing to serve"))?;
+            self.handles[slot] = Some(Handle::spawn(served, slot)?);
         }
         self.tell(index, Command::Start(Box::new(setup), kick, guest))
     }
