@@ -29,6 +29,7 @@ pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod create;
+mod crew;
 pub mod disk;
 pub mod format;
 pub mod header;
@@ -50,6 +51,7 @@ mod writer;
 
 pub use chain::{ChainError, ChainOptions, find_chain, find_parent};
 pub use create::{CreateError, CreateOptions, NewKind, create, create_child};
+pub use crew::Threads;
 pub use disk::{
     Disk, Extent, Extents, Fill, Flush, ModifiedParent, ReadError, Reservation, Reserve, Source,
     WriteError, WriteExtent, Zeroing,
