@@ -4,6 +4,11 @@
 //! Where extents are shared is tested on XFS and btrfs in loop mounts. Where those cannot be made (no root, no
 //! loop devices, no mkfs), the test says so and tests nothing else.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests fail the test as the tests do"
+)]
+
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};

@@ -43,8 +43,9 @@ use self::new_image::{Placed, Turn};
 pub use self::raw::{RawDisk, RawError};
 pub(crate) use self::zeros::is_zero;
 
-/// Bytes read and judged at a time: few enough that they are still in the CPU's cache when they are written.
-const PIECE_BYTES: u64 = 256 << 10;
+/// Bytes read and judged at a time. Writes to one file take turns, and so do threads that find places: where others want
+/// the CPUs too, each turn may have to wait for one, so there are not to be many.
+const PIECE_BYTES: u64 = 2 << 20;
 
 /// Bytes shared at a time. It may take long where the source's extents are small, or not yet
 /// written by the host.

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! [`Disk::read_at`], [`Disk::write_at`] and [`Disk::flush`] do all of it for
-//! programs that are content with blocking calls.
+//! programs that are content with blocking calls. [`convert`] and [`compare`] move whole disks, with
+//! threads of their own.
 //!
 //! Inside, dependencies point one way: `units ← format ← header, block_map ←
 //! image ← disk ← check ← repair, convert`.

@@ -25,7 +25,8 @@ const PIECE_ENTRIES: usize = 64 << 10;
 #[derive(Debug)]
 pub struct NewImage {
     file: HostFile,
-    header: RawHeader,
+    /// In a box, since it is half a kilobyte.
+    header: Box<RawHeader>,
     area: DataArea,
     size: BlockSize,
     layout: Layout,
@@ -81,7 +82,7 @@ impl NewImage {
         Ok(Self {
             file: HostFile::open(path, Access::Writable, Locking::Locked)?,
             area: DataArea::new(header.offset_data.get(), 0, size),
-            header,
+            header: Box::new(header),
             size,
             layout,
         })
