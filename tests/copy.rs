@@ -343,7 +343,7 @@ fn a_copy_that_finds_no_space_ends_with_the_error_and_leaves_nothing() {
 fn a_source_that_cannot_be_read_ends_the_copy_and_nothing_is_left() {
     let directory = tempfile::tempdir().unwrap();
     let name = |name: &str| directory.path().join(name);
-    fs::write(name("raw"), Random::seeded(2).bytes(index(16 * MIB))).unwrap();
+    fs::write(name("raw"), Random::seeded(2).bytes(index(80 * MIB))).unwrap();
     converted(&["-f", "raw", "-O", "vdi"], &name("raw"), &name("a.vdi"));
     // Every thread's reads fail from the eighth on; before there are those of header and map.
     for threads in ["1", "4"] {
