@@ -16,9 +16,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vdi_core::check::{Severity, check};
-use vdi_core::convert::{self, End, RawDisk};
+use vdi_core::convert::{self, CopyOptions, Destination, End, RawDisk, Sharing};
 use vdi_core::repair::{BlockPlan, Unreadable, apply, plan};
-use vdi_core::{Access, Disk, ModifiedParent, Source, Storage, Zeroing};
+use vdi_core::{Access, Disk, ModifiedParent, Source, Storage, Threads, Zeroing};
 use vdi_tests::random::Random;
 use vdi_tests::simulated::{Contents, Layout, SimulatedFile, for_each_seed, percent};
 
@@ -259,7 +259,12 @@ fn convert_to(raw: &Path, disk: &Arc<Disk>) {
     let _gone = std::fs::remove_file(raw);
     let to = RawDisk::create(raw, disk.capacity()).unwrap();
     let mut go_on = |_| std::ops::ControlFlow::Continue(());
-    convert::copy(&End::Image(Arc::clone(disk)), &End::Raw(to), &mut go_on).unwrap();
+    let from = End::Image(Arc::clone(disk));
+    let options = CopyOptions {
+        threads: Threads::of_this_host(),
+        sharing: Sharing::Auto,
+    };
+    convert::copy(&from, Destination::Raw(to), options, &mut go_on).unwrap();
 }
 
 /// A repair leaves nothing that another one would do, and an image that had no header left opens, or

@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use uuid::Uuid;
+use vdi_core::Threads;
+use vdi_core::convert::{CopyOptions, Sharing};
 
 use crate::size;
 
@@ -156,6 +158,53 @@ pub(crate) struct ChainArgs {
     pub(crate) allow_modified_parent: bool,
 }
 
+/// How many threads move data.
+#[derive(Debug, Args)]
+pub(crate) struct ThreadsArgs {
+    /// Threads that read and write, from 1 to 16 [default: one for each CPU]
+    #[arg(long, short = 'm', value_name = "N", value_parser = threads)]
+    threads: Option<Threads>,
+}
+
+impl ThreadsArgs {
+    /// The number, wherever it comes from.
+    pub(crate) fn get(&self) -> Threads {
+        self.threads.unwrap_or_else(Threads::of_this_host)
+    }
+}
+
+/// How a disk is copied.
+#[derive(Debug, Args)]
+pub(crate) struct CopyArgs {
+    #[command(flatten)]
+    threads: ThreadsArgs,
+    /// Whether the destination shares extents with the source where the file system can
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    reflink: Reflink,
+}
+
+/// When extents are shared; the words are those of `cp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Reflink {
+    /// Where the file system can
+    Auto,
+    /// Not at all: all is read, and all zeros are left out
+    Never,
+}
+
+impl CopyArgs {
+    /// What the library makes of it.
+    pub(crate) fn options(&self) -> CopyOptions {
+        CopyOptions {
+            threads: self.threads.get(),
+            sharing: match self.reflink {
+                Reflink::Auto => Sharing::Auto,
+                Reflink::Never => Sharing::Never,
+            },
+        }
+    }
+}
+
 /// Show what an image is and what it takes
 ///
 /// A differencing image is shown even if its parent is not found.
@@ -295,6 +344,9 @@ pub(crate) enum Format {
 /// could write the header of another format there. Of a differencing image the whole disk is copied, its
 /// parents' part too; they are looked for beside it (see also --parent and --image-dir). Zeros take no space in the destination, which appears
 /// under its name only when it is complete and on stable storage.
+///
+/// Where the file system can (btrfs, XFS), source and destination share what lies on whole blocks of the file system in
+/// both: that copies nothing and takes no space, but zeros that the source stores stay stored.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -322,6 +374,8 @@ pub(crate) struct ConvertArgs {
     /// Show no progress
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) copying: CopyArgs,
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 }
@@ -422,6 +476,8 @@ pub(crate) struct CompareArgs {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     #[command(flatten)]
+    pub(crate) threads: ThreadsArgs,
+    #[command(flatten)]
     pub(crate) open: OpenArgs,
 }
 
@@ -450,6 +506,8 @@ pub(crate) struct CloneArgs {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     #[command(flatten)]
+    pub(crate) copying: CopyArgs,
+    #[command(flatten)]
     pub(crate) chain: ChainArgs,
 }
 
@@ -471,6 +529,11 @@ fn block_size(text: &str) -> Result<u32, String> {
         .and_then(vdi_core::BlockSize::new)
         .map(vdi_core::BlockSize::bytes)
         .ok_or_else(|| "a block size is a power of two from 128k to 128M".to_owned())
+}
+
+fn threads(text: &str) -> Result<Threads, String> {
+    let count = text.parse().ok().and_then(Threads::new);
+    count.ok_or_else(|| format!("a number from 1 to {}", Threads::MOST))
 }
 
 fn uuid_not_null(text: &str) -> Result<Uuid, String> {

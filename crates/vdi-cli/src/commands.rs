@@ -5,6 +5,7 @@ mod clone;
 mod commit;
 mod compact;
 mod compare;
+mod convert;
 mod info;
 mod map;
 mod rebase;
@@ -15,8 +16,7 @@ mod snapshot;
 
 use std::fs;
 use std::io::{self, BufWriter, Write};
-use std::ops::ControlFlow;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -30,18 +30,18 @@ use vdi_core::clone::CloneError;
 use vdi_core::commit::CommitError;
 use vdi_core::compact::CompactError;
 use vdi_core::compare::CompareError;
-use vdi_core::convert::{self, CopyError, End, Progress, RawDisk, RawError};
+use vdi_core::convert::{CopyError, End, NewImageError, RawDisk, RawError};
 use vdi_core::rebase::RebaseError;
 use vdi_core::repair::{ApplyError, PlanError};
 use vdi_core::resize::ResizeError;
 use vdi_core::set::SetError;
 use vdi_core::{
-    Access, Capacity, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError,
-    HostFile, Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage, find_chain,
+    Access, ChainError, ChainOptions, CreateError, CreateOptions, Disk, FileError, HostFile,
+    Locking, ModifiedParent, NewKind, OpenError, SECTOR_SIZE, Storage, find_chain,
 };
 
 use crate::args::{
-    ChainArgs, Cli, CompletionsArgs, ConvertArgs, CreateArgs, Format, LayoutArgs, OpenArgs, Verb,
+    ChainArgs, Cli, CompletionsArgs, CreateArgs, Format, LayoutArgs, OpenArgs, Verb,
 };
 use crate::new_file::{Existing, NewFile, NewFileError};
 
@@ -70,6 +70,11 @@ pub(crate) enum Failure {
     Create { path: PathBuf, source: CreateError },
     #[error("cannot create {}", path.display())]
     CreateRaw { path: PathBuf, source: RawError },
+    #[error("cannot create {}", path.display())]
+    CreateImage {
+        path: PathBuf,
+        source: NewImageError,
+    },
     #[error(transparent)]
     New(#[from] NewFileError),
     #[error("cannot look at {}", path.display())]
@@ -132,7 +137,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Check(args) => check::run(&args),
         Verb::Repair(args) => repair::repair(&args),
         Verb::Map(args) => map::run(&args),
-        Verb::Convert(args) => convert(&args),
+        Verb::Convert(args) => convert::run(&args),
         Verb::Snapshot(args) => snapshot::run(&args),
         Verb::Compact(args) => compact::run(&args),
         Verb::Resize(args) => resize::run(&args),
@@ -173,32 +178,6 @@ fn completions(args: &CompletionsArgs) -> Result<ExitCode, Failure> {
     done(out, ExitCode::SUCCESS)
 }
 
-fn convert(args: &ConvertArgs) -> Result<ExitCode, Failure> {
-    if args.output_format == Format::Raw && args.layout.is_given() {
-        return Err(Failure::LayoutOfRaw);
-    }
-    let stop = stop_on_signals()?;
-    let from = open_end(&args.source, args.source_format, &args.open)?;
-    refuse_same(&args.source, &args.destination)?;
-    let copying = Copying {
-        from: &args.source,
-        to: &args.destination,
-        is_quiet: args.quiet,
-    };
-    if is_device(&args.destination) {
-        let to = open_device(args)?;
-        copy(&copying, &from, &to, &stop)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let new = NewFile::beside(&args.destination, existing(args.force))?;
-    let to = create_destination(args, new.path(), from.capacity())?;
-    copy(&copying, &from, &to, &stop)?;
-    // The locks go before the name comes: whoever sees it can open it.
-    drop(to);
-    new.publish()?;
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Opens a disk of some format for reading.
 fn open_end(path: &Path, format: Format, open: &OpenArgs) -> Result<End, Failure> {
     match format {
@@ -212,72 +191,6 @@ fn open_end(path: &Path, format: Format, open: &OpenArgs) -> Result<End, Failure
             }),
         },
     }
-}
-
-fn open_device(args: &ConvertArgs) -> Result<End, Failure> {
-    let path = args.destination.clone();
-    if args.output_format == Format::Vdi {
-        return Err(Failure::ImageOnDevice { path });
-    }
-    if !args.force {
-        return Err(Failure::DeviceWithoutForce { path });
-    }
-    RawDisk::open(&path, Access::Writable, Locking::Locked)
-        .map(End::Raw)
-        .map_err(|source| Failure::OpenRaw { path, source })
-}
-
-fn create_destination(args: &ConvertArgs, path: &Path, capacity: Capacity) -> Result<End, Failure> {
-    let name = args.destination.clone();
-    match args.output_format {
-        Format::Raw => match RawDisk::create(path, capacity) {
-            Ok(raw) => Ok(End::Raw(raw)),
-            Err(source) => Err(Failure::CreateRaw { path: name, source }),
-        },
-        Format::Vdi => {
-            vdi_core::create(path, &options(capacity.bytes(), &args.layout))
-                .map_err(|source| Failure::Create { path: name, source })?;
-            let file = HostFile::open(path, Access::Writable, Locking::Locked)?;
-            open_for(file, Access::Writable).map(End::Image)
-        }
-    }
-}
-
-/// What a copy is called to its user.
-struct Copying<'a> {
-    from: &'a Path,
-    to: &'a Path,
-    is_quiet: bool,
-}
-
-/// Copies, with a progress bar if somebody looks, until a signal comes.
-fn copy(copying: &Copying<'_>, from: &End, to: &End, stop: &AtomicBool) -> Result<(), Failure> {
-    let bar = if copying.is_quiet {
-        ProgressBar::hidden()
-    } else {
-        ProgressBar::new(from.capacity().bytes())
-    };
-    bar.set_style(
-        ProgressStyle::with_template(
-            "{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
-        )
-        .expect("the template is right"),
-    );
-    let mut go_on = |progress: Progress| {
-        bar.set_position(progress.done_bytes);
-        if stop.load(Ordering::Relaxed) {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    };
-    let copied = convert::copy(from, to, &mut go_on);
-    bar.finish_and_clear();
-    copied.map_err(|source| Failure::Copy {
-        from: copying.from.to_owned(),
-        to: copying.to.to_owned(),
-        source,
-    })
 }
 
 fn options(capacity_bytes: u64, layout: &LayoutArgs) -> CreateOptions {
@@ -424,17 +337,6 @@ fn told(bar: &ProgressBar) -> impl FnMut(u32, u32) {
         bar.set_length(total.into());
         bar.set_position(done.into());
     }
-}
-
-fn open_for(file: HostFile, access: Access) -> Result<Arc<Disk>, Failure> {
-    let path = file.path().to_owned();
-    Disk::open(Arc::new(file), access)
-        .map(Arc::new)
-        .map_err(|source| Failure::Open { path, source })
-}
-
-fn is_device(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
 }
 
 fn refuse_same(from: &Path, to: &Path) -> Result<(), Failure> {

@@ -1,15 +1,18 @@
 //! Comparing two disks, whatever their form: raw, an image, a chain of them.
 //!
-//! What both have as zeros without storage is not read. Where one disk is shorter, the other must
-//! be zeros. Sectors are the unit: the answer names the first one that differs, as
-//! `qemu-img compare` does.
+//! What both have as zeros without storage is not read, nor what is the same place of the same file (a
+//! parent that they share). Where one disk is shorter, the other must be zeros. Sectors are the
+//! unit: the answer names the first one that differs, as `qemu-img compare` does, however many
+//! threads look (T1 of [`crate::crew`]).
 
 use std::ops::{ControlFlow, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::convert::{CopyError, End, is_zero};
+use crate::convert::{CopyError, End, Reading, Run, Runs, Stored, fit, is_zero};
+use crate::crew::{Stopped, Threads, share_out};
 
-/// How much is read and compared at a time.
-const CHUNK_BYTES: u64 = 1 << 20;
+/// How much is read of each disk and compared at a time; both fit in the CPU's cache.
+const PIECE_BYTES: u64 = 256 << 10;
 
 const SECTOR_BYTES: usize = 512;
 type Sector = [u8; SECTOR_BYTES];
@@ -50,42 +53,90 @@ pub fn compare(
     first: &End,
     second: &End,
     strictness: Strictness,
+    threads: Threads,
     go_on: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Comparison, CompareError> {
     let is_strict = strictness == Strictness::SizesAndStorage;
     if is_strict && first.capacity() != second.capacity() {
         return Ok(Comparison::Sizes);
     }
-    let wrap_first = |source| CompareError::First { source };
-    let wrap_second = |source| CompareError::Second { source };
-    let (mut first, mut second) = (Side::new(first), Side::new(second));
-    let total = first.end_bytes().max(second.end_bytes());
-    let mut at = 0;
-    while at < total {
-        if go_on(at).is_break() {
-            return Err(CompareError::Interrupted);
-        }
-        let (one, one_end) = first.run_at(at).map_err(wrap_first)?;
-        let (other, other_end) = second.run_at(at).map_err(wrap_second)?;
-        let run_end = one_end.min(other_end).min(total);
-        if is_strict && one != other {
-            return Ok(Comparison::Storage { at_bytes: at });
-        }
-        if (one, other) == (Run::Zeros, Run::Zeros) {
-            at = run_end;
-            continue;
-        }
-        let end = run_end.min(at + CHUNK_BYTES);
-        first.read(one, at..end).map_err(wrap_first)?;
-        second.read(other, at..end).map_err(wrap_second)?;
-        if let Some(skip) = first_difference(&first.buf, &second.buf) {
-            return Ok(Comparison::Different {
-                at_bytes: at + skip,
-            });
-        }
-        at = end;
+    let total_bytes = first.capacity().max(second.capacity()).bytes();
+    let readings = [first.look(), second.look()];
+    let done = AtomicU64::new(0);
+    let pairs = Pairs {
+        sides: readings.each_ref().map(Side::new),
+        at: 0,
+        total_bytes,
+        strictness,
+        done: &done,
+    };
+    let work = |bufs: &mut [Vec<u8>; 2], pair: Pair| {
+        let len_bytes = pair.disk.end - pair.disk.start;
+        pair.compare(&readings, bufs)?;
+        done.fetch_add(len_bytes, Ordering::Relaxed);
+        Ok(())
+    };
+    let mut tell = || go_on(done.load(Ordering::Relaxed));
+    match share_out(threads, pairs, Default::default, work, &mut tell) {
+        Ok(()) => Ok(Comparison::Same),
+        Err(Stopped::Ended(Found::Difference(comparison))) => Ok(comparison),
+        Err(Stopped::Ended(Found::Failure(error))) => Err(error),
+        Err(Stopped::Interrupted) => Err(CompareError::Interrupted),
     }
-    Ok(Comparison::Same)
+}
+
+/// What ends a comparison.
+enum Found {
+    Difference(Comparison),
+    Failure(CompareError),
+}
+
+/// Which of the two disks; an index.
+#[derive(Clone, Copy)]
+enum Which {
+    First,
+    Second,
+}
+
+impl Which {
+    const BOTH: [Self; 2] = [Self::First, Self::Second];
+
+    const fn failed(self, source: CopyError) -> Found {
+        Found::Failure(match self {
+            Self::First => CompareError::First { source },
+            Self::Second => CompareError::Second { source },
+        })
+    }
+}
+
+/// A part of both disks that at least one of them stores.
+struct Pair {
+    disk: Range<u64>,
+    /// Where; zeros if nowhere.
+    stored: [Option<Stored>; 2],
+}
+
+impl Pair {
+    fn compare(&self, readings: &[Reading<'_>; 2], bufs: &mut [Vec<u8>; 2]) -> Result<(), Found> {
+        let at = self.disk.start;
+        let [one, other] = bufs;
+        let mut read: [&[u8]; 2] = [&[], &[]];
+        for (which, buf) in Which::BOTH.into_iter().zip([one, other]) {
+            if let Some(stored) = self.stored[which as usize] {
+                let data = fit(buf, self.disk.end - at);
+                readings[which as usize]
+                    .read(stored, at, data)
+                    .map_err(|error| which.failed(error))?;
+                read[which as usize] = data;
+            }
+        }
+        match first_difference(read[0], read[1]) {
+            None => Ok(()),
+            Some(skip) => Err(Found::Difference(Comparison::Different {
+                at_bytes: at + skip,
+            })),
+        }
+    }
 }
 
 /// Where the first sector begins that differs.
@@ -110,57 +161,127 @@ fn first_difference(one: &[u8], other: &[u8]) -> Option<u64> {
         .find(|&at| sector(one, at) != sector(other, at))
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Run {
-    Zeros,
-    Data,
+/// Cuts both disks into parts that are to be read, in order.
+struct Pairs<'p> {
+    sides: [Side<'p>; 2],
+    at: u64,
+    total_bytes: u64,
+    strictness: Strictness,
+    /// What is passed over counts here.
+    done: &'p AtomicU64,
+}
+
+impl Iterator for Pairs<'_> {
+    type Item = Result<Pair, Found>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.at < self.total_bytes {
+            let pair = match self.pair() {
+                Ok(pair) => pair,
+                Err(found) => return Some(Err(found)),
+            };
+            self.at = pair.disk.end;
+            if pair.stored != [None, None] {
+                return Some(Ok(pair));
+            }
+            let len_bytes = pair.disk.end - pair.disk.start;
+            self.done.fetch_add(len_bytes, Ordering::Relaxed);
+        }
+        None
+    }
+}
+
+impl Pairs<'_> {
+    /// The next part; nothing is stored where it need not be read.
+    fn pair(&mut self) -> Result<Pair, Found> {
+        let (start, mut end) = (self.at, self.total_bytes);
+        let mut stored = [None; 2];
+        for which in Which::BOTH {
+            let run = self.sides[which as usize].run_at(start);
+            let run = run.map_err(|error| which.failed(error))?;
+            stored[which as usize] = run.stored;
+            end = end.min(run.disk.end);
+        }
+        let nothing = |end| Pair {
+            disk: start..end,
+            stored: [None; 2],
+        };
+        let [one, other] = stored;
+        if self.strictness == Strictness::SizesAndStorage && one.is_some() != other.is_some() {
+            let storage = Comparison::Storage { at_bytes: start };
+            return Err(Found::Difference(storage));
+        }
+        if let (Some(one), Some(other)) = (one, other)
+            && self.is_one_place(one, other)
+        {
+            return Ok(nothing(end));
+        }
+        for which in Which::BOTH {
+            let Some(place) = stored[which as usize] else {
+                continue;
+            };
+            let reading = self.sides[which as usize].reading;
+            let hole_bytes = reading
+                .hole_bytes(place, end - start)
+                .map_err(|error| which.failed(error))?;
+            if hole_bytes > 0 {
+                stored[which as usize] = None;
+                end = start + hole_bytes;
+            }
+        }
+        if stored != [None, None] {
+            end = end.min(start - start % PIECE_BYTES + PIECE_BYTES);
+        }
+        Ok(Pair {
+            disk: start..end,
+            stored,
+        })
+    }
+
+    fn is_one_place(&self, one: Stored, other: Stored) -> bool {
+        let file = |which: Which, stored: Stored| self.sides[which as usize].files[stored.depth];
+        let (first, second) = (file(Which::First, one), file(Which::Second, other));
+        first.is_some() && first == second && one.at == other.at
+    }
 }
 
 /// One of the two disks.
-struct Side<'e> {
-    end: &'e End,
-    /// The next run of data at or behind where it was last asked for; empty at the end if there is none.
-    data: Range<u64>,
-    buf: Vec<u8>,
+struct Side<'r> {
+    reading: &'r Reading<'r>,
+    runs: Runs<'r>,
+    run: Run,
+    /// Which files those of [`Stored::depth`] are.
+    files: Vec<Option<(u64, u64)>>,
 }
 
-impl<'e> Side<'e> {
-    const fn new(end: &'e End) -> Self {
+impl<'r> Side<'r> {
+    fn new(reading: &'r Reading<'r>) -> Self {
         Self {
-            end,
-            data: 0..0,
-            buf: Vec::new(),
+            reading,
+            runs: reading.runs(),
+            run: Run {
+                disk: 0..0,
+                stored: None,
+            },
+            files: reading.identities(),
         }
     }
 
-    fn end_bytes(&self) -> u64 {
-        self.end.capacity().bytes()
-    }
-
-    /// What there is at `at`, and to where. Behind the disk's end there are zeros without end.
-    fn run_at(&mut self, at: u64) -> Result<(Run, u64), CopyError> {
-        if at >= self.end_bytes() {
-            return Ok((Run::Zeros, u64::MAX));
+    /// What there is from `at` on, which is not before where it was asked for last. Behind the disk's
+    /// end there are zeros without end.
+    fn run_at(&mut self, at: u64) -> Result<Run, CopyError> {
+        while self.run.disk.end <= at {
+            self.run = match self.runs.next() {
+                Some(run) => run?,
+                None => Run {
+                    disk: at..u64::MAX,
+                    stored: None,
+                },
+            };
         }
-        if self.data.end <= at {
-            let end = self.end_bytes();
-            self.data = self.end.next_data(at)?.unwrap_or(end..end);
-        }
-        if self.data.start <= at {
-            Ok((Run::Data, self.data.end))
-        } else {
-            Ok((Run::Zeros, self.data.start))
-        }
-    }
-
-    fn read(&mut self, run: Run, bytes: Range<u64>) -> Result<(), CopyError> {
-        self.buf.clear();
-        if run == Run::Zeros {
-            return Ok(());
-        }
-        let len = usize::try_from(bytes.end - bytes.start).expect("a chunk fits in memory");
-        self.buf.resize(len, 0);
-        self.end.read(&mut self.buf, bytes.start)
+        let mut run = self.run.clone();
+        run.advance(at - run.disk.start);
+        Ok(run)
     }
 }
 

@@ -1,183 +1,72 @@
 //! Copying a disk between forms: raw, dynamic, fixed.
 //!
 //! [`copy`] moves what reads other than zero and leaves the rest alone, so a sparse
-//! source gives a sparse destination. It opens, names and renames nothing, prints
-//! nothing, and asks after every chunk whether to go on.
+//! source gives a sparse destination. Where the file system can let two files share extents, they do:
+//! that moves nothing, so zeros that have storage are not looked for there. It opens, names
+//! and renames nothing, prints nothing, and asks again and again whether to go on.
+//!
+//! ```text
+//! runs ─► pieces ─► read, look for zeros ─► places, in order ─► write      map, count, sync
+//!  one thread at a time      any thread      one at a time    any thread       the last
+//! ```
 //!
 //! Invariants:
 //!
 //! - **V1** Zeros are left out only where the destination reads zeros before the copy:
 //!   in an image or a file that was made for it. Anything else is written everywhere.
-//! - **V2** Data are written in the order of the disk, so that neighbours on the disk
-//!   become neighbours in the file.
+//! - **V2** Blocks of a new image are in the order of the disk, so that neighbours on the disk are
+//!   neighbours in the file, and so that the number of threads does not show in it.
 //! - **V3** [`copy`] returns `Ok` only when the destination is on stable storage.
+//! - **V4** A hole in the source's files takes no space in the destination, unless that is fixed.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+mod destination;
+mod end;
+mod new_image;
+mod raw;
+mod share;
+mod zeros;
+
+use std::fs::File;
+use std::io;
 use std::ops::{ControlFlow, Range};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::errno::Errno;
-use nix::libc;
-use nix::unistd::{Whence, lseek};
+use crate::crew::{Stopped, Threads, share_out};
+use crate::disk::ReadError;
+use crate::units::FileOffset;
 
-use crate::disk::{Disk, ReadError, Source, WriteError};
-use crate::storage::{Access, FileError, HostFile, Locking};
-use crate::units::{Capacity, SectorRange};
+pub use self::destination::Destination;
+pub use self::end::End;
+pub(crate) use self::end::{Reading, Run, Runs, Stored};
+pub use self::new_image::{NewImage, NewImageError};
+use self::new_image::{Placed, Turn};
+pub use self::raw::{RawDisk, RawError};
+pub(crate) use self::zeros::is_zero;
 
-/// Bytes read and judged at a time.
-const CHUNK_BYTES: u64 = 1 << 20;
+/// Bytes read and judged at a time. Writes to one file take turns, and so do threads that find places: where others want
+/// the CPUs too, each turn may have to wait for one, so there are not to be many.
+const PIECE_BYTES: u64 = 2 << 20;
 
-/// Zeros are left out in steps of this size: a file system's usual block. Smaller
-/// steps would save no space.
-const STEP_BYTES: usize = 4096;
+/// Bytes shared at a time. It may take long where the source's extents are small, or not yet
+/// written by the host.
+const SHARE_BYTES: u64 = 64 << 20;
 
-/// A raw disk: a file, or a block device, with the bytes of the disk and nothing else.
-#[derive(Debug)]
-pub struct RawDisk {
-    file: RawFile,
-    len_bytes: u64,
-    /// It was just made, so it reads zeros (V1).
-    is_new: bool,
+/// Whether source and destination may share extents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Where the file system can.
+    Auto,
+    /// No: all is read, and zeros are left out wherever they are.
+    Never,
 }
 
-#[derive(Debug)]
-enum RawFile {
-    Regular(HostFile),
-    Device(File),
-}
-
-impl RawDisk {
-    /// Opens a raw disk that exists.
-    ///
-    /// # Errors
-    /// If it cannot be opened, is in use, or is neither a file nor a block device.
-    pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self, RawError> {
-        let is_device =
-            std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
-        let file = if is_device {
-            let (writable, flags) = match access {
-                Access::ReadOnly => (false, 0),
-                // On a block device: not while it is mounted.
-                Access::Writable => (true, libc::O_EXCL),
-            };
-            RawFile::Device(
-                OpenOptions::new()
-                    .read(true)
-                    .write(writable)
-                    .custom_flags(flags)
-                    .open(path)
-                    .map_err(RawError::Io)?,
-            )
-        } else {
-            RawFile::Regular(HostFile::open(path, access, locking)?)
-        };
-        let mut raw = Self {
-            file,
-            len_bytes: 0,
-            is_new: false,
-        };
-        // The length in a device's metadata is 0.
-        let mut file = raw.file();
-        raw.len_bytes = file.seek(SeekFrom::End(0)).map_err(RawError::Io)?;
-        Ok(raw)
-    }
-
-    /// Makes a raw disk of `capacity` that reads zeros everywhere.
-    ///
-    /// # Errors
-    /// If there is a file of that name, or it cannot be made.
-    pub fn create(path: &Path, capacity: Capacity) -> Result<Self, RawError> {
-        let new = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(path)
-            .map_err(RawError::Io)?;
-        new.set_len(capacity.bytes()).map_err(RawError::Io)?;
-        let raw = Self::open(path, Access::Writable, Locking::Locked)?;
-        Ok(Self {
-            is_new: true,
-            ..raw
-        })
-    }
-
-    /// The size as a disk: a partial last sector is filled up with zeros.
-    pub fn capacity(&self) -> Capacity {
-        Capacity::from_bytes_rounded_up(self.len_bytes)
-    }
-
-    fn file(&self) -> &File {
-        match &self.file {
-            RawFile::Regular(file) => file.file(),
-            RawFile::Device(file) => file,
-        }
-    }
-
-    /// The next run at or behind `at_bytes` that is no hole.
-    fn next_data(&self, at_bytes: u64) -> io::Result<Option<Range<u64>>> {
-        let rest = at_bytes..self.len_bytes;
-        if rest.is_empty() {
-            return Ok(None);
-        }
-        let seek = |at: u64, whence| {
-            lseek(
-                self.file(),
-                i64::try_from(at).map_err(|_| Errno::EOVERFLOW)?,
-                whence,
-            )
-        };
-        let start = match seek(at_bytes, Whence::SeekData) {
-            Ok(start) => start.cast_unsigned(),
-            Err(Errno::ENXIO) => return Ok(None),
-            // This file system or device knows no holes.
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(Some(rest)),
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(start, Whence::SeekHole)?.cast_unsigned();
-        Ok((start < self.len_bytes).then_some(start..end.min(self.len_bytes)))
-    }
-
-    /// Reads; behind the end of the file is the rest of the last sector, zeros.
-    fn read(&self, buf: &mut [u8], at_bytes: u64) -> io::Result<()> {
-        let in_file = usize::try_from(self.len_bytes.saturating_sub(at_bytes))
-            .unwrap_or(usize::MAX)
-            .min(buf.len());
-        let (stored, padding) = buf.split_at_mut(in_file);
-        padding.fill(0);
-        self.file().read_exact_at(stored, at_bytes)
-    }
-}
-
-/// Why a raw disk cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum RawError {
-    /// The file cannot be opened as it should.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// The host failed.
-    #[error("the raw disk cannot be opened")]
-    Io(#[source] io::Error),
-}
-
-/// What a disk is copied from or to.
-#[derive(Debug)]
-pub enum End {
-    /// A raw disk.
-    Raw(RawDisk),
-    /// An image, dynamic or fixed; as a destination one that was just created (V1).
-    Image(Arc<Disk>),
-}
-
-impl End {
-    /// The size of the disk.
-    pub fn capacity(&self) -> Capacity {
-        match self {
-            Self::Raw(raw) => raw.capacity(),
-            Self::Image(disk) => disk.capacity(),
-        }
-    }
+/// How a copy is made.
+#[derive(Clone, Copy, Debug)]
+pub struct CopyOptions {
+    /// How many threads move data.
+    pub threads: Threads,
+    /// Whether extents are shared.
+    pub sharing: Sharing,
 }
 
 /// How far a copy has come.
@@ -197,16 +86,14 @@ pub enum CopyError {
     ReadRaw { at_bytes: u64, source: io::Error },
     #[error("the source cannot be read at byte {at_bytes}")]
     ReadImage { at_bytes: u64, source: ReadError },
+    #[error("holes cannot be found in the source's file at {at}")]
+    Seek { at: FileOffset, source: io::Error },
     #[error("the destination cannot be written at byte {at_bytes}")]
-    WriteRaw { at_bytes: u64, source: io::Error },
-    #[error("the destination cannot be written at byte {at_bytes}")]
-    WriteImage { at_bytes: u64, source: WriteError },
+    Write { at_bytes: u64, source: io::Error },
     #[error("the destination has {found} bytes, but the source's disk has {needed}")]
     TooSmall { found: u64, needed: u64 },
     #[error("the destination cannot be brought to stable storage")]
-    SyncRaw(#[source] io::Error),
-    #[error("the destination cannot be closed")]
-    Close(#[source] WriteError),
+    Finish(#[source] io::Error),
     #[error("interrupted")]
     Interrupted,
 }
@@ -218,234 +105,286 @@ pub enum CopyError {
 /// The first failure; the destination is then incomplete.
 pub fn copy(
     from: &End,
-    to: &End,
+    mut to: Destination,
+    options: CopyOptions,
     go_on: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<(), CopyError> {
-    let (needed, found) = (from.capacity().bytes(), to.capacity().bytes());
-    if found < needed {
-        return Err(CopyError::TooSmall { found, needed });
+    let (total_bytes, found) = (from.capacity().bytes(), to.capacity().bytes());
+    if found < total_bytes {
+        return Err(CopyError::TooSmall {
+            found,
+            needed: total_bytes,
+        });
     }
-    let mut done = 0;
-    let mut tell = |done_bytes| match go_on(Progress {
-        done_bytes,
-        total_bytes: needed,
-    }) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(CopyError::Interrupted),
+    let done = AtomicU64::new(0);
+    let mut tell = || {
+        go_on(Progress {
+            done_bytes: done.load(Ordering::Relaxed),
+            total_bytes,
+        })
     };
-    let mut buffer = Vec::new();
-    while let Some(data) = from.next_data(done)? {
-        to.zero(done..data.start, &mut tell)?;
-        done = data.start;
-        while done < data.end {
-            let end = (done - done % CHUNK_BYTES + CHUNK_BYTES).min(data.end);
-            buffer.resize(
-                usize::try_from(end - done).expect("a chunk fits in memory"),
-                0,
-            );
-            from.read(&mut buffer, done)?;
-            to.write_sparse(&buffer, done)?;
-            done = end;
-            tell(done)?;
-        }
+    let from = from.look();
+    let copier = Copier {
+        from: &from,
+        files: from.files(),
+        to: &to,
+        done: &done,
+    };
+    let pieces = copier.pieces(options.sharing);
+    let desk = Vec::new;
+    let work = |buf: &mut Vec<u8>, piece| copier.copy(piece, buf);
+    share_out(options.threads, pieces, desk, work, &mut tell).map_err(|stopped| match stopped {
+        Stopped::Ended(error) => error,
+        Stopped::Interrupted => CopyError::Interrupted,
+    })?;
+    if tell().is_break() {
+        return Err(CopyError::Interrupted);
     }
-    to.zero(done..needed, &mut tell)?;
-    tell(needed)?;
-    to.finish()
+    to.finish().map_err(CopyError::Finish)
 }
 
-impl End {
-    /// The next run at or behind `at_bytes` that may read other than zero, cut to sectors.
-    pub(crate) fn next_data(&self, at_bytes: u64) -> Result<Option<Range<u64>>, CopyError> {
-        match self {
-            Self::Raw(raw) => {
-                let data = raw
-                    .next_data(at_bytes)
-                    .map_err(|source| CopyError::ReadRaw { at_bytes, source })?;
-                // Bytes of a raw disk lie on it.
-                let sectors = data.and_then(|data| raw.capacity().range_around_bytes(data));
-                Ok(sectors
-                    .map(|range| range.start_bytes()..range.start_bytes() + range.len_bytes()))
-            }
-            Self::Image(disk) => {
-                let mut at = at_bytes;
-                let rest = bytes_of(disk.capacity(), at_bytes..disk.capacity().bytes());
-                let visit = disk.lane().enter();
-                for extent in disk.map(rest, &visit) {
-                    let end = at + extent.len_bytes;
-                    if matches!(extent.source, Source::Stored { .. }) {
-                        return Ok(Some(at..end));
-                    }
-                    at = end;
-                }
-                Ok(None)
-            }
-        }
-    }
-
-    pub(crate) fn read(&self, buf: &mut [u8], at_bytes: u64) -> Result<(), CopyError> {
-        match self {
-            Self::Raw(raw) => raw
-                .read(buf, at_bytes)
-                .map_err(|source| CopyError::ReadRaw { at_bytes, source }),
-            Self::Image(disk) => {
-                let range = bytes_of(disk.capacity(), at_bytes..at_bytes + buf.len() as u64);
-                disk.read_at(range, buf)
-                    .map_err(|source| CopyError::ReadImage { at_bytes, source })
-            }
-        }
-    }
-
-    /// Writes what of `buf` is not zero, or all of it where zeros are not there already (V1).
-    fn write_sparse(&self, buf: &[u8], at_bytes: u64) -> Result<(), CopyError> {
-        if !self.reads_zeros() {
-            return self.write(buf, at_bytes);
-        }
-        for piece in nonzero_pieces(buf, at_bytes) {
-            self.write(&buf[piece.clone()], at_bytes + piece.start as u64)?;
-        }
-        Ok(())
-    }
-
-    fn write(&self, buf: &[u8], at_bytes: u64) -> Result<(), CopyError> {
-        match self {
-            Self::Raw(raw) => raw
-                .file()
-                .write_all_at(buf, at_bytes)
-                .map_err(|source| CopyError::WriteRaw { at_bytes, source }),
-            Self::Image(disk) => {
-                let range = bytes_of(disk.capacity(), at_bytes..at_bytes + buf.len() as u64);
-                disk.write_at(range, buf)
-                    .map_err(|source| CopyError::WriteImage { at_bytes, source })
-            }
-        }
-    }
-
-    fn reads_zeros(&self) -> bool {
-        match self {
-            Self::Raw(raw) => raw.is_new,
-            Self::Image(_) => true,
-        }
-    }
-
-    /// Makes `range` read zeros, unless it does (V1).
-    fn zero(
-        &self,
-        range: Range<u64>,
-        tell: &mut dyn FnMut(u64) -> Result<(), CopyError>,
-    ) -> Result<(), CopyError> {
-        if self.reads_zeros() || range.is_empty() {
-            return Ok(());
-        }
-        let zeros = vec![0; usize::try_from(CHUNK_BYTES).expect("a chunk fits in memory")];
-        let mut at = range.start;
-        while at < range.end {
-            let len = (range.end - at).min(CHUNK_BYTES);
-            self.write(
-                &zeros[..usize::try_from(len).expect("a chunk fits in memory")],
-                at,
-            )?;
-            at += len;
-            tell(at)?;
-        }
-        Ok(())
-    }
-
-    /// Makes it all durable (V3).
-    fn finish(&self) -> Result<(), CopyError> {
-        match self {
-            Self::Raw(raw) => raw.file().sync_all().map_err(CopyError::SyncRaw),
-            Self::Image(disk) => disk.close().map_err(CopyError::Close),
-        }
-    }
+/// A part of the disk for one thread.
+struct Piece<'t> {
+    disk: Range<u64>,
+    how: How,
+    turn: Option<Turn<'t>>,
 }
 
-/// The sectors of a range of bytes that was cut to sectors and to the disk before.
-fn bytes_of(capacity: Capacity, bytes: Range<u64>) -> SectorRange {
-    capacity
-        .range_of_bytes(bytes)
-        .expect("the range was cut to sectors and to the disk")
+/// How a piece comes to the destination.
+#[derive(Clone, Copy, Debug)]
+enum How {
+    /// It is read, and written where it is not zero.
+    Move(Stored),
+    /// The destination shares it.
+    Share(Stored),
+    /// There are zeros.
+    Zero,
 }
 
-/// The parts of `buf` that are not zero, in steps that begin at multiples of
-/// [`STEP_BYTES`] on the disk; neighbours in one piece.
-fn nonzero_pieces(buf: &[u8], at_bytes: u64) -> impl Iterator<Item = Range<usize>> + '_ {
-    let first =
-        STEP_BYTES - usize::try_from(at_bytes % STEP_BYTES as u64).expect("less than a step");
-    let step_end = move |start: usize| {
-        let end = if start < first {
-            first
-        } else {
-            start - (start - first) % STEP_BYTES + STEP_BYTES
+struct Copier<'c> {
+    from: &'c Reading<'c>,
+    /// The source's.
+    files: Vec<Option<&'c File>>,
+    to: &'c Destination,
+    /// Bytes of the disk that are done.
+    done: &'c AtomicU64,
+}
+
+impl<'c> Copier<'c> {
+    fn pieces(&'c self, sharing: Sharing) -> Pieces<'c> {
+        let unit = |file: &Option<&File>| share::unit_bytes((*file)?, self.to.file());
+        let units = match sharing {
+            Sharing::Auto if self.to.may_share() => self.files.iter().map(unit).collect(),
+            Sharing::Auto | Sharing::Never => vec![None; self.files.len()],
         };
-        end.min(buf.len())
-    };
-    let is_data = move |start: usize| !is_zero(&buf[start..step_end(start)]);
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        while at < buf.len() && !is_data(at) {
-            at = step_end(at);
+        Pieces {
+            copier: self,
+            runs: self.from.runs(),
+            run: None,
+            units,
         }
-        let start = at;
-        while at < buf.len() && is_data(at) {
-            at = step_end(at);
+    }
+
+    fn copy(&self, piece: Piece<'_>, buf: &mut Vec<u8>) -> Result<(), CopyError> {
+        let Piece { disk, how, turn } = piece;
+        let len_bytes = disk.end - disk.start;
+        match how {
+            How::Move(stored) => self.move_data(disk, stored, turn, buf)?,
+            How::Share(stored) => self.share(disk, stored, turn, buf)?,
+            How::Zero => self.write_zeros(&disk, buf)?,
         }
-        (start < at).then_some(start..at)
-    })
+        self.done.fetch_add(len_bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn move_data(
+        &self,
+        disk: Range<u64>,
+        stored: Stored,
+        turn: Option<Turn<'_>>,
+        buf: &mut Vec<u8>,
+    ) -> Result<(), CopyError> {
+        let start = disk.start;
+        let data = fit(buf, disk.end - start);
+        self.from.read(stored, start, data)?;
+        let parts = if self.to.reads_zeros() {
+            let pieces = zeros::nonzero_pieces(data, start);
+            pieces
+                .map(|piece| start + piece.start as u64..start + piece.end as u64)
+                .collect()
+        } else {
+            vec![disk]
+        };
+        for Placed { disk, at } in destination::place(turn, parts) {
+            let part = part_of(data, disk.start - start, disk.end - start);
+            self.write(part, disk.start, at)?;
+        }
+        Ok(())
+    }
+
+    fn share(
+        &self,
+        disk: Range<u64>,
+        stored: Stored,
+        turn: Option<Turn<'_>>,
+        buf: &mut Vec<u8>,
+    ) -> Result<(), CopyError> {
+        let start = disk.start;
+        let file = self.files[stored.depth].expect("what is shared is in a file");
+        for Placed { disk, at } in destination::place(turn, vec![disk]) {
+            let from = stored.plus(disk.start - start);
+            let shared = share::share(file, from.at, self.to.file(), at, disk.end - disk.start)
+                .map_err(|errno| CopyError::Write {
+                    at_bytes: disk.start,
+                    source: errno.into(),
+                })?;
+            let rest = Placed {
+                at: at.plus(shared),
+                disk: disk.start + shared..disk.end,
+            };
+            self.move_to(&rest, from.plus(shared), buf)?;
+        }
+        Ok(())
+    }
+
+    /// Moves what has its place and could not be shared.
+    fn move_to(&self, to: &Placed, from: Stored, buf: &mut Vec<u8>) -> Result<(), CopyError> {
+        let mut done = 0;
+        let len_bytes = to.disk.end - to.disk.start;
+        while done < len_bytes {
+            let at_disk = to.disk.start + done;
+            let data = fit(buf, PIECE_BYTES.min(len_bytes - done));
+            self.from.read(from.plus(done), at_disk, data)?;
+            for part in zeros::nonzero_pieces(data, at_disk) {
+                let skip = part.start as u64;
+                self.write(&data[part], at_disk + skip, to.at.plus(done + skip))?;
+            }
+            done += data.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// V1: only a raw disk can be without zeros.
+    fn write_zeros(&self, disk: &Range<u64>, buf: &mut Vec<u8>) -> Result<(), CopyError> {
+        let zeros = fit(buf, disk.end - disk.start);
+        zeros.fill(0);
+        self.write(zeros, disk.start, FileOffset(disk.start))
+    }
+
+    fn write(&self, data: &[u8], at_bytes: u64, at: FileOffset) -> Result<(), CopyError> {
+        self.to
+            .write(data, at)
+            .map_err(|source| CopyError::Write { at_bytes, source })
+    }
 }
 
-/// Whether all bytes are zero; in the shape that the compiler makes vector code of.
-pub(crate) fn is_zero(buf: &[u8]) -> bool {
-    let (lines, rest) = buf.as_chunks::<64>();
-    lines
-        .iter()
-        .all(|line| line.iter().fold(0, |seen, &byte| seen | byte) == 0)
-        && rest.iter().all(|&byte| byte == 0)
+/// A buffer's first `len_bytes`.
+pub(crate) fn fit(buf: &mut Vec<u8>, len_bytes: u64) -> &mut [u8] {
+    let len = usize::try_from(len_bytes).expect("a piece fits in memory");
+    if buf.len() < len {
+        buf.resize(len, 0);
+    }
+    &mut buf[..len]
+}
+
+fn part_of(data: &[u8], start: u64, end: u64) -> &[u8] {
+    let index = |at| usize::try_from(at).expect("a part is inside the buffer");
+    &data[index(start)..index(end)]
+}
+
+/// Cuts the source's disk into pieces, in order.
+struct Pieces<'c> {
+    copier: &'c Copier<'c>,
+    runs: Runs<'c>,
+    /// What is left of the run that was begun.
+    run: Option<Run>,
+    /// In what units each of the source's files can share its extents.
+    units: Vec<Option<u64>>,
+}
+
+impl<'c> Iterator for Pieces<'c> {
+    type Item = Result<Piece<'c>, CopyError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let Copier { to, done, .. } = *self.copier;
+        loop {
+            let mut run = match self.run.take() {
+                Some(run) => run,
+                None => match self.runs.next()? {
+                    Ok(run) => run,
+                    Err(error) => return Some(Err(error)),
+                },
+            };
+            let (how, len_bytes) = match self.first_of(&run) {
+                Ok(first) => first,
+                Err(error) => return Some(Err(error)),
+            };
+            let disk = run.disk.start..run.disk.start + len_bytes;
+            run.advance(len_bytes);
+            self.run = (run.len_bytes() > 0).then_some(run);
+            let turn = match how {
+                How::Zero if to.reads_zeros() => {
+                    done.fetch_add(len_bytes, Ordering::Relaxed);
+                    continue;
+                }
+                How::Zero => None,
+                How::Move(_) | How::Share(_) => to.turn(),
+            };
+            return Some(Ok(Piece { disk, how, turn }));
+        }
+    }
+}
+
+impl Pieces<'_> {
+    /// How to deal with the beginning of a run, and how long that is.
+    fn first_of(&self, run: &Run) -> Result<(How, u64), CopyError> {
+        let len_bytes = run.len_bytes();
+        let to_next = |step: u64| len_bytes.min(step - run.disk.start % step);
+        let zeros = |len_bytes: u64| {
+            // Where they need not be written, any number is one piece.
+            let is_free = self.copier.to.reads_zeros();
+            let most = if is_free { u64::MAX } else { PIECE_BYTES };
+            (How::Zero, len_bytes.min(most))
+        };
+        let Some(stored) = run.stored else {
+            return Ok(zeros(len_bytes));
+        };
+        let hole_bytes = self.copier.from.hole_bytes(stored, len_bytes)?;
+        if hole_bytes > 0 {
+            return Ok(zeros(hole_bytes));
+        }
+        if let Some(unit) = self.units[stored.depth]
+            && run.disk.start.is_multiple_of(unit)
+            && stored.at.0.is_multiple_of(unit)
+        {
+            let most = to_next(SHARE_BYTES);
+            // V4: a hole is not to be filled.
+            let data_bytes = self.copier.from.data_bytes(stored, most)?;
+            let whole = data_bytes - data_bytes % unit;
+            if whole > 0 {
+                return Ok((How::Share(stored), whole));
+            }
+        }
+        Ok((How::Move(stored), to_next(PIECE_BYTES)))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+
     use super::*;
+    use crate::storage::{Access, Locking};
+    use crate::units::Capacity;
 
-    fn pieces(buf: &[u8], at_bytes: u64) -> Vec<Range<usize>> {
-        nonzero_pieces(buf, at_bytes).collect()
-    }
+    const OPTIONS: CopyOptions = CopyOptions {
+        threads: Threads::TWO,
+        sharing: Sharing::Auto,
+    };
 
-    #[test]
-    fn zeros_are_left_out_in_steps_of_the_disk_not_of_the_buffer() {
-        let mut buf = vec![0; 5 * STEP_BYTES];
-        assert_eq!(pieces(&buf, 0), []);
-        buf[STEP_BYTES] = 1;
-        buf[3 * STEP_BYTES - 1] = 1;
-        assert_eq!(
-            pieces(&buf, 0).as_slice(),
-            std::slice::from_ref(&(STEP_BYTES..3 * STEP_BYTES))
-        );
-        // The buffer begins 512 bytes into a step: the steps end 512 bytes earlier in it.
-        assert_eq!(pieces(&buf, 512), [3584..7680, 11_776..15_872]);
-        *buf.last_mut().unwrap() = 1;
-        assert_eq!(
-            pieces(&buf, 0).last(),
-            Some(&(4 * STEP_BYTES..5 * STEP_BYTES))
-        );
-    }
-
-    #[test]
-    fn the_pieces_hold_every_byte_that_is_not_zero() {
-        for len in [1, 511, 512, 4095, 4096, 4097, 20_000] {
-            for set in [0, len / 2, len - 1] {
-                let mut buf = vec![0; len];
-                buf[set] = 7;
-                let found = pieces(&buf, 1536);
-                assert_eq!(found.len(), 1, "{len} {set}");
-                assert!(found[0].contains(&set), "{len} {set}");
-                assert!(found[0].len() <= STEP_BYTES);
-            }
-        }
-    }
-
-    fn raw(path: &Path, access: Access) -> End {
-        End::Raw(RawDisk::open(path, access, Locking::Locked).unwrap())
+    fn raw(path: &Path, access: Access) -> RawDisk {
+        RawDisk::open(path, access, Locking::Locked).unwrap()
     }
 
     /// A raw disk of 3 MiB with something in the second.
@@ -454,7 +393,7 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_len(3 << 20).unwrap();
         file.write_all_at(&[5; 700], (1 << 20) + 512).unwrap();
-        raw(&path, Access::ReadOnly)
+        End::Raw(raw(&path, Access::ReadOnly))
     }
 
     #[test]
@@ -464,7 +403,8 @@ mod tests {
         let path = directory.path().join("to");
         std::fs::write(&path, vec![0xFF; 4 << 20]).unwrap();
         let mut told = Vec::new();
-        copy(&from, &raw(&path, Access::Writable), &mut |progress| {
+        let to = Destination::Raw(raw(&path, Access::Writable));
+        copy(&from, to, OPTIONS, &mut |progress| {
             told.push(progress.done_bytes);
             ControlFlow::Continue(())
         })
@@ -486,8 +426,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let from = source(directory.path());
         let path = directory.path().join("to");
-        let to = End::Raw(RawDisk::create(&path, from.capacity()).unwrap());
-        let stopped = copy(&from, &to, &mut |_| ControlFlow::Break(()));
+        let to = Destination::Raw(RawDisk::create(&path, from.capacity()).unwrap());
+        let stopped = copy(&from, to, OPTIONS, &mut |_| ControlFlow::Break(()));
         assert!(matches!(stopped, Err(CopyError::Interrupted)));
     }
 
@@ -496,9 +436,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let from = source(directory.path());
         let path = directory.path().join("to");
-        let to =
-            End::Raw(RawDisk::create(&path, Capacity::from_bytes_rounded_down(1 << 20)).unwrap());
-        let refused = copy(&from, &to, &mut |_| ControlFlow::Continue(()));
+        let capacity = Capacity::from_bytes_rounded_down(1 << 20);
+        let to = Destination::Raw(RawDisk::create(&path, capacity).unwrap());
+        let refused = copy(&from, to, OPTIONS, &mut |_| ControlFlow::Continue(()));
         assert!(matches!(
             refused,
             Err(CopyError::TooSmall {

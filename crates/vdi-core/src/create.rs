@@ -55,7 +55,8 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<(), CreateError> {
     write_new(path, &new_header(options)?, options.kind)
 }
 
-fn write_new(path: &Path, header: &RawHeader, kind: NewKind) -> Result<(), CreateError> {
+/// Makes the image that a new header describes.
+pub(crate) fn write_new(path: &Path, header: &RawHeader, kind: NewKind) -> Result<(), CreateError> {
     let file = File::options()
         .read(true)
         .write(true)

@@ -8,6 +8,7 @@
 //!        └─► Parked: call again when the waker is woken
 //! ```
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::task::{Wake, Waker};
@@ -180,6 +181,11 @@ impl Disk {
             end,
             next: None,
         }
+    }
+
+    /// The images' files, the top one's first, where the host has them.
+    pub(crate) fn host_files(&self) -> impl Iterator<Item = Option<&File>> {
+        self.images.iter().map(|image| image.storage.host_file())
     }
 
     /// Reads from one image's file.

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! [`Disk::read_at`], [`Disk::write_at`] and [`Disk::flush`] do all of it for
-//! programs that are content with blocking calls.
+//! programs that are content with blocking calls. [`convert`] and [`compare`] move whole disks, with
+//! threads of their own.
 //!
 //! Inside, dependencies point one way: `units ← format ← header, block_map ←
 //! image ← disk ← check ← repair, convert`.
@@ -29,6 +30,7 @@ pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod create;
+mod crew;
 pub mod disk;
 pub mod format;
 pub mod header;
@@ -51,6 +53,7 @@ mod writer;
 
 pub use chain::{ChainError, ChainOptions, find_chain, find_parent};
 pub use create::{CreateError, CreateOptions, NewKind, create, create_child};
+pub use crew::Threads;
 pub use disk::{
     Disk, Extent, Extents, Fill, Flush, ModifiedParent, ReadError, Reservation, Reserve, Source,
     WriteError, WriteExtent, Zeroing,

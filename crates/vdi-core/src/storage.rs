@@ -67,6 +67,12 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// The host's; what was written since the last success may then be lost.
     fn sync(&self) -> io::Result<()>;
+
+    /// The host's file, where there is one behind this: for what only the host can do with two files or
+    /// knows about one, such as sharing extents and finding holes.
+    fn host_file(&self) -> Option<&File> {
+        None
+    }
 }
 
 /// What an image is opened for.
@@ -185,6 +191,10 @@ impl Storage for HostFile {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn host_file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 }
 

@@ -8,9 +8,8 @@ use vdi_core::convert::End;
 use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, clone};
 
 use crate::args::CloneArgs;
-use crate::commands::{
-    Copying, Failure, copy, existing, open_chain, open_for, refuse_same, stop_on_signals,
-};
+use crate::commands::convert::{Copying, copy, create_image};
+use crate::commands::{Failure, existing, open_chain, refuse_same, stop_on_signals};
 use crate::new_file::NewFile;
 
 pub(super) fn clone(args: &CloneArgs) -> Result<ExitCode, Failure> {
@@ -26,9 +25,10 @@ pub(super) fn clone(args: &CloneArgs) -> Result<ExitCode, Failure> {
         clone::full(&source)
     };
     let new = NewFile::beside(&args.destination, existing(args.force))?;
-    create(args, &new, &options)?;
-    if !args.linked {
-        fill(args, &new, &source, &stop)?;
+    if args.linked {
+        create(args, &new, &options)?;
+    } else {
+        fill(args, &new, &options, &source, &stop)?;
     }
     if stop.load(Ordering::Relaxed) {
         return Err(Failure::Interrupted);
@@ -47,22 +47,19 @@ fn create(args: &CloneArgs, new: &NewFile, options: &CreateOptions) -> Result<()
 fn fill(
     args: &CloneArgs,
     new: &NewFile,
+    options: &CreateOptions,
     source: &Arc<Disk>,
     stop: &AtomicBool,
 ) -> Result<(), Failure> {
-    let file = HostFile::open(new.path(), Access::Writable, Locking::Locked)?;
     let copying = Copying {
         from: &args.source,
         to: &args.destination,
+        options: args.copying.options(),
         is_quiet: args.quiet,
     };
     let from = End::Image(Arc::clone(source));
-    copy(
-        &copying,
-        &from,
-        &End::Image(open_for(file, Access::Writable)?),
-        stop,
-    )?;
+    let to = create_image(&args.destination, new.path(), options)?;
+    copy(&copying, &from, to, stop)?;
     let file = HostFile::open(new.path(), Access::Writable, Locking::Locked)?;
     clone::describe_as(&file, source.header()).map_err(|source| Failure::Describe {
         path: args.destination.clone(),

@@ -18,7 +18,8 @@ pub(super) fn compare(args: &CompareArgs) -> Result<ExitCode, Failure> {
     } else {
         Strictness::Contents
     };
-    let compared = compare::compare(&first, &second, strictness, &mut |_| {
+    let threads = args.threads.get();
+    let compared = compare::compare(&first, &second, strictness, threads, &mut |_| {
         ControlFlow::Continue(())
     });
     let compared = compared.map_err(|source| Failure::Compare {
