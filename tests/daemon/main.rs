@@ -17,4 +17,5 @@ mod program;
 mod requests;
 mod rings;
 mod sharing;
+mod turns;
 mod zeros;
