@@ -15,6 +15,7 @@ mod durability;
 mod load;
 mod program;
 mod requests;
+mod resize;
 mod rings;
 mod sharing;
 mod turns;

@@ -72,6 +72,22 @@ impl Image {
         &self.path
     }
 
+    /// The first bytes that the core reads.
+    ///
+    /// # Panics
+    /// If the image cannot be opened, or is shorter.
+    #[must_use]
+    pub fn start(&self, len_bytes: usize) -> Vec<u8> {
+        let file = HostFile::open(&self.path, Access::ReadOnly, Locking::Locked);
+        let file = Arc::new(file.expect("nobody has the image open"));
+        let disk = Disk::open(file, Access::ReadOnly).expect("the image is sound");
+        let mut data = vec![0; len_bytes];
+        let range = disk.capacity().range_of_bytes(0..len_bytes as u64);
+        disk.read_at(range.expect("it is long enough"), &mut data)
+            .expect("it can be read");
+        data
+    }
+
     /// What the core reads, whatever the block size.
     ///
     /// # Panics

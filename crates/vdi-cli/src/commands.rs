@@ -43,6 +43,7 @@ use vdi_core::{
 use crate::args::{
     ChainArgs, Cli, CompletionsArgs, CreateArgs, Format, LayoutArgs, OpenArgs, Verb,
 };
+use crate::daemon::DaemonError;
 use crate::new_file::{Existing, NewFile, NewFileError};
 
 /// Why a verb failed.
@@ -99,6 +100,8 @@ pub(crate) enum Failure {
     Resize { path: PathBuf, source: ResizeError },
     #[error(transparent)]
     ResizeRefused(#[from] resize::Refused),
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
     #[error("cannot set the fields of {}", path.display())]
     Set { path: PathBuf, source: SetError },
     #[error("cannot merge {} into its parent", path.display())]

@@ -7,6 +7,7 @@
 
 mod args;
 mod commands;
+mod daemon;
 mod new_file;
 mod report;
 mod size;

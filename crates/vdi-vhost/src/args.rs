@@ -41,6 +41,10 @@ pub(crate) struct Args {
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub(crate) num_queues: u16,
 
+    /// Where operators send commands; its file is its owner's alone. `vdi resize --online` speaks to it.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control_socket: Option<PathBuf>,
+
     /// Begin without the image, which another daemon serves: it is opened and locked when the first queue starts, for a
     /// guest that arrives by live migration.
     #[arg(long)]

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use vdi_core::{Access, WriteError};
+use vdi_core::{Access, Capacity, WriteError};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -22,6 +22,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
+use crate::channel::Channel;
 use crate::command::Takeover;
 use crate::complaints::Complaints;
 use crate::device::Device;
@@ -30,7 +31,7 @@ use crate::engine::EngineChoice;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, RingError, Rings};
 use crate::tracking::{Tracking, TrackingError};
-use crate::turn::{Opened, Turn, TurnError};
+use crate::turn::{GrowError, Opened, Turn, TurnError};
 use crate::workers::{Served, Workers};
 
 /// The device as a front end controls it.
@@ -40,6 +41,8 @@ pub(crate) struct Backend {
     engine: EngineChoice,
     complaints: Arc<Complaints>,
     rings: Rings,
+    /// Where the front end hears of changes, if it wants to.
+    channel: Option<Channel>,
     /// Where the front end wants writes to be marked, once VHOST_F_LOG_ALL is accepted.
     log: Option<Arc<DirtyLog>>,
 }
@@ -67,6 +70,23 @@ enum Refusal {
     Access { served: Access, found: Access },
     #[error("{}", crate::chain_of(.0))]
     Tracking(#[from] TrackingError),
+}
+
+/// Why an operator's command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ControlError {
+    /// Another daemon has the image, perhaps.
+    #[error("the image cannot be opened: {0}")]
+    Open(Error),
+    /// The image did not come back.
+    #[error(transparent)]
+    Turn(#[from] TurnError),
+    /// A ring did not stop, or not start again.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// The disk is as it was.
+    #[error(transparent)]
+    Grow(#[from] GrowError),
 }
 
 impl From<Refusal> for Error {
@@ -108,6 +128,7 @@ impl Backend {
             engine,
             complaints: Arc::default(),
             rings,
+            channel: None,
             log: None,
         })
     }
@@ -139,6 +160,42 @@ impl Backend {
         });
     }
 
+    /// Makes the disk larger, while its guest runs: requests wait meanwhile, and the guest is told.
+    pub(crate) fn grow(&mut self, to: Capacity) -> std::result::Result<Capacity, ControlError> {
+        let was_held = self.turn.disk().is_some();
+        if !was_held {
+            self.begin_turn().map_err(ControlError::Open)?;
+        }
+        let running = self.rings.suspend()?;
+        let (opened, grown) = self.turn.grow(to)?;
+        self.serve(opened);
+        self.rings.resume(&running, &self.device)?;
+        if !was_held && self.rings.dismiss_if_idle() {
+            self.turn.end();
+        }
+        grown?;
+        if let Some(channel) = &self.channel {
+            channel.config_changed();
+        }
+        tracing::info!("the disk has {} bytes now", self.device.capacity().bytes());
+        Ok(self.device.capacity())
+    }
+
+    /// The size of the disk.
+    pub(crate) fn capacity(&self) -> Capacity {
+        self.device.capacity()
+    }
+
+    /// Whether the image is open here.
+    pub(crate) fn is_open(&self) -> bool {
+        self.turn.disk().is_some()
+    }
+
+    /// Where the front end hears of changes (SET_BACKEND_REQ_FD).
+    pub(crate) fn set_channel(&mut self, channel: Channel) {
+        self.channel = Some(channel);
+    }
+
     /// Ends the workers and closes the image.
     pub(crate) fn close(self) -> std::result::Result<(), WriteError> {
         // The housekeeper, in the turn, must still be there for requests that wait for room.
@@ -156,6 +213,7 @@ impl Backend {
     pub(crate) fn end_session(&mut self) -> std::result::Result<(), RingError> {
         self.rings.reset()?;
         self.log = None;
+        self.channel = None;
         self.rings.set_memory(Memory::new(), Takeover::WhenIdle)?;
         self.device.forget_features();
         Ok(())

@@ -15,8 +15,10 @@
 mod args;
 mod backend;
 mod chain;
+mod channel;
 mod command;
 mod complaints;
+mod control;
 mod device;
 mod dirty;
 mod engine;
@@ -51,8 +53,9 @@ use vdi_core::{Access, Disk, WriteError};
 
 use crate::args::Args;
 use crate::backend::Backend;
+use crate::control::ControlSocket;
 use crate::device::{Device, Serial, Zeros};
-use crate::session::{Door, ServeError};
+use crate::session::{Door, Ears, ServeError};
 use crate::socket::{SocketError, SocketFile};
 use crate::turn::{Opening, Turn, TurnError};
 use crate::workers::Workers;
@@ -130,6 +133,9 @@ fn run(args: &Args) -> Result<(), Fatal> {
         backend.serve(opened);
     }
     let backend = Arc::new(Mutex::new(backend));
+    let control = args.control_socket.as_deref();
+    let control = control.map(|path| ControlSocket::listen(path, &args.blk_file));
+    let control = control.transpose()?;
     let (socket_file, door) = match (inherited, &args.socket_path) {
         (Some(door), _) => (None, door),
         (None, path) => {
@@ -148,7 +154,13 @@ fn run(args: &Args) -> Result<(), Fatal> {
             ""
         }
     );
-    let served = session::serve(door, &backend, &signals);
+    let ears = Ears {
+        signals: &signals,
+        control: control.as_ref(),
+        backend: &backend,
+    };
+    let served = session::serve(door, &ears);
+    drop(control);
     drop(socket_file);
     let backend = Arc::into_inner(backend).expect("sessions have ended");
     let backend = backend.into_inner().unwrap_or_else(PoisonError::into_inner);

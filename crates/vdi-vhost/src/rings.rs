@@ -48,6 +48,8 @@ struct Ring {
     error_fd: ErrorFd,
     /// As the front end gave them.
     addresses: Option<Addresses>,
+    /// Where it is kicked.
+    kick: Option<File>,
     started: bool,
     /// It has been started before in this session.
     was_started: bool,
@@ -131,6 +133,7 @@ impl Rings {
                 vring: Vring::new(memory.clone(), MAX_QUEUE_SIZE)?,
                 error_fd: ErrorFd::default(),
                 addresses: None,
+                kick: None,
                 started: false,
                 was_started: false,
             })
@@ -253,6 +256,31 @@ impl Rings {
         Ok(ring.vring.queue_next_avail())
     }
 
+    /// Stops all rings that run when what they had in flight is answered, and lets go of what is served; which ones.
+    pub(crate) fn suspend(&mut self) -> Result<Vec<u32>> {
+        let mut running = Vec::new();
+        for index in 0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX) {
+            if self.ring(index)?.started {
+                self.tell(index, Command::Stop)?;
+                self.ring(index)?.started = false;
+                running.push(index);
+            }
+        }
+        self.workers.dismiss();
+        Ok(running)
+    }
+
+    /// Has rings run again that were suspended.
+    pub(crate) fn resume(&mut self, rings: &[u32], device: &Device) -> Result<()> {
+        for index in rings.iter().copied() {
+            let failed = |source| RingError::Worker { index, source };
+            let kick = self.ring(index)?.kick.as_ref().map(File::try_clone);
+            let kick = kick.ok_or(RingError::NoKick { index })?.map_err(failed)?;
+            self.start(index, kick.into(), device)?;
+        }
+        Ok(())
+    }
+
     /// Has all rings take chains, or as soon as they start.
     pub(crate) fn enable_all(&mut self) -> Result<()> {
         (0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX))
@@ -330,6 +358,7 @@ impl Rings {
         let failed = |source| RingError::Worker { index, source };
         let kick = file.try_clone().map_err(failed)?.into();
         let ring = self.ring(index)?;
+        ring.kick = Some(file.try_clone().map_err(failed)?);
         ring.vring.set_kick(Some(file));
         if ring.started {
             self.tell(index, |index| Command::Rekick(index, kick))

@@ -16,6 +16,8 @@ use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::backend::Backend;
+use crate::channel::Channel;
+use crate::control::ControlSocket;
 use crate::rings::RingError;
 
 /// How long the rest of a message may take to follow its beginning.
@@ -50,6 +52,17 @@ pub(crate) enum ServeError {
     EndSession(#[source] RingError),
 }
 
+/// What is listened to beside the front end.
+#[derive(Clone, Copy)]
+pub(crate) struct Ears<'a> {
+    /// Becomes readable when the daemon should end.
+    pub(crate) signals: &'a UnixStream,
+    /// Where operators send commands.
+    pub(crate) control: Option<&'a ControlSocket>,
+    /// Who does what is heard.
+    pub(crate) backend: &'a Arc<Mutex<Backend>>,
+}
+
 /// What ended a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Heard {
@@ -66,18 +79,14 @@ enum Message {
 }
 
 /// Serves front ends until a signal makes `signals` readable, or the only connection ends.
-pub(crate) fn serve(
-    door: Door,
-    backend: &Arc<Mutex<Backend>>,
-    signals: &UnixStream,
-) -> Result<(), ServeError> {
+pub(crate) fn serve(door: Door, ears: &Ears<'_>) -> Result<(), ServeError> {
     let listener = match door {
-        Door::Connected(stream) => return converse(stream, backend, signals).map(|_| ()),
+        Door::Connected(stream) => return converse(stream, ears).map(|_| ()),
         Door::Listener(listener) => listener,
     };
     listener.set_nonblocking(true).map_err(ServeError::Wait)?;
     loop {
-        if wait(signals, &listener, PollFlags::POLLIN, PollTimeout::NONE)? == Heard::Signal {
+        if wait(ears, &listener, PollFlags::POLLIN, PollTimeout::NONE)? == Heard::Signal {
             return Ok(());
         }
         let stream = match listener.accept() {
@@ -85,46 +94,41 @@ pub(crate) fn serve(
             Err(error) if is_passing(&error) => continue,
             Err(error) => return Err(ServeError::Accept(error)),
         };
-        if converse(stream, backend, signals)? == Heard::Signal {
+        if converse(stream, ears)? == Heard::Signal {
             return Ok(());
         }
     }
 }
 
 /// Serves one front end until it goes away or a signal comes, and answers what it left in flight.
-fn converse(
-    stream: UnixStream,
-    backend: &Arc<Mutex<Backend>>,
-    signals: &UnixStream,
-) -> Result<Heard, ServeError> {
+fn converse(stream: UnixStream, ears: &Ears<'_>) -> Result<Heard, ServeError> {
     tracing::info!("a front end is connected");
-    let ended = converse_until_end(stream, backend, signals);
-    let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
+    let ended = converse_until_end(stream, ears);
+    let mut backend = ears.backend.lock().unwrap_or_else(PoisonError::into_inner);
     backend.end_session().map_err(ServeError::EndSession)?;
     tracing::info!("the front end's session has ended");
     ended
 }
 
-fn converse_until_end(
-    stream: UnixStream,
-    backend: &Arc<Mutex<Backend>>,
-    signals: &UnixStream,
-) -> Result<Heard, ServeError> {
+fn converse_until_end(stream: UnixStream, ears: &Ears<'_>) -> Result<Heard, ServeError> {
     stream.set_nonblocking(false).map_err(ServeError::Wait)?;
     stream
         .set_read_timeout(Some(MESSAGE_TIMEOUT))
         .map_err(ServeError::Wait)?;
     let own = stream.try_clone().map_err(ServeError::Wait)?;
-    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(backend));
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(ears.backend));
     let mut begun: Option<Instant> = None;
     loop {
         let heard = match begun {
             // A readable socket cannot be waited on for more.
-            Some(_) => wait_signal(signals, RECHECK_MS.into())?,
-            None => wait(signals, &own, PollFlags::POLLIN, PollTimeout::NONE)?,
+            Some(_) => wait_signal(ears.signals, RECHECK_MS.into())?,
+            None => wait(ears, &own, PollFlags::POLLIN, PollTimeout::NONE)?,
         };
-        if heard == Heard::Signal {
-            return Ok(heard);
+        match (heard, begun) {
+            (Heard::Signal, _) => return Ok(heard),
+            // It was an operator.
+            (Heard::Nothing, None) => continue,
+            (Heard::Peer, _) | (Heard::Nothing, Some(_)) => {}
         }
         match peek(&own) {
             Message::End => return Ok(Heard::Peer),
@@ -137,9 +141,15 @@ fn converse_until_end(
             }
             Message::Begun => begun = None,
         }
+        if let Some(channel) = Channel::peek(&own) {
+            let mut backend = ears.backend.lock().unwrap_or_else(PoisonError::into_inner);
+            backend.set_channel(channel);
+        }
         // Room for the answer; a front end that does not read its answers waits here, not we.
-        if wait(signals, &own, PollFlags::POLLOUT, PollTimeout::NONE)? == Heard::Signal {
-            return Ok(Heard::Signal);
+        match wait(ears, &own, PollFlags::POLLOUT, PollTimeout::NONE)? {
+            Heard::Signal => return Ok(Heard::Signal),
+            Heard::Nothing => continue,
+            Heard::Peer => {}
         }
         match handler.handle_request() {
             Ok(()) => {}
@@ -164,17 +174,21 @@ fn peek(stream: &UnixStream) -> Message {
     }
 }
 
-/// Waits for a signal or an event of the peer's descriptor.
+/// Waits for a signal or an event of the peer's descriptor. An operator's command is answered on the way.
 fn wait(
-    signals: &UnixStream,
+    ears: &Ears<'_>,
     peer: &impl AsFd,
     events: PollFlags,
     timeout: PollTimeout,
 ) -> Result<Heard, ServeError> {
-    let mut fds = [
-        PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+    let mut fds = vec![
+        PollFd::new(ears.signals.as_fd(), PollFlags::POLLIN),
         PollFd::new(peer.as_fd(), events),
     ];
+    fds.extend(
+        ears.control
+            .map(|control| PollFd::new(control.as_fd(), PollFlags::POLLIN)),
+    );
     loop {
         match poll(&mut fds, timeout) {
             Err(Errno::EINTR) => {}
@@ -182,11 +196,17 @@ fn wait(
             Ok(_) => break,
         }
     }
-    let happened = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
-    Ok(match fds {
-        [ref signals, _] if happened(signals) => Heard::Signal,
-        [_, ref peer] if happened(peer) => Heard::Peer,
-        _ => Heard::Nothing,
+    let happened = |nth: usize| fds.get(nth).is_some_and(|fd| fd.any().unwrap_or(true));
+    if happened(0) {
+        return Ok(Heard::Signal);
+    }
+    if let Some(control) = ears.control.filter(|_| happened(2)) {
+        control.answer(ears.backend);
+    }
+    Ok(if happened(1) {
+        Heard::Peer
+    } else {
+        Heard::Nothing
     })
 }
 

@@ -18,15 +18,15 @@
 //!
 //! Not here: how images are opened (`vdi-core`), how their data are reached (`image_file`).
 
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vdi_core::resize::{self, ResizeError};
 use vdi_core::{
-    Access, ChainError, ChainOptions, Disk, Locking, ModifiedParent, OpenError, Storage,
-    WriteError, find_chain,
+    Access, Capacity, ChainError, ChainOptions, Disk, HostFile, Locking, ModifiedParent, OpenError,
+    Storage, WriteError, find_chain,
 };
 
 use crate::args::{Args, Cache};
@@ -71,6 +71,8 @@ pub(crate) struct Turn {
 #[derive(Debug)]
 struct Held {
     disk: Arc<Disk>,
+    /// The locked files of its images, the top one's first.
+    files: Vec<Arc<HostFile>>,
     housekeeper: Housekeeper,
 }
 
@@ -96,9 +98,25 @@ pub(crate) enum TurnError {
     /// Out of threads.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+    /// Another daemon has it, or nobody.
+    #[error("the image is not open here")]
+    NotHeld,
     /// W5.
     #[error("{} failed before; run `vdi check` and start the daemon again", path.display())]
     Failed { path: PathBuf },
+}
+
+/// Why a disk did not grow.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GrowError {
+    /// A guest that uses its end would lose it.
+    #[error(
+        "the disk has {from} bytes and would shrink to {to}; stop the guest and use `vdi resize --shrink`"
+    )]
+    Smaller { from: u64, to: u64 },
+    /// The format or the host says no.
+    #[error("the disk cannot have this size")]
+    Resize(#[from] ResizeError),
 }
 
 impl Opening {
@@ -127,35 +145,44 @@ impl Opening {
         self.access
     }
 
-    /// Looks at an image that another daemon may be writing; it is not opened for anything else.
-    ///
-    /// Its header and map are written one after the other, so they may be caught in between.
-    pub(crate) fn look(&self) -> Result<Disk, TurnError> {
-        for _ in 1..LOOKS {
-            if let Ok((disk, _)) = self.open_disk(Access::ReadOnly, Locking::ForceShare) {
-                return Ok(disk);
-            }
-            std::thread::sleep(LOOK_PAUSE);
+    /// Finds and locks the files of the image and its parents.
+    fn find(&self, access: Access, locking: Locking) -> Result<Vec<Arc<HostFile>>, TurnError> {
+        let options = ChainOptions {
+            parents: self.parents.clone(),
+            image_dirs: self.image_dirs.clone(),
+            locking,
+        };
+        let files = find_chain(&self.image, access, &options)?;
+        for (nth, file) in files.iter().enumerate() {
+            tracing::debug!("image {nth} is {}", file.path().display());
         }
-        let (disk, _) = self.open_disk(Access::ReadOnly, Locking::ForceShare)?;
-        Ok(disk)
+        Ok(files.into_iter().map(Arc::new).collect())
     }
 
-    /// Opens and locks the image, its parents, and the ways to their data.
-    fn open(&self) -> Result<Opened, TurnError> {
-        let (disk, files) = self.open_disk(self.access, Locking::Locked)?;
+    fn disk_of(&self, files: &[Arc<HostFile>], access: Access) -> Result<Disk, TurnError> {
+        let storage = |file: &Arc<HostFile>| Arc::clone(file) as Arc<dyn Storage>;
+        let storages = files.iter().map(storage).collect();
+        Disk::open_chain(storages, access, self.modified).map_err(|source| TurnError::Open {
+            path: self.image.clone(),
+            source,
+        })
+    }
+
+    /// Opens the disk that these files are, and the ways to their data.
+    fn open(&self, files: &[Arc<HostFile>]) -> Result<Opened, TurnError> {
+        let disk = self.disk_of(files, self.access)?;
         let mut images = Vec::new();
-        for (file, header) in files.into_iter().zip(disk.headers()) {
+        for (file, header) in files.iter().zip(disk.headers()) {
             let is_top = images.is_empty();
             let area = header.data_area();
+            let copy = || file.file().try_clone().map_err(TurnError::Duplicate);
             images.push(match self.cache {
-                Cache::Writeback => ImageFile::buffered(file),
-                Cache::Direct if is_top => ImageFile::direct(file, self.access, area)?,
+                Cache::Writeback => ImageFile::buffered(copy()?),
+                Cache::Direct if is_top => ImageFile::direct(copy()?, self.access, area)?,
                 // A parent whose blocks lie askew may as well be read through the page cache.
-                Cache::Direct => match file.try_clone() {
-                    Ok(copy) => ImageFile::direct(copy, Access::ReadOnly, area)
-                        .unwrap_or_else(|_| ImageFile::buffered(file)),
-                    Err(error) => return Err(TurnError::Duplicate(error)),
+                Cache::Direct => match ImageFile::direct(copy()?, Access::ReadOnly, area) {
+                    Ok(direct) => direct,
+                    Err(_) => ImageFile::buffered(copy()?),
                 },
             });
         }
@@ -165,24 +192,21 @@ impl Opening {
         })
     }
 
-    fn open_disk(&self, access: Access, locking: Locking) -> Result<(Disk, Vec<File>), TurnError> {
-        let options = ChainOptions {
-            parents: self.parents.clone(),
-            image_dirs: self.image_dirs.clone(),
-            locking,
+    /// Looks at an image that another daemon may be writing; it is not opened for anything else.
+    ///
+    /// Its header and map are written one after the other, so they may be caught in between.
+    pub(crate) fn look(&self) -> Result<Disk, TurnError> {
+        let look = || {
+            let files = self.find(Access::ReadOnly, Locking::ForceShare)?;
+            self.disk_of(&files, Access::ReadOnly)
         };
-        let (mut files, mut storages) = (Vec::new(), Vec::<Arc<dyn Storage>>::new());
-        for file in find_chain(&self.image, access, &options)? {
-            files.push(file.file().try_clone().map_err(TurnError::Duplicate)?);
-            tracing::debug!("image {} is {}", storages.len(), file.path().display());
-            storages.push(Arc::new(file));
+        for _ in 1..LOOKS {
+            if let Ok(disk) = look() {
+                return Ok(disk);
+            }
+            std::thread::sleep(LOOK_PAUSE);
         }
-        let disk = Disk::open_chain(storages, access, self.modified);
-        let disk = disk.map_err(|source| TurnError::Open {
-            path: self.image.clone(),
-            source,
-        })?;
-        Ok((disk, files))
+        look()
     }
 }
 
@@ -208,7 +232,12 @@ impl Turn {
             let path = self.opening.image.clone();
             return Err(TurnError::Failed { path });
         }
-        let opened = self.opening.open()?;
+        let files = self.opening.find(self.opening.access, Locking::Locked)?;
+        self.hold(files)
+    }
+
+    fn hold(&mut self, files: Vec<Arc<HostFile>>) -> Result<Opened, TurnError> {
+        let opened = self.opening.open(&files)?;
         for warning in opened.disk.warnings() {
             tracing::warn!("{}: {warning}", self.opening.image.display());
         }
@@ -216,15 +245,40 @@ impl Turn {
         self.was_held = true;
         self.held = Some(Held {
             disk: Arc::clone(&opened.disk),
+            files,
             housekeeper,
         });
         Ok(opened)
     }
 
+    /// Makes the disk larger. It must be held, and nobody may be at work with it; the locks stay. What is returned is
+    /// to be served from now on, whether the disk grew or not.
+    pub(crate) fn grow(
+        &mut self,
+        to: Capacity,
+    ) -> Result<(Opened, Result<(), GrowError>), TurnError> {
+        let Some(Held {
+            disk,
+            files,
+            housekeeper,
+        }) = self.held.take()
+        else {
+            return Err(TurnError::NotHeld);
+        };
+        drop(housekeeper);
+        let grown = grow(&disk, to);
+        self.has_failed |= disk.is_failed();
+        drop(disk);
+        Ok((self.hold(files)?, grown))
+    }
+
     /// Makes everything durable and lets the image go; whoever opens it finds it as after a crash, without harm. The
     /// workers must have ended.
     pub(crate) fn end(&mut self) {
-        let Some(Held { disk, housekeeper }) = self.held.take() else {
+        let Some(Held {
+            disk, housekeeper, ..
+        }) = self.held.take()
+        else {
             return;
         };
         drop(housekeeper);
@@ -240,19 +294,33 @@ impl Turn {
     /// Closes the image for good: its count and length are exact afterwards. If it was let go of and nobody else has it,
     /// that is made up for.
     pub(crate) fn close(mut self) -> Result<(), WriteError> {
-        if let Some(Held { disk, housekeeper }) = self.held.take() {
+        if let Some(Held {
+            disk, housekeeper, ..
+        }) = self.held.take()
+        {
             drop(housekeeper);
             return disk.close();
         }
         if !self.was_held || self.has_failed || self.opening.access == Access::ReadOnly {
             return Ok(());
         }
-        match self.opening.open_disk(Access::Writable, Locking::Locked) {
-            Ok((disk, _)) => disk.close(),
+        let opened = self.opening.find(Access::Writable, Locking::Locked);
+        match opened.and_then(|files| self.opening.disk_of(&files, Access::Writable)) {
+            Ok(disk) => disk.close(),
             Err(error) => {
                 tracing::debug!("not closed once more: {}", crate::chain_of(&error));
                 Ok(())
             }
         }
     }
+}
+
+fn grow(disk: &Arc<Disk>, to: Capacity) -> Result<(), GrowError> {
+    let from = disk.capacity();
+    if to < from {
+        let (from, to) = (from.bytes(), to.bytes());
+        return Err(GrowError::Smaller { from, to });
+    }
+    let plan = resize::plan(disk, to)?;
+    Ok(resize::apply(disk, &plan)?)
 }

@@ -290,6 +290,16 @@ impl Control {
         self.within("SET_LOG_BASE", |f| f.set_log_base(0, Some(region)))
     }
 
+    /// Opens the channel on which the back end tells of changes.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn open_channel(&mut self) -> Result<UnixStream, ControlError> {
+        let (ours, theirs) = UnixStream::pair().expect("sockets can be made");
+        self.within("SET_BACKEND_REQ_FD", |f| f.set_backend_request_fd(&theirs))?;
+        Ok(ours)
+    }
+
     /// Accepts other features than before, as a front end does that begins or ends a migration.
     ///
     /// # Errors

@@ -89,6 +89,9 @@ pub(crate) struct ResizeArgs {
     /// Only say what would be done
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Have the daemon do it that serves the image, while its guest runs: the daemon's --control-socket. It can only grow
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["shrink", "force", "dry_run"])]
+    pub(crate) online: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) chain: ChainArgs,
 }

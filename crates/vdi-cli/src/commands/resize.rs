@@ -1,7 +1,8 @@
 //! `vdi resize`: the plan, and its two permissions.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use vdi_core::Capacity;
@@ -9,6 +10,7 @@ use vdi_core::resize::{self, ResizeError, ResizePlan, ResizeStep};
 
 use super::{Failure, done, open_to_change, output};
 use crate::args::ResizeArgs;
+use crate::daemon;
 use crate::size::Human;
 
 /// Why a size that is possible is not given.
@@ -16,6 +18,12 @@ use crate::size::Human;
 pub(crate) enum Refused {
     #[error("{} has {from} bytes, and the size asked for is not possible", path.display())]
     NoSuchSize { path: PathBuf, from: u64 },
+    #[error("{} is not what the daemon at {} serves, which is {}", path.display(), socket.display(), served.display())]
+    OtherImage {
+        path: PathBuf,
+        socket: PathBuf,
+        served: PathBuf,
+    },
     #[error("{} has {from} bytes and would get smaller, {to}; give --shrink to cut its end off", path.display())]
     Smaller { path: PathBuf, from: u64, to: u64 },
     #[error(
@@ -31,6 +39,9 @@ pub(crate) enum Refused {
 }
 
 pub(super) fn run(args: &ResizeArgs) -> Result<ExitCode, Failure> {
+    if let Some(socket) = &args.online {
+        return run_online(args, socket);
+    }
     let failed = |source: ResizeError| Failure::Resize {
         path: args.file.clone(),
         source,
@@ -64,6 +75,35 @@ pub(super) fn run(args: &ResizeArgs) -> Result<ExitCode, Failure> {
     if !args.dry_run {
         resize::apply(&disk, &plan).map_err(failed)?;
     }
+    done(out, ExitCode::SUCCESS)
+}
+
+/// Has the daemon do it.
+fn run_online(args: &ResizeArgs, socket: &Path) -> Result<ExitCode, Failure> {
+    let info = daemon::info(socket)?;
+    let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    let is_same = matches!((identity(&args.file), identity(&info.image)), (Ok(a), Ok(b)) if a == b);
+    if !is_same {
+        return Err(Refused::OtherImage {
+            path: args.file.clone(),
+            socket: socket.to_owned(),
+            served: info.image,
+        }
+        .into());
+    }
+    let from = info.size_bytes;
+    let to = args.size.from(from).ok_or_else(|| Refused::NoSuchSize {
+        path: args.file.clone(),
+        from,
+    })?;
+    let now = daemon::resize(socket, to)?.size_bytes;
+    let mut out = output();
+    writeln!(
+        out,
+        "{}: grew from {from} to {now} bytes ({}), and its guest was told",
+        args.file.display(),
+        Human(now)
+    )?;
     done(out, ExitCode::SUCCESS)
 }
 
