@@ -18,7 +18,7 @@ use vdi_core::{Access, Disk, HostFile, Locking, Storage};
 use vdi_tests::images::{FREE, ImageBuilder, ZERO, corpus, image, sha256_of_file};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
-use vdi_tests::simulated::{Contents, SimulatedFile, for_each_seed, percent};
+use vdi_tests::simulated::{Contents, Cut, SimulatedFile, for_each_seed, percent};
 use vdi_tests::tool::{Answer, settle, vdi};
 use vdi_tests::words;
 
@@ -44,11 +44,14 @@ impl Picture {
         Self((0..blocks).map(block).collect())
     }
 
-    /// Whether what could be read here can be read there.
+    /// Whether what could be read here can be read there, and the rest is nobody else's.
     fn is_kept_by(&self, after: &Self) -> Result<(), String> {
         for (nth, (before, after)) in self.0.iter().zip(&after.0).enumerate() {
             if !after.starts_with(before) {
                 return Err(format!("disk block {nth} reads otherwise"));
+            }
+            if after[before.len()..].iter().any(|&byte| byte != 0) {
+                return Err(format!("disk block {nth} has got bytes of another"));
             }
         }
         Ok(())
@@ -532,6 +535,32 @@ fn a_repair_that_the_power_ends_anywhere_loses_nothing_and_is_finished_by_anothe
             }
         }
     });
+}
+
+/// File block 1 is where the copy goes, and where the entry of the unreadable disk block 2 points.
+#[test]
+fn no_copy_goes_where_an_entry_still_points() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image.vdi");
+    let broken = image()
+        .with_shared_block(0, 1)
+        .with_entry(2, 1)
+        .with_entry(4, FREE);
+    broken.with_len_change(-2 << 20).write(&path);
+    let mut contents = Contents::default();
+    contents.write(0, &fs::read(&path).unwrap());
+    let file = SimulatedFile::new(contents);
+    let plan = repair(&file, Unreadable::Drop);
+    assert_eq!(plan.blocks.unwrap().copied_bytes(), MIB);
+    let history = file.history();
+    for moment in history.moments() {
+        let left = history
+            .at(moment)
+            .cut(Cut::Everything, &mut Random::seeded(1));
+        let bytes = left.bytes(0..left.len_bytes());
+        let Picture(blocks) = Picture::of(&bytes, 8, 1 << 20);
+        assert!(blocks[2].iter().all(|&byte| byte == 0), "at {moment:?}");
+    }
 }
 
 #[test]
