@@ -281,6 +281,11 @@ fn incurable() -> Vec<Damage> {
         ),
         damage("map-offset", field("offset_bmap", 455), &["overlap"]),
         damage("data-offset", field("offset_data", 543), &["overlap"]),
+        damage(
+            "map-in-header",
+            field("offset_bmap", 0x1D7),
+            &["471", "472", "convert the image"],
+        ),
         damage("image-type", field("image_type", 5), &["cannot be deduced"]),
         damage(
             "image-flags",

@@ -151,6 +151,7 @@ fn plan_at_most(
         let why = why_not(&error);
         plan.left.push(Left { finding, why });
     }
+    is_right &= plan.report.count("map-in-header") == 0;
     let map_is_whole = plan.report.count("map-truncated") == 0;
     if let Some(layout) = Layout::of(&raw, plan.report.len_bytes)
         && is_right
@@ -195,6 +196,9 @@ fn left_always(finding: &Finding) -> Option<Left> {
         Finding::MapTruncated { .. } => MAP_LOST,
         Finding::OddDiskSize { .. } => "harmless, and any other size would be a guess",
         Finding::Header(error @ HeaderError::Signature { .. }) => why_not(error),
+        Finding::Flaw(Warning::MapInHeader { .. }) => {
+            "entries are part of the header, so blocks are not touched; convert the image"
+        }
         Finding::ParentMissing { .. }
         | Finding::ParentAmbiguous { .. }
         | Finding::WrongParent { .. }
@@ -202,7 +206,7 @@ fn left_always(finding: &Finding) -> Option<Left> {
         | Finding::ParentLoop { .. }
         | Finding::ChainTooLong { .. } => "it is the chain that is wrong, not this image",
         Finding::Header(_)
-        | Finding::Flaw(_)
+        | Finding::Flaw(Warning::CountTooLarge { .. } | Warning::NullUuid { .. })
         | Finding::LegacySectorSize { .. }
         | Finding::EntryOutOfRange { .. }
         | Finding::BlockBehindEnd { .. }
