@@ -392,7 +392,7 @@ fn a_sparse_image_with_a_huge_map_costs_little() {
     let blocks = 1_u32 << 22;
     let (_, image) = with_huge_map(blocks);
     let opened = bounded_by(2 << 20, "opening", || {
-        open(storages(&[image.clone()]), Access::ReadOnly)
+        open(storages(std::slice::from_ref(&image)), Access::ReadOnly)
     });
     assert!(opened.is_none());
     let file = SimulatedFile::new(image);
