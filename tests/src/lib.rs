@@ -1,6 +1,7 @@
 //! Helpers for the tests: what builds images, drives the daemon and boots guests.
 
 pub mod driver;
+pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod images;
