@@ -403,6 +403,31 @@ fn header_and_map_are_kept_beside_the_image_unless_told_not_to() {
     assert!(kept.len() >= 512 + 8 * 4);
 }
 
+/// The map is a hole: all its million entries name file block 0.
+#[test]
+fn an_image_that_claims_more_than_there_is_room_for_is_left_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image.vdi");
+    let blocks = 1_u64 << 20;
+    let broken = image()
+        .with_field("block_size", 128 << 20)
+        .with_field("disk_size", blocks << 27)
+        .with_field("blocks_in_image", blocks)
+        .with_field("offset_data", 512 + blocks * 4);
+    broken.write(&path);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(512).unwrap();
+    file.set_len(512 + blocks * 4 + (128 << 20)).unwrap();
+    drop(file);
+    let before = sha256_of_file(&path);
+    let answer = vdi(words!["repair", "--apply", path]).expect_code(1);
+    let needed = ((blocks - 1) << 27).to_string();
+    assert!(answer.err.contains(&needed), "{answer:#?}");
+    assert!(answer.err.contains("make room"), "{answer:#?}");
+    assert_eq!(sha256_of_file(&path), before);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
 #[test]
 fn an_image_in_use_is_not_repaired() {
     let directory = tempfile::tempdir().unwrap();
