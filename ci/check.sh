@@ -7,6 +7,8 @@ cd "$root"
 
 say "cargo fmt --check"
 cargo fmt --all -- --check
+# No member of the workspace.
+cargo fmt --manifest-path tests/fuzz/Cargo.toml -- --check
 
 say "cargo clippy"
 cargo clippy --locked --workspace --all-targets -- -D warnings

@@ -177,6 +177,16 @@ fn breaks_of_sizes() -> Vec<Break> {
 
 fn flaws() -> Vec<Break> {
     vec![
+        // Its only entry is then the last byte of the LCHS sector size and zeros.
+        corrupt(
+            field("offset_bmap", 0x1D7)
+                .with_field("blocks_in_image", 1)
+                .with_field("blocks_allocated", 1)
+                .with_field("disk_size", 1 << 20),
+            &["map-in-header", "trailing-bytes"],
+            &["offset_bmap is 471", "ends at 472"],
+        )
+        .opens(ReadOnly),
         corrupt(
             field("uuid_image", 0),
             &["null-uuid"],

@@ -18,7 +18,7 @@ use vdi_core::{Access, Disk, HostFile, Locking, Storage};
 use vdi_tests::images::{FREE, ImageBuilder, ZERO, corpus, image, sha256_of_file};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
-use vdi_tests::simulated::{Contents, SimulatedFile, for_each_seed, percent};
+use vdi_tests::simulated::{Contents, Cut, SimulatedFile, for_each_seed, percent};
 use vdi_tests::tool::{Answer, settle, vdi};
 use vdi_tests::words;
 
@@ -44,11 +44,14 @@ impl Picture {
         Self((0..blocks).map(block).collect())
     }
 
-    /// Whether what could be read here can be read there.
+    /// Whether what could be read here can be read there, and the rest is nobody else's.
     fn is_kept_by(&self, after: &Self) -> Result<(), String> {
         for (nth, (before, after)) in self.0.iter().zip(&after.0).enumerate() {
             if !after.starts_with(before) {
                 return Err(format!("disk block {nth} reads otherwise"));
+            }
+            if after[before.len()..].iter().any(|&byte| byte != 0) {
+                return Err(format!("disk block {nth} has got bytes of another"));
             }
         }
         Ok(())
@@ -267,8 +270,7 @@ fn expect_sound(path: &Path, kind: &str) {
     assert!(disk.is_ok(), "{kind}: {disk:?}");
 }
 
-fn incurable() -> Vec<Damage> {
-    let blocks = |says| says;
+fn incurable_headers() -> Vec<Damage> {
     vec![
         damage("signature", field("signature", 7), &["no VDI image"]),
         damage(
@@ -278,6 +280,11 @@ fn incurable() -> Vec<Damage> {
         ),
         damage("map-offset", field("offset_bmap", 455), &["overlap"]),
         damage("data-offset", field("offset_data", 543), &["overlap"]),
+        damage(
+            "map-in-header",
+            field("offset_bmap", 0x1D7),
+            &["471", "472", "convert the image"],
+        ),
         damage("image-type", field("image_type", 5), &["cannot be deduced"]),
         damage(
             "image-flags",
@@ -310,6 +317,12 @@ fn incurable() -> Vec<Damage> {
             field("disk_size", 9 * MIB),
             &["cannot be deduced"],
         ),
+    ]
+}
+
+fn incurable_maps() -> Vec<Damage> {
+    let blocks = |says| says;
+    vec![
         damage(
             "map-truncated",
             image().with_len_change(16 - 3 * (1 << 20) - 512),
@@ -341,7 +354,7 @@ fn incurable() -> Vec<Damage> {
 
 #[test]
 fn what_cannot_be_mended_is_named_and_left_as_it_is() {
-    for damage in incurable() {
+    for damage in incurable_headers().into_iter().chain(incurable_maps()) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("image.vdi");
         damage.write(&path);
@@ -388,6 +401,31 @@ fn header_and_map_are_kept_beside_the_image_unless_told_not_to() {
     let kept = fs::read(kept).unwrap();
     assert_eq!(kept, before[..kept.len()]);
     assert!(kept.len() >= 512 + 8 * 4);
+}
+
+/// The map is a hole: all its million entries name file block 0.
+#[test]
+fn an_image_that_claims_more_than_there_is_room_for_is_left_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image.vdi");
+    let blocks = 1_u64 << 20;
+    let broken = image()
+        .with_field("block_size", 128 << 20)
+        .with_field("disk_size", blocks << 27)
+        .with_field("blocks_in_image", blocks)
+        .with_field("offset_data", 512 + blocks * 4);
+    broken.write(&path);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(512).unwrap();
+    file.set_len(512 + blocks * 4 + (128 << 20)).unwrap();
+    drop(file);
+    let before = sha256_of_file(&path);
+    let answer = vdi(words!["repair", "--apply", path]).expect_code(1);
+    let needed = ((blocks - 1) << 27).to_string();
+    assert!(answer.err.contains(&needed), "{answer:#?}");
+    assert!(answer.err.contains("make room"), "{answer:#?}");
+    assert_eq!(sha256_of_file(&path), before);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
 }
 
 #[test]
@@ -532,6 +570,32 @@ fn a_repair_that_the_power_ends_anywhere_loses_nothing_and_is_finished_by_anothe
             }
         }
     });
+}
+
+/// File block 1 is where the copy goes, and where the entry of the unreadable disk block 2 points.
+#[test]
+fn no_copy_goes_where_an_entry_still_points() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image.vdi");
+    let broken = image()
+        .with_shared_block(0, 1)
+        .with_entry(2, 1)
+        .with_entry(4, FREE);
+    broken.with_len_change(-2 << 20).write(&path);
+    let mut contents = Contents::default();
+    contents.write(0, &fs::read(&path).unwrap());
+    let file = SimulatedFile::new(contents);
+    let plan = repair(&file, Unreadable::Drop);
+    assert_eq!(plan.blocks.unwrap().copied_bytes(), MIB);
+    let history = file.history();
+    for moment in history.moments() {
+        let left = history
+            .at(moment)
+            .cut(Cut::Everything, &mut Random::seeded(1));
+        let bytes = left.bytes(0..left.len_bytes());
+        let Picture(blocks) = Picture::of(&bytes, 8, 1 << 20);
+        assert!(blocks[2].iter().all(|&byte| byte == 0), "at {moment:?}");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@
 mod blkio;
 mod chains;
 mod connections;
+mod corpus;
 mod device;
 mod dirty_log;
 mod durability;

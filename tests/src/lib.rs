@@ -2,6 +2,7 @@
 
 pub mod counts;
 pub mod driver;
+pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod images;

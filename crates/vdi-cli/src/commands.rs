@@ -65,6 +65,15 @@ pub(crate) enum Failure {
     PlanRepair { path: PathBuf, source: PlanError },
     #[error("cannot keep a copy of header and map of {}; nothing was changed", path.display())]
     BackUp { path: PathBuf, source: io::Error },
+    #[error(
+        "the repair of {} copies {needed} bytes, but its file system has only {free} left; make room there, \
+         or move the image to a larger one", path.display()
+    )]
+    NoRoomToRepair {
+        path: PathBuf,
+        needed: u64,
+        free: u64,
+    },
     #[error("cannot repair {}", path.display())]
     Repair { path: PathBuf, source: ApplyError },
     #[error("cannot create {}", path.display())]

@@ -5,8 +5,9 @@
 //! - **H1** The map ends at or before the data area, and begins behind the header's
 //!   first 456 bytes.
 //! - **H2** `blocks_in_image` blocks hold the whole disk.
-//! - **H3** In an image opened for writing no UUID is null and `blocks_allocated` is
-//!   not above `blocks_in_image`.
+//! - **H3** In an image opened for writing no UUID is null, `blocks_allocated` is
+//!   not above `blocks_in_image`, and the map begins behind the long header if there is one:
+//!   else a change of an entry could make the LCHS sector size wrong.
 //!
 //! The checks are VirtualBox's, in its order (`VDI.cpp`, `vdiValidateHeader`), so that
 //! what it opens is opened and what it rejects is rejected; H3 alone is softer for
@@ -311,9 +312,23 @@ pub(crate) fn flaws(raw: &RawHeader) -> impl Iterator<Item = Warning> + use<> {
         raw.uuid_modify.get().is_nil().then_some(Warning::NullUuid {
             field: "uuid_modify",
         }),
+        has_map_in_lchs(raw).then_some(Warning::MapInHeader {
+            offset_bmap: raw.offset_bmap.get(),
+            header_end: LONG_END,
+        }),
     ]
     .into_iter()
     .flatten()
+}
+
+const LONG_END: u32 = format::HEADER_START + format::HEADER_SIZE_LONG;
+
+/// Whether entries are bytes of the LCHS geometry, too. VirtualBox reads such an image, and writes
+/// its header over the entries when it closes it.
+const fn has_map_in_lchs(raw: &RawHeader) -> bool {
+    let at = raw.offset_bmap.get();
+    // Further ahead it breaks H1.
+    raw.has_lchs() && at >= format::HEADER_END_SHORT && at < LONG_END
 }
 
 /// Something wrong with an image that may still be read.
@@ -334,6 +349,16 @@ pub enum Warning {
     NullUuid {
         /// Which of the UUIDs.
         field: &'static str,
+    },
+    /// Whoever writes the one damages the other.
+    #[error(
+        "offset_bmap is {offset_bmap}, so the map begins inside the header, whose LCHS geometry ends at {header_end}"
+    )]
+    MapInHeader {
+        /// What was found.
+        offset_bmap: u32,
+        /// The limit.
+        header_end: u32,
     },
 }
 
@@ -560,7 +585,8 @@ mod tests {
 
     #[test]
     fn a_flaw_that_harms_no_reader_is_a_warning_to_readers_only() {
-        let flawed: [fn(&mut RawHeader); 3] = [
+        let flawed: [fn(&mut RawHeader); 4] = [
+            |h| h.offset_bmap = 0x1D7.into(),
             |h| h.uuid_image = Uuid::nil().into(),
             |h| h.uuid_modify = Uuid::nil().into(),
             |h| h.blocks_allocated = 11.into(),

@@ -143,7 +143,7 @@ fn plan_at_most(
     if !raw.is_vdi() || too_short {
         return Ok(plan);
     }
-    plan.fields = mend_header(&mut raw);
+    plan.fields = mend_header(&mut raw, plan.report.len_bytes);
     let mut is_right = true;
     for error in Header::broken_rules(&raw) {
         is_right = false;
@@ -151,6 +151,7 @@ fn plan_at_most(
         let why = why_not(&error);
         plan.left.push(Left { finding, why });
     }
+    is_right &= plan.report.count("map-in-header") == 0;
     let map_is_whole = plan.report.count("map-truncated") == 0;
     if let Some(layout) = Layout::of(&raw, plan.report.len_bytes)
         && is_right
@@ -195,6 +196,9 @@ fn left_always(finding: &Finding) -> Option<Left> {
         Finding::MapTruncated { .. } => MAP_LOST,
         Finding::OddDiskSize { .. } => "harmless, and any other size would be a guess",
         Finding::Header(error @ HeaderError::Signature { .. }) => why_not(error),
+        Finding::Flaw(Warning::MapInHeader { .. }) => {
+            "entries are part of the header, so blocks are not touched; convert the image"
+        }
         Finding::ParentMissing { .. }
         | Finding::ParentAmbiguous { .. }
         | Finding::WrongParent { .. }
@@ -202,7 +206,7 @@ fn left_always(finding: &Finding) -> Option<Left> {
         | Finding::ParentLoop { .. }
         | Finding::ChainTooLong { .. } => "it is the chain that is wrong, not this image",
         Finding::Header(_)
-        | Finding::Flaw(_)
+        | Finding::Flaw(Warning::CountTooLarge { .. } | Warning::NullUuid { .. })
         | Finding::LegacySectorSize { .. }
         | Finding::EntryOutOfRange { .. }
         | Finding::BlockBehindEnd { .. }
@@ -250,10 +254,11 @@ const LCHS_SECTOR_SIZE: FileOffset = FileOffset(0x1D4);
 const UUID_BYTES: u64 = 16;
 
 /// Mends what is unambiguous, in `raw` too.
-fn mend_header(raw: &mut RawHeader) -> Vec<FieldChange> {
+fn mend_header(raw: &mut RawHeader, len_bytes: u64) -> Vec<FieldChange> {
     let mut changes = Vec::new();
     let first_other = raw.offset_bmap.get().min(raw.offset_data.get());
     let ends = format::HEADER_START + format::HEADER_SIZE_LONG;
+    let has_long = first_other >= ends && len_bytes >= u64::from(ends);
     if first_other < format::HEADER_END_SHORT && !raw.is_version_0() {
         // The fields may be map or data.
         return changes;
@@ -266,7 +271,7 @@ fn mend_header(raw: &mut RawHeader) -> Vec<FieldChange> {
         let header_size = raw.header_size.get();
         if header_size < format::HEADER_SIZE_SHORT {
             // The long header is there if its last field is what it must be.
-            let is_long = first_other >= ends && raw.lchs_sector_size.get() == 512;
+            let is_long = has_long && raw.lchs_sector_size.get() == 512;
             let right = if is_long {
                 format::HEADER_SIZE_LONG
             } else {
@@ -276,7 +281,7 @@ fn mend_header(raw: &mut RawHeader) -> Vec<FieldChange> {
             raw.header_size = right.into();
         }
         let lchs = raw.lchs_sector_size.get();
-        if Header::has_wrong_lchs(raw) && first_other >= ends {
+        if Header::has_wrong_lchs(raw) && has_long {
             number("LCHS sector size", LCHS_SECTOR_SIZE, lchs, 512);
             raw.lchs_sector_size = 512.into();
         }
@@ -309,6 +314,27 @@ mod tests {
     use super::*;
     use crate::create::{CreateOptions, NewKind, create_in};
     use crate::storage::{Access, HostFile, Locking};
+
+    #[test]
+    fn a_field_behind_the_end_of_the_file_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.vdi");
+        let options = CreateOptions {
+            capacity_bytes: 1 << 20,
+            block_size: 1 << 20,
+            kind: NewKind::Dynamic,
+            uuid: None,
+        };
+        create_in(&File::create_new(&path).unwrap(), &options).unwrap();
+        let file = HostFile::open(&path, Access::Writable, Locking::Locked).unwrap();
+        // In the middle of the LCHS geometry, whose sector size then seems to be 0.
+        file.set_len(0x1D0).unwrap();
+        let plan = plan(&file, Unreadable::Drop).unwrap();
+        assert_eq!(plan.fields, []);
+        assert_eq!(plan.report.count("lchs-sector-size"), 1);
+        let mut left = plan.left.iter().map(|left| left.finding.kind());
+        assert!(left.any(|kind| kind == "lchs-sector-size"));
+    }
 
     /// M4: 9 of 12 blocks need a copy, and two file blocks are holes.
     #[test]

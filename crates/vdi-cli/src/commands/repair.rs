@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
+use nix::sys::statvfs;
 use vdi_core::check::{self, Report};
-use vdi_core::repair::{self, Plan, Unreadable};
+use vdi_core::repair::{self, BlockPlan, Plan, Unreadable};
 use vdi_core::{Access, HostFile, Locking};
 
 use super::check::exit_code;
@@ -31,6 +32,7 @@ pub(super) fn repair(args: &RepairArgs) -> Result<ExitCode, Failure> {
         write_verdict(&mut out, args, &plan)?;
         return done(out, exit_code(&plan.report));
     }
+    expect_room(args, &file, &plan)?;
     if !args.no_backup {
         let kept = back_up(&args.file, &file).map_err(|source| Failure::BackUp {
             path: args.file.clone(),
@@ -53,6 +55,7 @@ pub(super) fn repair(args: &RepairArgs) -> Result<ExitCode, Failure> {
         if plan.is_empty() {
             break;
         }
+        expect_room(args, &file, &plan)?;
     }
     let result = check(args, &file)?;
     report::check(&mut out, &args.file, &result)?;
@@ -69,6 +72,28 @@ fn plan(args: &RepairArgs, file: &HostFile) -> Result<Plan, Failure> {
         path: args.file.clone(),
         source,
     })
+}
+
+/// An image may claim more blocks than any disk holds. A repair that ends for want of room does no harm, but
+/// fills the file system first.
+fn expect_room(args: &RepairArgs, file: &HostFile, plan: &Plan) -> Result<(), Failure> {
+    let path = &args.file;
+    let free = statvfs::fstatvfs(file.file())
+        .map(|system| {
+            system
+                .blocks_available()
+                .saturating_mul(system.fragment_size())
+        })
+        .map_err(|errno| Failure::Look {
+            path: path.clone(),
+            source: errno.into(),
+        })?;
+    let needed = plan.blocks.as_ref().map_or(0, BlockPlan::copied_bytes);
+    if needed > free {
+        let path = path.clone();
+        return Err(Failure::NoRoomToRepair { path, needed, free });
+    }
+    Ok(())
 }
 
 fn check(args: &RepairArgs, file: &HostFile) -> Result<Report, Failure> {

@@ -165,6 +165,7 @@ impl Finding {
             Self::Header(error) => about_header(error),
             Self::Flaw(Warning::CountTooLarge { .. }) => ("count-too-large", Corruption, REPAIR),
             Self::Flaw(Warning::NullUuid { .. }) => ("null-uuid", Corruption, REPAIR),
+            Self::Flaw(Warning::MapInHeader { .. }) => ("map-in-header", Corruption, CONVERT),
             Self::MapTruncated { .. } => ("map-truncated", Corruption, RESTORE),
             Self::EntryOutOfRange { .. } => ("entry-out-of-range", Corruption, DO_NOT_WRITE),
             Self::BlockBehindEnd { .. } => ("block-behind-end", Corruption, CUT_OFF),
@@ -209,6 +210,8 @@ impl Finding {
 const RESTORE: &str = "restore the image from a backup";
 const REPAIR: &str =
     "VirtualBox refuses the image; its contents are intact, and `vdi repair` mends it";
+const CONVERT: &str = "do not write to the image: VirtualBox overwrites the first entries of the map; \
+                       its contents are intact, and `vdi convert` makes a sound image of them";
 const CUT_OFF: &str =
     "restore the image from a backup; if there is none, `vdi repair` keeps what is left";
 const DO_NOT_WRITE: &str = "do not write to the image: a write may hit another block's data; `vdi repair` gives each block its own copy";

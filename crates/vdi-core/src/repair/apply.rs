@@ -1,8 +1,10 @@
 //! Carrying out a plan, in an order that a crash may break anywhere (M1, M2).
 //!
 //! ```text
-//! fields ─► length, count ─► sync ─► { copies ─► sync ─► entries } … ─► sync ─► count, cut ─► sync
+//! fields ─► dropped entries ─► sync ─► length, count ─► sync ─► { copies ─► sync ─► entries } … ─► sync ─► count, cut ─► sync
 //! ```
+//!
+//! Entries are dropped first: the file may be lengthened, and copies written, to where they point.
 
 use std::io;
 
@@ -55,6 +57,11 @@ pub fn apply(storage: &dyn Storage, plan: &Plan) -> Result<(), ApplyError> {
     let Some(blocks) = &plan.blocks else {
         return storage.sync().map_err(ApplyError::Sync);
     };
+    let (dropped, copied) = blocks.dropped_and_copied();
+    write_entries(storage, blocks, dropped)?;
+    if !dropped.is_empty() {
+        storage.sync().map_err(ApplyError::Sync)?;
+    }
     if let Some((_, to)) = blocks.lengthen {
         storage.set_len(to).map_err(ApplyError::Write)?;
     }
@@ -62,7 +69,7 @@ pub fn apply(storage: &dyn Storage, plan: &Plan) -> Result<(), ApplyError> {
         write_number(storage, to, places.blocks_allocated)?;
     }
     storage.sync().map_err(ApplyError::Sync)?;
-    for batch in blocks.changes.chunks(BATCH) {
+    for batch in copied.chunks(BATCH) {
         change(storage, blocks, batch)?;
     }
     if blocks.set_count.is_none() && blocks.cut_to.is_none() {
@@ -105,7 +112,15 @@ fn change(storage: &dyn Storage, blocks: &BlockPlan, batch: &[Change]) -> Result
         }
     }
     storage.sync().map_err(ApplyError::Sync)?;
-    for change in batch {
+    write_entries(storage, blocks, batch)
+}
+
+fn write_entries(
+    storage: &dyn Storage,
+    blocks: &BlockPlan,
+    changes: &[Change],
+) -> Result<(), ApplyError> {
+    for change in changes {
         let entry = match change.to {
             Target::Copy(to) => to.get(),
             Target::Zero => format::ENTRY_ZERO,

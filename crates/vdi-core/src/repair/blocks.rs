@@ -62,7 +62,7 @@ pub struct BlockPlan {
     pub cut_short: Option<(u32, u64)>,
     /// `blocks_allocated` is raised from and to this.
     pub raise_count: Option<(u32, u32)>,
-    /// Entries that change.
+    /// Entries that change, those that become ZERO first.
     pub changes: Vec<Change>,
     /// `blocks_allocated` is set from and to this at the end.
     pub set_count: Option<(u32, u32)>,
@@ -84,6 +84,13 @@ impl BlockPlan {
             && self.changes.is_empty()
             && self.set_count.is_none()
             && self.cut_to.is_none()
+    }
+
+    /// The entries that become ZERO, and those that get copies.
+    pub(super) fn dropped_and_copied(&self) -> (&[Change], &[Change]) {
+        let is_dropped = |change: &Change| change.to == Target::Zero;
+        let dropped = self.changes.partition_point(is_dropped);
+        self.changes.split_at(dropped)
     }
 
     /// How many bytes are copied.
@@ -226,7 +233,7 @@ impl<'l> Survey<'l> {
         }
         let number = file_block.get();
         if number < self.layout.blocks_in_image {
-            self.lowest_left = Some(self.lowest_left.map_or(number, |low| low.min(number)));
+            self.keep_out_of_file(number);
             self.used.take(number);
             self.highest = self.highest.max(Some(number));
         }
@@ -243,15 +250,21 @@ impl<'l> Survey<'l> {
     }
 
     fn drop_entry(&mut self, block: u32, from: FileBlock) {
-        if self.has_room() {
-            let (to, why) = (Target::Zero, Why::Unreadable);
-            self.dropped.push(Change {
-                block,
-                from,
-                to,
-                why,
-            });
+        if !self.has_room() {
+            // The next plan drops it. Until then no copy goes there.
+            return self.keep_out_of_file(from.get());
         }
+        let (to, why) = (Target::Zero, Why::Unreadable);
+        self.dropped.push(Change {
+            block,
+            from,
+            to,
+            why,
+        });
+    }
+
+    fn keep_out_of_file(&mut self, number: u32) {
+        self.lowest_left = Some(self.lowest_left.map_or(number, |low| low.min(number)));
     }
 
     fn need(&mut self, block: u32, file_block: FileBlock, why: Why) {
