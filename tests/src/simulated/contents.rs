@@ -47,6 +47,12 @@ impl Contents {
         self.len
     }
 
+    /// How many pages of 4 KiB it has stored.
+    #[must_use]
+    pub fn pages_held(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
     /// Fills `buf`; false if the file ends before.
     #[must_use]
     pub fn read(&self, buf: &mut [u8], at: u64) -> bool {

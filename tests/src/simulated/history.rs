@@ -30,6 +30,12 @@ pub struct Moment(usize);
 impl Moment {
     /// Before all that was done.
     pub const START: Self = Self(0);
+
+    /// The moment after it.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
 }
 
 /// What can be done to a file.
@@ -63,7 +69,8 @@ impl Operation {
         }
     }
 
-    fn apply(&self, contents: &mut Contents) {
+    /// Does it.
+    pub(crate) fn apply(&self, contents: &mut Contents) {
         match self {
             Self::Write { at, bytes } => contents.write(*at, bytes),
             Self::SetLen(len) => contents.set_len(*len),
@@ -138,6 +145,11 @@ impl History {
     pub fn note(&mut self) -> Moment {
         self.clock += 1;
         Moment(self.clock - 1)
+    }
+
+    /// Nothing happens to this file until `moment`: several files can keep their histories by one clock.
+    pub fn wait_until(&mut self, moment: Moment) {
+        self.clock = self.clock.max(moment.0);
     }
 
     /// All moments, from before the first operation to the present. Between two neighbours
