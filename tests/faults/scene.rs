@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
@@ -64,26 +63,13 @@ impl Mode {
     }
 }
 
-/// The bytes of a file as contents.
-pub(crate) fn loaded(path: &Path) -> Contents {
-    let mut contents = Contents::default();
-    let bytes = std::fs::read(path).unwrap();
-    for (at, part) in (0..).step_by(4096).zip(bytes.chunks(4096)) {
-        if part.iter().any(|&byte| byte != 0) {
-            contents.write(at, part);
-        }
-    }
-    contents.set_len(bytes.len() as u64);
-    contents
-}
-
 /// An image as QEMU makes it.
 pub(crate) fn new_image() -> Contents {
     static IMAGE: LazyLock<Contents> = LazyLock::new(|| {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(NAME);
         qemu::create(&path, &DISK.to_string());
-        loaded(&path)
+        Contents::load(&path).unwrap()
     });
     IMAGE.clone()
 }

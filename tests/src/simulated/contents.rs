@@ -136,6 +136,22 @@ impl Contents {
             .collect()
     }
 
+    /// What a file of the host holds.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn load(path: &Path) -> io::Result<Self> {
+        let bytes = std::fs::read(path)?;
+        let mut contents = Self::default();
+        for (at, part) in (0..).step_by(4096).zip(bytes.chunks(4096)) {
+            if part.iter().any(|&byte| byte != 0) {
+                contents.write(at, part);
+            }
+        }
+        contents.set_len(bytes.len() as u64);
+        Ok(contents)
+    }
+
     /// Writes it to a file of the host.
     ///
     /// # Errors
