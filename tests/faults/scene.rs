@@ -321,6 +321,7 @@ pub(crate) struct Left {
 
 impl Left {
     fn new(mode: Mode, files: Recorded, ledger: Ledger) -> Self {
+        println!("faults: {} injected", files.injected());
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(NAME);
         files.contents(NAME).save(&path).unwrap();

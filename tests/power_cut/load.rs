@@ -114,6 +114,12 @@ impl<'f> Load<'f> {
         }
     }
 
+    /// The guest switches write-back off.
+    pub(crate) fn write_through_from_now_on(&mut self) {
+        self.driver.set_writeback(false).unwrap();
+        self.habits.write_through = true;
+    }
+
     /// Ends using the disk; gives what is known of it.
     pub(crate) fn end(self) -> (Driver, Oracle) {
         (self.driver, self.oracle)

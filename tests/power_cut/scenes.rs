@@ -33,6 +33,8 @@ pub(crate) struct Scene {
     /// The features that the driver does without.
     pub(crate) without: u64,
     pub(crate) over_a_parent: bool,
+    /// Halfway the driver switches write-back off.
+    pub(crate) switches: bool,
     pub(crate) instants: usize,
     pub(crate) qemu_every: u64,
 }
@@ -47,6 +49,7 @@ pub(crate) const PLAIN: Scene = Scene {
     slow: Duration::ZERO,
     without: 0,
     over_a_parent: false,
+    switches: false,
     instants: 180,
     qemu_every: 0,
 };
@@ -130,7 +133,11 @@ pub(crate) fn play(scene: &Scene, random: &mut Random) {
             scene.block,
             random.fork(),
         );
-        load.run(scene.requests / 2);
+        load.run(scene.requests / 4);
+        if scene.switches {
+            load.write_through_from_now_on();
+        }
+        load.run(scene.requests / 4);
         answered += load.answered;
         let (driver, known) = load.end();
         oracle = known;
@@ -243,6 +250,21 @@ fn without_flushes_every_answered_write_is_there() {
             ..Habits::ALL
         },
         requests: 200,
+        ..PLAIN
+    });
+}
+
+#[test]
+fn with_write_back_switched_off_every_answered_write_is_there() {
+    play_often(&Scene {
+        name: "switched",
+        habits: Habits {
+            flushes: 1,
+            ..Habits::ALL
+        },
+        switches: true,
+        requests: 200,
+        instants: 100,
         ..PLAIN
     });
 }

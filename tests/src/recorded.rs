@@ -146,6 +146,12 @@ impl Recorded {
         self.shared.lock().rules.hits(rule)
     }
 
+    /// How many operations failed or were cut short by the rules.
+    #[must_use]
+    pub fn injected(&self) -> u64 {
+        self.shared.lock().rules.injected()
+    }
+
     /// All that was done so far.
     #[must_use]
     pub fn recording(&self) -> Recording {

@@ -144,6 +144,12 @@ impl Rules {
         self.rules[id.0].hits
     }
 
+    /// How often operations failed or were cut short.
+    pub(super) fn injected(&self) -> u64 {
+        let broken = |held: &&Held| !matches!(held.rule.effect, Effect::Slow(_));
+        self.rules.iter().filter(broken).map(|held| held.hits).sum()
+    }
+
     /// Judges an operation, which counts for the rules that it meets.
     pub(super) fn judge(&mut self, kind: Kind, touched: &Range<u64>) -> Verdict {
         let mut verdict = Verdict::default();
