@@ -321,7 +321,8 @@ pub(crate) struct Left {
 
 impl Left {
     fn new(mode: Mode, files: Recorded, ledger: Ledger) -> Self {
-        println!("faults: {} injected", files.injected());
+        let (failed, short) = files.injected();
+        println!("faults: {failed} calls failed, {short} were cut short");
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(NAME);
         files.contents(NAME).save(&path).unwrap();

@@ -146,9 +146,9 @@ impl Recorded {
         self.shared.lock().rules.hits(rule)
     }
 
-    /// How many operations failed or were cut short by the rules.
+    /// How many operations failed by the rules, and how many were cut short.
     #[must_use]
-    pub fn injected(&self) -> u64 {
+    pub fn injected(&self) -> (u64, u64) {
         self.shared.lock().rules.injected()
     }
 

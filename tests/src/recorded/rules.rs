@@ -144,10 +144,17 @@ impl Rules {
         self.rules[id.0].hits
     }
 
-    /// How often operations failed or were cut short.
-    pub(super) fn injected(&self) -> u64 {
-        let broken = |held: &&Held| !matches!(held.rule.effect, Effect::Slow(_));
-        self.rules.iter().filter(broken).map(|held| held.hits).sum()
+    /// How often operations failed, and how often they were cut short.
+    pub(super) fn injected(&self) -> (u64, u64) {
+        let (mut failed, mut short) = (0, 0);
+        for held in &self.rules {
+            match held.rule.effect {
+                Effect::Fail(_) => failed += held.hits,
+                Effect::Short(_) => short += held.hits,
+                Effect::Slow(_) => {}
+            }
+        }
+        (failed, short)
     }
 
     /// Judges an operation, which counts for the rules that it meets.
