@@ -11,7 +11,7 @@ use vdi_tests::recorded::Recording;
 use vdi_tests::simulated::{
     Contents, Crash, Cut, Moment, Oracle, Plain, Replay, SimulatedFile, percent, plain,
 };
-use vdi_tests::tool::{program, qemu_img};
+use vdi_tests::tool::{program, qemu_img, qemu_io};
 use vdi_tests::words;
 
 /// Blocks that are read after each cut, besides those of the last requests: all in small disks.
@@ -236,9 +236,26 @@ impl<'r> Judge<'r> {
         }
         let found = fs::read(&raw).unwrap();
         self.count.by_qemu += 1;
-        let found = &found[..self.oracle.now().len()];
-        let wrong = self.oracle.judge(0, found, moment, crash, |_| 0);
-        wrong.map_or(Ok(()), Err)
+        let seen = &found[..self.oracle.now().len()];
+        if let Some(wrong) = self.oracle.judge(0, seen, moment, crash, |_| 0) {
+            return Err(wrong);
+        }
+        let image = Plain::parse(left)?;
+        let stored: BTreeSet<u64> = image.stored().collect();
+        let free = (0..seen.len() as u64 / image.block_size).find(|nth| !stored.contains(nth));
+        let Some(at) = free.map(|block| block * image.block_size) else {
+            return Ok(());
+        };
+        // QEMU takes a new block, which must be nobody's.
+        qemu_io(&path, &[format!("write -P 171 {at} 4096")]);
+        qemu_img(words!["convert", "-f", "vdi", "-O", "raw", path, raw]).expect_code(0);
+        let mut expected = found;
+        let at = usize::try_from(at).unwrap();
+        expected[at..at + 4096].fill(171);
+        let is_harmless = fs::read(&raw).unwrap() == expected;
+        is_harmless
+            .then_some(())
+            .ok_or_else(|| "a write by QEMU changed other blocks".into())
     }
 
     /// Keeps what was found, and ends the test.

@@ -114,6 +114,15 @@ impl<'f> Load<'f> {
         }
     }
 
+    /// Flushes before anything else is done; gives the moment after that.
+    pub(crate) fn flush(&mut self) -> Moment {
+        self.submit(Asked::Flush, 0, Arc::new([]), &Request::flush());
+        while !self.pending.is_empty() {
+            self.reap();
+        }
+        self.files.note()
+    }
+
     /// The guest switches write-back off.
     pub(crate) fn write_through_from_now_on(&mut self) {
         self.driver.set_writeback(false).unwrap();

@@ -33,6 +33,8 @@ pub(crate) struct Scene {
     /// The features that the driver does without.
     pub(crate) without: u64,
     pub(crate) over_a_parent: bool,
+    /// Each daemon is killed while it is idle; the next one goes on.
+    pub(crate) killed: bool,
     /// Halfway the driver switches write-back off.
     pub(crate) switches: bool,
     pub(crate) instants: usize,
@@ -49,6 +51,7 @@ pub(crate) const PLAIN: Scene = Scene {
     slow: Duration::ZERO,
     without: 0,
     over_a_parent: false,
+    killed: false,
     switches: false,
     instants: 180,
     qemu_every: 0,
@@ -98,7 +101,7 @@ pub(crate) fn fill(
     (server, oracle.now().to_vec())
 }
 
-/// Uses a disk, with a clean end in the middle.
+/// Uses a disk, with an end of the daemon in the middle.
 pub(crate) fn play(scene: &Scene, random: &mut Random) {
     let files = Recorded::mount();
     make(&files, TOP, scene.block, scene.disk);
@@ -119,7 +122,7 @@ pub(crate) fn play(scene: &Scene, random: &mut Random) {
         }
     }
     let mut oracle = Oracle::new(disk);
-    let mut answered = 0;
+    let (mut answered, mut flushed) = (0, Vec::new());
     for _ in 0..2 {
         let launch = Launch::image(&files.path(TOP)).args(scene.arguments);
         let server = launch.args(["--num-queues", "2", "--workers", "2"]).start();
@@ -133,6 +136,9 @@ pub(crate) fn play(scene: &Scene, random: &mut Random) {
             scene.block,
             random.fork(),
         );
+        if scene.killed {
+            flushed.push(load.flush());
+        }
         load.run(scene.requests / 4);
         if scene.switches {
             load.write_through_from_now_on();
@@ -142,6 +148,10 @@ pub(crate) fn play(scene: &Scene, random: &mut Random) {
         let (driver, known) = load.end();
         oracle = known;
         drop(driver);
+        if scene.killed {
+            let _exit = server.kill();
+            continue;
+        }
         let exit = server.terminate();
         assert_eq!(exit.code, Some(0), "{}", exit.log);
         let closed = files.note();
@@ -151,6 +161,9 @@ pub(crate) fn play(scene: &Scene, random: &mut Random) {
     let mut judge = Judge::new(scene.name, &recording, &names, &oracle);
     judge.qemu_every = scene.qemu_every;
     judge.cut((Moment::START, recording.end), scene.instants, 4, random);
+    for moment in flushed {
+        judge.cut((moment, moment), 1, 12, random);
+    }
     judge.report(answered);
 }
 
@@ -250,6 +263,21 @@ fn without_flushes_every_answered_write_is_there() {
             ..Habits::ALL
         },
         requests: 200,
+        ..PLAIN
+    });
+}
+
+/// P2: what a killed daemon wrote and nobody synced is covered by the next one's first flush.
+#[test]
+fn so_it_does_after_a_daemon_that_was_killed() {
+    play_often(&Scene {
+        name: "killed",
+        habits: Habits {
+            flushes: 3,
+            ..Habits::ALL
+        },
+        killed: true,
+        instants: 120,
         ..PLAIN
     });
 }
