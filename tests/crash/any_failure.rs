@@ -151,3 +151,56 @@ fn whatever_fails_nothing_else_is_lost() {
     });
     assert!(failed > 0, "some failure was final");
 }
+
+/// A disk of 100 blocks on a file, with its first block written.
+fn with_one_block() -> (Arc<SimulatedFile>, Arc<Disk>) {
+    let layout = Layout::plain(1 << 20, 100 << 20);
+    let file = SimulatedFile::new(layout.build(&mut Random::seeded(1)).0);
+    let storage = Arc::clone(&file) as Arc<dyn Storage>;
+    let disk = Arc::new(Disk::open(storage, Access::Writable).unwrap());
+    let first = disk.capacity().range(Sector(0), 2048).unwrap();
+    disk.write_at(first, &[1; 1 << 20]).unwrap();
+    (file, disk)
+}
+
+/// Knows whether it was woken.
+#[derive(Default)]
+struct Woken(std::sync::atomic::AtomicBool);
+
+impl std::task::Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, std::sync::atomic::Ordering::Release);
+    }
+}
+
+#[test]
+fn a_punch_that_fails_does_not_keep_those_waiting_who_want_room() {
+    let (file, disk) = with_one_block();
+    let range = |start, blocks: u64| disk.capacity().range(Sector(start), blocks * 2048).unwrap();
+    disk.zero_at(range(0, 1), vdi_core::Zeroing::Discard)
+        .unwrap();
+    let (woken, lane) = (Arc::<Woken>::default(), disk.lane());
+    let waker = std::task::Waker::from(Arc::clone(&woken));
+    let asked = disk.reserve(range(2048, 99), &lane, &waker).unwrap();
+    assert!(matches!(asked, vdi_core::Reserve::Parked));
+    file.fail_all(Kind::Punch, Errno::EIO);
+    disk.do_chores().unwrap_err();
+    assert!(woken.0.load(std::sync::atomic::Ordering::Acquire));
+}
+
+#[test]
+fn a_file_that_was_cut_is_not_lengthened_over_what_is_missing() {
+    for is_closed in [false, true] {
+        let (file, disk) = with_one_block();
+        file.set_len(1 << 20).unwrap();
+        let error = if is_closed {
+            disk.close().unwrap_err()
+        } else {
+            let first = |block: u64| disk.capacity().range(Sector(block * 2048), 1).unwrap();
+            let mut writes = (1..100).map(|block| disk.write_at(first(block), &[2; 512]));
+            writes.find_map(Result::err).unwrap()
+        };
+        assert!(matches!(error, WriteError::Shortened { .. }), "{error}");
+        assert!(disk.is_failed());
+    }
+}

@@ -10,6 +10,7 @@ pub mod load;
 pub mod page_cache;
 pub mod qemu;
 pub mod random;
+pub mod recorded;
 pub mod server;
 pub mod simulated;
 pub mod stop;

@@ -25,6 +25,8 @@ pub mod history;
 pub mod layout;
 pub mod oracle;
 pub mod parts;
+pub mod plain;
+pub mod replay;
 mod slow_read;
 pub mod workload;
 mod zeros;
@@ -34,6 +36,8 @@ pub use contents::Contents;
 pub use history::{Cut, History, Moment, Operation};
 pub use layout::{Found, Layout};
 pub use oracle::{Crash, Oracle};
+pub use plain::Plain;
+pub use replay::Replay;
 pub use workload::{Habits, Workload};
 
 use crate::random::Random;

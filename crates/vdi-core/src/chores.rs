@@ -53,9 +53,10 @@ impl Disk {
         if wants_mark {
             self.mark(writer, Modified::Contents)?;
         }
-        let punched = self.punch_released(writer)?;
+        let punched = self.punch_released(writer);
+        // Whoever waits for room gets it, or an answer, whatever became of the holes.
         let made_room = self.make_room(writer)?;
-        Ok(wants_mark || punched || made_room)
+        Ok(punched? || wants_mark || made_room)
     }
 
     /// W4: the space returns at once. That a failed punch left old bytes does no harm: the blocks are
@@ -179,7 +180,7 @@ impl Disk {
         let storage = &self.top().storage;
         self.final_io(writer, || storage.sync())?;
         let highest = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        self.lengthen(highest)?;
+        self.lengthen(writer, highest)?;
         for range in ranges {
             self.punch(range)?;
         }
@@ -187,22 +188,31 @@ impl Disk {
     }
 
     fn extend(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
-        self.lengthen(blocks)?;
+        self.lengthen(writer, blocks)?;
         self.count(writer, blocks)
     }
 
     /// Makes the file hold the first `blocks`.
-    fn lengthen(&self, blocks: u32) -> Result<(), WriteError> {
-        let storage = &self.top().storage;
+    fn lengthen(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
         let end = self.top().area.end_of(blocks).0;
-        let lengthen = || {
-            if storage.len_bytes()? < end {
-                storage.set_len(end)
-            } else {
-                Ok(())
-            }
-        };
-        lengthen().map_err(|source| WriteError::NoSpace { source })
+        if self.len_bytes(writer)? < end {
+            let lengthened = self.top().storage.set_len(end);
+            lengthened.map_err(|source| WriteError::NoSpace { source })?;
+            writer.known_len.store(end, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The length of the file, which nobody else may have cut.
+    fn len_bytes(&self, writer: &Writer) -> Result<u64, WriteError> {
+        let found = self.top().storage.len_bytes();
+        let found = found.map_err(|source| WriteError::NoSpace { source })?;
+        let known = writer.known_len.load(Ordering::Acquire);
+        if found < known {
+            writer.fail();
+            return Err(WriteError::Shortened { found, known });
+        }
+        Ok(found)
     }
 
     /// Makes the header's count cover the first `blocks`, and all that was done durable.
@@ -284,6 +294,7 @@ impl Disk {
 
     fn trim(&self, writer: &Writer, most_moved_bytes: u64) -> Result<(), WriteError> {
         let storage = &self.top().storage;
+        self.len_bytes(writer)?;
         self.final_io(writer, || {
             // Entries of released blocks must be gone for good before those get other contents.
             storage.sync()?;

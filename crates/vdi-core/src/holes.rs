@@ -18,8 +18,8 @@ const BATCH_BYTES: u64 = 64 << 20;
 const PIECE_BYTES: usize = 64 << 10;
 
 impl Disk {
-    /// Fills holes with blocks from the end, as far as `most_bytes` allow. Gives the number behind
-    /// the last block then in use.
+    /// Fills holes with blocks from the end, as far as `most_bytes` and the host's space allow. Gives the number
+    /// behind the last block then in use.
     ///
     /// No request may be at work, no entry beyond the disk may own a block, and all changes of
     /// the map must be durable.
@@ -29,18 +29,24 @@ impl Disk {
         let affordable = usize::try_from(most_bytes / stride).unwrap_or(usize::MAX);
         // All or nothing: a part of the moves does not make the count exact.
         if moves.len() <= affordable {
-            self.move_all(&moves)?;
+            let _as_far_as_there_is_space = self.move_all(&moves)?;
         }
         Ok(self.top().map.owned_end())
     }
 
-    /// Moves blocks to places that no entry names and the header counts.
-    pub(crate) fn move_all(&self, moves: &[Move]) -> io::Result<()> {
+    /// Moves blocks to places that no entry names and the header counts. On a full file system some may stay where
+    /// they are: then it gives false.
+    pub(crate) fn move_all(&self, moves: &[Move]) -> io::Result<bool> {
         let stride = self.top().area.stride_bytes();
         let per_batch = usize::try_from(BATCH_BYTES.div_ceil(stride)).unwrap_or(1);
-        moves
-            .chunks(per_batch)
-            .try_for_each(|batch| self.move_blocks(batch))
+        for batch in moves.chunks(per_batch) {
+            let copied = batch.iter().try_for_each(|one| self.copy_block(one));
+            if let Err(error) = copied {
+                return self.give_up_copies(batch, error);
+            }
+            self.move_entries(batch)?;
+        }
+        Ok(true)
     }
 
     /// Which blocks go where: the last ones into the first holes.
@@ -72,11 +78,21 @@ impl Disk {
             .collect()
     }
 
-    fn move_blocks(&self, batch: &[Move]) -> io::Result<()> {
-        let top = self.top();
-        for one in batch {
-            self.copy_block(one)?;
+    /// No entry names the copies yet, so they can go; the space was not there.
+    fn give_up_copies(&self, batch: &[Move], error: io::Error) -> io::Result<bool> {
+        if error.kind() != io::ErrorKind::StorageFull {
+            return Err(error);
         }
+        let stride = self.top().area.stride_bytes();
+        for one in batch {
+            let to = self.top().area.end_of(one.to.get());
+            self.top().storage.punch(to, stride)?;
+        }
+        Ok(false)
+    }
+
+    fn move_entries(&self, batch: &[Move]) -> io::Result<()> {
+        let top = self.top();
         top.storage.sync()?;
         for one in batch {
             let entry = BlockMapEntry::Allocated(one.to);

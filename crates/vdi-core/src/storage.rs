@@ -155,13 +155,32 @@ impl HostFile {
     }
 }
 
+/// How often a call that was interrupted or could not be done at once is made again. A failure of such a call may be
+/// final (W5), so it is not taken for one lightly.
+const MOST_RETRIES: u32 = 100;
+
+/// Makes a call again that may be made again.
+fn persist<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 0..MOST_RETRIES {
+        match call() {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                ) => {}
+            other => return other,
+        }
+    }
+    call()
+}
+
 impl Storage for HostFile {
     fn read_exact_at(&self, buf: &mut [u8], at: FileOffset) -> io::Result<()> {
-        self.file.read_exact_at(buf, at.0)
+        persist(|| self.file.read_exact_at(buf, at.0))
     }
 
     fn write_all_at(&self, buf: &[u8], at: FileOffset) -> io::Result<()> {
-        self.file.write_all_at(buf, at.0)
+        persist(|| self.file.write_all_at(buf, at.0))
     }
 
     fn len_bytes(&self) -> io::Result<u64> {
@@ -169,7 +188,7 @@ impl Storage for HostFile {
     }
 
     fn set_len(&self, len_bytes: u64) -> io::Result<()> {
-        self.file.set_len(len_bytes)
+        persist(|| self.file.set_len(len_bytes))
     }
 
     fn punch(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
@@ -182,15 +201,12 @@ impl Storage for HostFile {
 
     fn reserve(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
         let signed = |value| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
-        Ok(posix_fallocate(
-            &self.file,
-            signed(at.0)?,
-            signed(len_bytes)?,
-        )?)
+        let (at, len) = (signed(at.0)?, signed(len_bytes)?);
+        persist(|| Ok(posix_fallocate(&self.file, at, len)?))
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        persist(|| self.file.sync_data())
     }
 
     fn host_file(&self) -> Option<&File> {
@@ -204,9 +220,12 @@ impl HostFile {
     fn clear(&self, mode: FallocateFlags, at: FileOffset, len_bytes: u64) -> io::Result<()> {
         let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let signed = |value| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
-        match fallocate(&self.file, mode, signed(at.0)?, signed(len_bytes)?) {
-            Err(Errno::EOPNOTSUPP) => self.write_zeros(at, len_bytes),
-            other => Ok(other?),
+        let (start, len) = (signed(at.0)?, signed(len_bytes)?);
+        match persist(|| Ok(fallocate(&self.file, mode, start, len)?)) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.write_zeros(at, len_bytes)
+            }
+            other => other,
         }
     }
 

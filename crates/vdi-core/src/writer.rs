@@ -52,6 +52,8 @@ pub(crate) struct Writer {
     pub(crate) hidden_end: u32,
     /// `blocks_allocated` as the file has it; chores alone change it.
     pub(crate) counted: AtomicU32,
+    /// The file is at least so long, unless somebody else has cut it; chores alone change it.
+    pub(crate) known_len: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -113,6 +115,7 @@ impl Writer {
             synced: AtomicU64::new(0),
             hidden_end: owners.hidden_end(),
             counted: AtomicU32::new(counts.allocated),
+            known_len: AtomicU64::new(file_len),
         })
     }
 
@@ -505,6 +508,17 @@ pub enum WriteError {
         /// The host's error.
         source: io::Error,
     },
+    /// Lengthening it again would turn what is missing into zeros.
+    #[error(
+        "the image's file has {found} bytes and is shorter than it was ({known}): something else has cut it; \
+         the disk takes no more writes"
+    )]
+    Shortened {
+        /// Its length now.
+        found: u64,
+        /// Its length before.
+        known: u64,
+    },
     /// The data could not be written. The map is as it was.
     #[error("cannot write data to the image's file")]
     Data {
@@ -529,7 +543,9 @@ impl WriteError {
     /// The kind of the host's error behind it.
     pub(crate) fn kind(&self) -> io::ErrorKind {
         match self {
-            Self::ReadOnly | Self::Closed | Self::Failed | Self::Full => io::ErrorKind::Other,
+            Self::ReadOnly | Self::Closed | Self::Failed | Self::Full | Self::Shortened { .. } => {
+                io::ErrorKind::Other
+            }
             Self::NoSpace { source }
             | Self::Data { source }
             | Self::Metadata { source }

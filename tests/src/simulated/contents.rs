@@ -47,6 +47,12 @@ impl Contents {
         self.len
     }
 
+    /// How many pages of 4 KiB it has stored.
+    #[must_use]
+    pub fn pages_held(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
     /// Fills `buf`; false if the file ends before.
     #[must_use]
     pub fn read(&self, buf: &mut [u8], at: u64) -> bool {
@@ -128,6 +134,22 @@ impl Contents {
             })
             .filter(|piece| piece * 512 < range.end && (piece + 1) * 512 > range.start)
             .collect()
+    }
+
+    /// What a file of the host holds.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn load(path: &Path) -> io::Result<Self> {
+        let bytes = std::fs::read(path)?;
+        let mut contents = Self::default();
+        for (at, part) in (0..).step_by(4096).zip(bytes.chunks(4096)) {
+            if part.iter().any(|&byte| byte != 0) {
+                contents.write(at, part);
+            }
+        }
+        contents.set_len(bytes.len() as u64);
+        Ok(contents)
     }
 
     /// Writes it to a file of the host.

@@ -19,17 +19,24 @@ use std::sync::Arc;
 
 use super::contents::Contents;
 use super::percent;
+use super::replay::Replay;
 use crate::random::Random;
 
 const PIECE: u64 = 512;
 
 /// A point in time: before the event of the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Moment(usize);
+pub struct Moment(pub(super) usize);
 
 impl Moment {
     /// Before all that was done.
     pub const START: Self = Self(0);
+
+    /// The moment after it.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
 }
 
 /// What can be done to a file.
@@ -63,7 +70,8 @@ impl Operation {
         }
     }
 
-    fn apply(&self, contents: &mut Contents) {
+    /// Does it.
+    pub(crate) fn apply(&self, contents: &mut Contents) {
         match self {
             Self::Write { at, bytes } => contents.write(*at, bytes),
             Self::SetLen(len) => contents.set_len(*len),
@@ -75,17 +83,17 @@ impl Operation {
 
 /// An operation and when it was in flight.
 #[derive(Clone, Debug)]
-struct Record {
-    operation: Operation,
-    begun: usize,
-    ended: Option<usize>,
+pub(super) struct Record {
+    pub(super) operation: Operation,
+    pub(super) begun: usize,
+    pub(super) ended: Option<usize>,
 }
 
 /// All that was done to a file.
 #[derive(Clone, Debug)]
 pub struct History {
     start: Contents,
-    records: Vec<Record>,
+    pub(super) records: Vec<Record>,
     clock: usize,
 }
 
@@ -140,6 +148,11 @@ impl History {
         Moment(self.clock - 1)
     }
 
+    /// Nothing happens to this file until `moment`: several files can keep their histories by one clock.
+    pub fn wait_until(&mut self, moment: Moment) {
+        self.clock = self.clock.max(moment.0);
+    }
+
     /// All moments, from before the first operation to the present. Between two neighbours
     /// one thing happens.
     pub fn moments(&self) -> impl Iterator<Item = Moment> + use<> {
@@ -152,6 +165,21 @@ impl History {
             .iter()
             .filter(move |record| record.begun >= moment.0)
             .map(|record| &record.operation)
+    }
+
+    /// All that was done before `moment`, one operation a line.
+    #[must_use]
+    pub fn tell_until(&self, moment: Moment) -> String {
+        let before = self.records.iter().filter(|one| one.begun < moment.0);
+        let tell = |one: &Record| {
+            let (begun, ended) = (one.begun, one.ended);
+            let what = match &one.operation {
+                Operation::Write { at, bytes } => format!("write {at}+{}", bytes.len()),
+                other => format!("{other:?}"),
+            };
+            format!("{begun}..{ended:?} {what}\n")
+        };
+        before.map(tell).collect()
     }
 
     /// The file when the program is killed at `moment`: all that had ended, and any
@@ -181,46 +209,17 @@ impl History {
     /// What the power can be cut at.
     #[must_use]
     pub fn at(&self, moment: Moment) -> CutPoint<'_> {
-        let syncs = |of: Operation| {
-            self.records.iter().filter(move |record| {
-                let ended = record.ended.is_some_and(|ended| ended < moment.0);
-                ended && record.operation == of
-            })
-        };
-        let failed: Vec<usize> = syncs(Operation::FailedSync).map(|one| one.begun).collect();
-        let good: Vec<usize> = syncs(Operation::Sync).map(|one| one.begun).collect();
-        let is_durable = |record: &&Record| {
-            let Some(ended) = record.ended else {
-                return false;
-            };
-            let covering = good.iter().find(|&&begun| ended < begun);
-            covering
-                .is_some_and(|&good| !failed.iter().any(|&failed| ended < failed && failed < good))
-        };
-        let (durable, pending): (Vec<&Record>, Vec<&Record>) = self
-            .records
-            .iter()
-            .take_while(|record| record.begun < moment.0)
-            .filter(|record| !matches!(record.operation, Operation::Sync | Operation::FailedSync))
-            .partition(is_durable);
-        let mut base = self.start.clone();
-        for record in &durable {
-            record.operation.apply(&mut base);
-        }
-        CutPoint {
-            base,
-            durable,
-            pending,
-        }
+        Replay::new(self).advance(moment)
     }
 }
 
 /// A moment at which the power may be cut: what is durable, and what may be.
 #[derive(Debug)]
 pub struct CutPoint<'h> {
-    base: Contents,
-    durable: Vec<&'h Record>,
-    pending: Vec<&'h Record>,
+    pub(super) base: Contents,
+    /// Those that are newer than the oldest pending one.
+    pub(super) durable: Vec<&'h Record>,
+    pub(super) pending: Vec<&'h Record>,
 }
 
 /// Which of the pending operations have reached the disk.
@@ -234,6 +233,10 @@ pub enum Cut {
     Only(usize),
     /// All but one.
     Without(usize),
+    /// So many of the first.
+    Prefix(usize),
+    /// Any, each as a whole.
+    Subset,
     /// Any parts of any.
     Torn,
 }
@@ -247,11 +250,14 @@ impl CutPoint<'_> {
             return vec![Cut::Nothing];
         }
         let mut cuts = vec![Cut::Nothing, Cut::Everything];
-        let singles = (0..count).flat_map(|nth| [Cut::Only(nth), Cut::Without(nth)]);
+        let singles =
+            (0..count).flat_map(|nth| [Cut::Only(nth), Cut::Without(nth), Cut::Prefix(nth)]);
         let mut singles: Vec<Cut> = singles.filter(|_| count > 1).collect();
         while cuts.len() < most {
             if singles.is_empty() || percent(random, 40) {
                 cuts.push(Cut::Torn);
+            } else if percent(random, 30) {
+                cuts.push(Cut::Subset);
             } else {
                 let nth = super::index(random.within(0..singles.len() as u64));
                 cuts.push(singles.swap_remove(nth));
@@ -276,6 +282,8 @@ impl CutPoint<'_> {
                 Cut::Everything => 100,
                 Cut::Only(one) => 100 * u64::from(nth == one),
                 Cut::Without(one) => 100 * u64::from(nth != one),
+                Cut::Prefix(count) => 100 * u64::from(nth < count),
+                Cut::Subset => 100 * random.within(0..2),
                 Cut::Torn => *random.pick(&torn),
             };
             let keeps_older = cut == Cut::Torn;

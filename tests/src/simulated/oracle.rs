@@ -121,6 +121,7 @@ impl Oracle {
         crash: Crash,
         cut_of: impl Fn(u64) -> u64,
     ) -> Option<String> {
+        let covered = self.covered(moment, crash);
         let end = first + found.len() as u64 / 512;
         let mut at = first;
         for (&sector, versions) in self.versions.range(first..end) {
@@ -132,14 +133,8 @@ impl Oracle {
                 ));
             }
             let sector_found = &found[to..to + 512];
-            if !self.allows(
-                sector,
-                versions,
-                sector_found,
-                moment,
-                crash,
-                index(cut_of(sector)),
-            ) {
+            let cut = index(cut_of(sector));
+            if !self.allows(sector, versions, sector_found, (moment, covered), cut) {
                 return Some(self.complain(sector, versions, sector_found, moment));
             }
             at = sector + 1;
@@ -149,16 +144,9 @@ impl Oracle {
         (!is_kept).then(|| format!("sectors {at}..{end}, never written, have changed"))
     }
 
-    fn allows(
-        &self,
-        sector: u64,
-        versions: &[Version],
-        found: &[u8],
-        moment: Moment,
-        crash: Crash,
-        cut: usize,
-    ) -> bool {
-        let covered = match crash {
+    /// What was answered before this is there.
+    fn covered(&self, moment: Moment, crash: Crash) -> Option<Moment> {
+        match crash {
             Crash::Kill => Some(moment),
             Crash::PowerCut => {
                 let flushes = self
@@ -167,7 +155,17 @@ impl Oracle {
                     .filter(|&&(_, answered)| answered < moment);
                 flushes.map(|&(begun, _)| begun).max()
             }
-        };
+        }
+    }
+
+    fn allows(
+        &self,
+        sector: u64,
+        versions: &[Version],
+        found: &[u8],
+        (moment, covered): (Moment, Option<Moment>),
+        cut: usize,
+    ) -> bool {
         let is_sure = |version: &Version| {
             let answered = version.answered;
             answered.is_some_and(|answered| covered.is_some_and(|covered| answered < covered))
@@ -207,9 +205,9 @@ impl Oracle {
             _ => "something else",
         };
         format!(
-            "sector {sector} reads as {what} ({:?}..) at {moment:?}; writes: {known:?}; flushes: {:?}",
+            "sector {sector} reads as {what} ({:?}..) at {moment:?}; writes: {known:?}; the last flush covers {:?}",
             &found[..8],
-            self.flushes
+            self.covered(moment, Crash::PowerCut)
         )
     }
 }

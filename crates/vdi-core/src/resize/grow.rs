@@ -248,7 +248,11 @@ impl Disk {
         let at = top.header.raw().places().blocks_allocated;
         top.storage.write_all_at(&counted.to_le_bytes(), at)?;
         top.storage.sync()?;
-        self.move_all(&moves)
+        if self.move_all(&moves)? {
+            return Ok(());
+        }
+        // The map may not grow over what is left there.
+        Err(io::ErrorKind::StorageFull.into())
     }
 
     /// The bytes of the last block behind the old end are zeros by rule, but some program may not have kept it.
