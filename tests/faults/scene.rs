@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::{Whence, lseek};
 use tempfile::TempDir;
+use vdi_tests::counts;
 use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Request, Segment, Token};
 use vdi_tests::image::{MIB, are_zeros};
 use vdi_tests::qemu;
@@ -322,7 +323,9 @@ pub(crate) struct Left {
 impl Left {
     fn new(mode: Mode, files: Recorded, ledger: Ledger) -> Self {
         let (failed, short) = files.injected();
-        println!("faults: {failed} calls failed, {short} were cut short");
+        counts::tell(&format!(
+            "faults: {failed} calls failed, {short} were cut short"
+        ));
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join(NAME);
         files.contents(NAME).save(&path).unwrap();

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use vdi_core::{Access, Disk, ModifiedParent, Sector, Storage};
+use vdi_tests::counts;
 use vdi_tests::random::Random;
 use vdi_tests::recorded::Recording;
 use vdi_tests::simulated::{
@@ -282,10 +283,11 @@ impl<'r> Judge<'r> {
             sectors,
             by_qemu,
         } = self.count;
-        println!(
-            "power cuts: {}: {requests} requests, {cuts} cuts, {kills} kills, {sectors} sectors verified, {by_qemu} cuts by QEMU too, 0 losses",
+        counts::tell(&format!(
+            "power cuts: {}: {requests} requests, {cuts} cuts, {kills} kills, {sectors} sectors verified, {by_qemu} cuts by \
+             QEMU too, 0 losses",
             self.scene
-        );
+        ));
     }
 }
 
