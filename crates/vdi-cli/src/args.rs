@@ -161,7 +161,7 @@ pub(crate) struct ChainArgs {
 /// How many threads move data.
 #[derive(Debug, Args)]
 pub(crate) struct ThreadsArgs {
-    /// Threads that read and write, from 1 to 16 [default: one for each CPU]
+    /// Threads that read and write, from 1 to 16 [default: one for each CPU, at least 8]
     #[arg(long, short = 'm', value_name = "N", value_parser = threads)]
     threads: Option<Threads>,
 }
