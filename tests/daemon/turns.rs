@@ -98,6 +98,18 @@ fn an_image_that_no_ring_uses_may_change_and_is_read_anew() {
     assert_eq!(server.terminate().code, Some(0));
 }
 
+#[test]
+fn a_daemon_that_let_go_of_its_image_leaves_it_exact_all_the_same() {
+    let image = Image::by_qemu(64 * MIB);
+    let server = Launch::image(image.path()).start();
+    let mut driver = server.driver(&Options::new());
+    driver.write(0, &[1; 4096]);
+    leave(&mut driver);
+    drop(driver);
+    assert_eq!(server.terminate().code, Some(0));
+    qemu::expect_clean(image.path());
+}
+
 /// A VMM that dies stops no rings: nobody else may have the image meanwhile.
 #[test]
 fn a_front_end_that_vanishes_leaves_the_image_to_its_daemon() {

@@ -254,6 +254,23 @@ impl Disk {
         self.close_moving(MOST_MOVED_BYTES)
     }
 
+    /// Whether anything was changed since the disk was opened.
+    pub fn is_changed(&self) -> bool {
+        self.writer
+            .as_ref()
+            .is_some_and(|writer| writer.marked.load(Ordering::Acquire))
+    }
+
+    /// Closes a disk for somebody who let go of it without closing: count and length become exact, the
+    /// contents and `uuid_modify` stay.
+    ///
+    /// # Errors
+    /// As [`Disk::close`].
+    pub fn close_tidily(&self) -> Result<(), WriteError> {
+        self.begin_maintenance(Modified::Places)?;
+        self.close()
+    }
+
     /// Begins maintenance: says beforehand what the changes from here on will have modified. Those
     /// that leave the contents as they are do not renew `uuid_modify` (as VirtualBox's compaction and
     /// resize do not).

@@ -64,7 +64,8 @@ pub(crate) struct Opened {
 pub(crate) struct Turn {
     opening: Opening,
     held: Option<Held>,
-    was_held: bool,
+    /// It was changed and let go of, so that count and length are not exact.
+    is_untidy: bool,
     has_failed: bool,
 }
 
@@ -216,7 +217,7 @@ impl Turn {
         Self {
             opening,
             held: None,
-            was_held: false,
+            is_untidy: false,
             has_failed: false,
         }
     }
@@ -242,7 +243,6 @@ impl Turn {
             tracing::warn!("{}: {warning}", self.opening.image.display());
         }
         let housekeeper = Housekeeper::start(&opened.disk).map_err(TurnError::Thread)?;
-        self.was_held = true;
         self.held = Some(Held {
             disk: Arc::clone(&opened.disk),
             files,
@@ -289,6 +289,7 @@ impl Turn {
             );
         }
         self.has_failed |= disk.is_failed();
+        self.is_untidy |= disk.is_changed();
     }
 
     /// Closes the image for good: its count and length are exact afterwards. If it was let go of and nobody else has it,
@@ -299,14 +300,18 @@ impl Turn {
         }) = self.held.take()
         {
             drop(housekeeper);
-            return disk.close();
+            return if self.is_untidy {
+                disk.close_tidily()
+            } else {
+                disk.close()
+            };
         }
-        if !self.was_held || self.has_failed || self.opening.access == Access::ReadOnly {
+        if !self.is_untidy || self.has_failed {
             return Ok(());
         }
         let opened = self.opening.find(Access::Writable, Locking::Locked);
         match opened.and_then(|files| self.opening.disk_of(&files, Access::Writable)) {
-            Ok(disk) => disk.close(),
+            Ok(disk) => disk.close_tidily(),
             Err(error) => {
                 tracing::debug!("not closed once more: {}", crate::chain_of(&error));
                 Ok(())
