@@ -143,16 +143,6 @@ fn run(args: &Args) -> Result<(), Fatal> {
             (Some(file), Door::Listener(listener))
         }
     };
-    // Before there are other threads, and anything to hear.
-    let sandbox = match args.sandbox {
-        Sandboxing::Off => Sandbox::off(),
-        Sandboxing::On => Sandbox::enter(&reach(args)?, args.engine)?,
-    };
-    let mut backend = Backend::new(Arc::clone(&device), turn, args.engine, workers, sandbox)?;
-    if let Some(opened) = opened {
-        backend.serve(opened)?;
-    }
-    let backend = Arc::new(Mutex::new(backend));
     tracing::info!(
         "serving {} ({} bytes){}",
         args.blk_file.display(),
@@ -163,6 +153,16 @@ fn run(args: &Args) -> Result<(), Fatal> {
             ""
         }
     );
+    // Before there are other threads, and anything to hear.
+    let sandbox = match args.sandbox {
+        Sandboxing::Off => Sandbox::off(),
+        Sandboxing::On => Sandbox::enter(&reach(args)?, args.engine)?,
+    };
+    let mut backend = Backend::new(Arc::clone(&device), turn, args.engine, workers, sandbox)?;
+    if let Some(opened) = opened {
+        backend.serve(opened)?;
+    }
+    let backend = Arc::new(Mutex::new(backend));
     let ears = Ears {
         signals: &signals,
         control: control.as_ref(),

@@ -17,8 +17,9 @@
 //! 4. The control thread's filter of system calls.
 //!
 //! What this cannot do: threads share their memory, so who runs code in one can have the others make their calls for him. And
-//! io_uring does what it is told behind a filter's back; workers cannot make rings, but the control thread must be able to (unless
-//! `--engine sync` is said), and there files and TCP are guarded by landlock alone. RLIMIT_NPROC is left as it is: it counts all of
+//! io_uring does what it is told behind a filter's back. A worker's ring can only move data (`ring`), and workers cannot make another; but the
+//! control thread could (unless `--engine sync` is said), and there landlock alone guards files and TCP, and nothing other sockets.
+//! RLIMIT_NPROC is left as it is: it counts all of
 //! a user's threads, those by which the kernel serves io_uring too.
 //!
 //! Sources: landlock(7), seccomp(2), capabilities(7), prctl(2), proc_pid_fd(5).

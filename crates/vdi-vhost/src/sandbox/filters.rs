@@ -96,6 +96,9 @@ const EPOLL: &[i64] = &[
     libc::SYS_epoll_ctl,
 ];
 
+/// How a ring is made, and told what it may do.
+const RING: &[i64] = &[libc::SYS_io_uring_setup, libc::SYS_io_uring_register];
+
 /// What the control thread does beyond what the others do; and what they do at their start, before they are confined.
 const CONTROL: &[i64] = &[
     // Front ends: connections, messages, the signals' pipe.
@@ -294,7 +297,7 @@ fn control(engine: EngineChoice) -> Result<Rules, Error> {
     rules.append(&mut plain(&[CONTROL]));
     if engine != EngineChoice::Sync {
         // By a worker, before it is confined.
-        rules.insert(libc::SYS_io_uring_setup, Vec::new());
+        rules.append(&mut plain(&[RING]));
     }
     // Existing files are opened, none is made or emptied.
     let existing = without_bits(2, libc::O_CREAT | libc::O_TRUNC)?;
@@ -361,7 +364,7 @@ mod tests {
                 assert!(narrower.keys().all(|call| control.contains_key(call)));
             }
         }
-        let mut all = [COMMON, IMAGES, EPOLL, CONTROL, DEADLY].concat();
+        let mut all = [COMMON, IMAGES, EPOLL, RING, CONTROL, DEADLY].concat();
         let count = all.len();
         all.sort_unstable();
         all.dedup();
@@ -371,7 +374,7 @@ mod tests {
     #[test]
     fn without_io_uring_nothing_about_it_is_allowed() {
         let rules = control(EngineChoice::Sync).unwrap();
-        assert!(!rules.contains_key(&libc::SYS_io_uring_setup));
+        assert!(RING.iter().all(|call| !rules.contains_key(call)));
         assert!(!rules.contains_key(&libc::SYS_io_uring_enter));
     }
 }
