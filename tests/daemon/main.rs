@@ -18,6 +18,7 @@ mod program;
 mod requests;
 mod resize;
 mod rings;
+mod sandbox;
 mod sharing;
 mod turns;
 mod zeros;

@@ -76,6 +76,7 @@ fn whatever_can_still_write_holds_the_lock() {
     let image = Image::by_qemu(16 * MIB);
     let server = Launch::image(image.path())
         .args(["--cache", "direct"])
+        .inspectable()
         .start();
     let directory = format!("/proc/{}", server.pid());
     let mut writers = 0;

@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -119,6 +119,20 @@ impl Launch {
         self.arguments
             .extend(arguments.into_iter().map(|a| a.as_ref().to_owned()));
         self
+    }
+
+    /// The same, so that its descriptors can be looked at: by anyone but root only without the sandbox.
+    ///
+    /// # Panics
+    /// If there is no `/proc`.
+    #[must_use]
+    pub fn inspectable(self) -> Self {
+        let own = fs::metadata("/proc/self").expect("Linux has it");
+        if own.uid() == 0 {
+            self
+        } else {
+            self.args(["--sandbox", "off"])
+        }
     }
 
     /// The same, started by another program: its name, its arguments, then the daemon's command line.

@@ -86,9 +86,23 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub(crate) engine: EngineChoice,
 
+    /// Whether the daemon gives up what it does not need once it has opened its files: system calls, other files, privileges. Whoever
+    /// breaks into it could still remove files beside its socket: give the socket a directory of its own.
+    #[arg(long, value_enum, default_value_t = Sandboxing::On)]
+    pub(crate) sandbox: Sandboxing,
+
     /// Print what this program can do as JSON and exit, whatever else is said.
     #[arg(long)]
     pub(crate) print_capabilities: bool,
+}
+
+/// Whether there is a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sandboxing {
+    /// Seccomp, landlock, no capabilities, no core dumps.
+    On,
+    /// None of that, for finding out what it breaks.
+    Off,
 }
 
 /// The role of the host's page cache.

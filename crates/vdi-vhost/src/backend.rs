@@ -30,6 +30,7 @@ use crate::dirty::DirtyLog;
 use crate::engine::EngineChoice;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, RingError, Rings};
+use crate::sandbox::Sandbox;
 use crate::tracking::{Tracking, TrackingError};
 use crate::turn::{GrowError, Opened, Turn, TurnError};
 use crate::workers::{Served, Workers};
@@ -39,6 +40,7 @@ pub(crate) struct Backend {
     device: Arc<Device>,
     turn: Turn,
     engine: EngineChoice,
+    sandbox: Sandbox,
     complaints: Arc<Complaints>,
     rings: Rings,
     /// Where the front end hears of changes, if it wants to.
@@ -120,12 +122,14 @@ impl Backend {
         turn: Turn,
         engine: EngineChoice,
         workers: Workers,
+        sandbox: Sandbox,
     ) -> std::result::Result<Self, virtio_queue::Error> {
         let rings = Rings::new(device.num_queues(), workers)?;
         Ok(Self {
             device,
             turn,
             engine,
+            sandbox,
             complaints: Arc::default(),
             rings,
             channel: None,
@@ -144,12 +148,12 @@ impl Backend {
             self.turn.end();
             return Err(Refusal::Access { served, found }.into());
         }
-        self.serve(opened);
-        Ok(())
+        Ok(self.serve(opened).map_err(Refusal::from)?)
     }
 
     /// Has the workers serve an image that was opened.
-    pub(crate) fn serve(&mut self, opened: Opened) {
+    pub(crate) fn serve(&mut self, opened: Opened) -> std::result::Result<(), TurnError> {
+        self.turn.keep_house(&self.sandbox)?;
         self.device.set_capacity(opened.disk.capacity());
         self.rings.employ(Served {
             disk: opened.disk,
@@ -157,7 +161,9 @@ impl Backend {
             device: Arc::clone(&self.device),
             complaints: Arc::clone(&self.complaints),
             engine: self.engine,
+            sandbox: self.sandbox.clone(),
         });
+        Ok(())
     }
 
     /// Makes the disk larger, while its guest runs: requests wait meanwhile, and the guest is told.
@@ -168,7 +174,7 @@ impl Backend {
         }
         let running = self.rings.suspend()?;
         let (opened, grown) = self.turn.grow(to)?;
-        self.serve(opened);
+        self.serve(opened)?;
         self.rings.resume(&running, &self.device)?;
         if !was_held && self.rings.dismiss_if_idle() {
             self.turn.end();

@@ -6,10 +6,13 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::task::{Wake, Waker};
 use std::thread::{self, JoinHandle, Thread};
 
 use vdi_core::Disk;
+
+use crate::sandbox::{Role, Sandbox};
 
 /// The running thread; dropping it ends and joins it.
 #[derive(Debug)]
@@ -29,12 +32,21 @@ impl Wake for Bell {
 
 impl Housekeeper {
     /// Starts the thread and tells the disk about it.
-    pub(crate) fn start(disk: &Arc<Disk>) -> io::Result<Self> {
+    pub(crate) fn start(disk: &Arc<Disk>, sandbox: &Sandbox) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let (its_disk, its_stop) = (Arc::clone(disk), Arc::clone(&stop));
+        let (sandbox, (started, ready)) = (sandbox.clone(), mpsc::channel());
         let thread = thread::Builder::new()
             .name("housekeeper".to_owned())
-            .spawn(move || keep_house(&its_disk, &its_stop))?;
+            .spawn(move || {
+                let confined = sandbox.confine(Role::Housekeeper);
+                let serves = confined.is_ok();
+                let _ = started.send(confined);
+                if serves {
+                    keep_house(&its_disk, &its_stop);
+                }
+            })?;
+        ready.recv().map_err(io::Error::other)??;
         disk.set_housekeeper(Waker::from(Arc::new(Bell(thread.thread().clone()))));
         Ok(Self {
             stop,

@@ -30,6 +30,7 @@ mod queue;
 mod request;
 mod ring;
 mod rings;
+mod sandbox;
 mod session;
 mod socket;
 mod tracking;
@@ -51,10 +52,11 @@ use nix::sys::socket::{getsockopt, sockopt};
 use tracing_subscriber::EnvFilter;
 use vdi_core::{Access, Disk, WriteError};
 
-use crate::args::Args;
+use crate::args::{Args, Sandboxing};
 use crate::backend::Backend;
 use crate::control::ControlSocket;
 use crate::device::{Device, Serial, Zeros};
+use crate::sandbox::{Reach, Sandbox, SandboxError};
 use crate::session::{Door, Ears, ServeError};
 use crate::socket::{SocketError, SocketFile};
 use crate::turn::{Opening, Turn, TurnError};
@@ -76,6 +78,8 @@ enum Fatal {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("cannot make queues")]
@@ -128,11 +132,6 @@ fn run(args: &Args) -> Result<(), Fatal> {
     };
     let device = Arc::new(device);
     let workers = Workers::new(worker_count(args));
-    let mut backend = Backend::new(Arc::clone(&device), turn, args.engine, workers)?;
-    if let Some(opened) = opened {
-        backend.serve(opened);
-    }
-    let backend = Arc::new(Mutex::new(backend));
     let control = args.control_socket.as_deref();
     let control = control.map(|path| ControlSocket::listen(path, &args.blk_file));
     let control = control.transpose()?;
@@ -154,6 +153,16 @@ fn run(args: &Args) -> Result<(), Fatal> {
             ""
         }
     );
+    // Before there are other threads, and anything to hear.
+    let sandbox = match args.sandbox {
+        Sandboxing::Off => Sandbox::off(),
+        Sandboxing::On => Sandbox::enter(&reach(args)?, args.engine)?,
+    };
+    let mut backend = Backend::new(Arc::clone(&device), turn, args.engine, workers, sandbox)?;
+    if let Some(opened) = opened {
+        backend.serve(opened)?;
+    }
+    let backend = Arc::new(Mutex::new(backend));
     let ears = Ears {
         signals: &signals,
         control: control.as_ref(),
@@ -186,6 +195,27 @@ fn make_device(args: &Args, disk: &Disk, access: Access) -> Device {
         args.serial.clone().unwrap_or_else(uuid),
         zeros,
     )
+}
+
+/// What the daemon may have to open again, or remove, while it serves.
+fn reach(args: &Args) -> Result<Reach, Fatal> {
+    let opening = Opening::new(args);
+    let parents = opening.parents()?;
+    let mut directories = Vec::new();
+    if !parents.is_empty() {
+        directories.push(sandbox::directory_of(&args.blk_file).to_owned());
+        directories.extend_from_slice(&args.image_dirs);
+    }
+    Ok(Reach {
+        image: (args.blk_file.clone(), opening.access()),
+        parents,
+        directories,
+        sockets: [&args.socket_path, &args.control_socket]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect(),
+    })
 }
 
 /// The socket that this process was started with.

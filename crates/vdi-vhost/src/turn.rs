@@ -32,6 +32,7 @@ use vdi_core::{
 use crate::args::{Args, Cache};
 use crate::housekeeper::Housekeeper;
 use crate::image_file::{DirectError, ImageFile};
+use crate::sandbox::Sandbox;
 
 /// How often an image that another daemon writes is looked at, until its header and map fit together.
 const LOOKS: u32 = 20;
@@ -74,7 +75,8 @@ struct Held {
     disk: Arc<Disk>,
     /// The locked files of its images, the top one's first.
     files: Vec<Arc<HostFile>>,
-    housekeeper: Housekeeper,
+    /// None before the daemon is in its sandbox.
+    housekeeper: Option<Housekeeper>,
 }
 
 /// Why an image cannot be served.
@@ -144,6 +146,13 @@ impl Opening {
     /// For what it is to be opened.
     pub(crate) fn access(&self) -> Access {
         self.access
+    }
+
+    /// The files of the image's parents, and those that may become some.
+    pub(crate) fn parents(&self) -> Result<Vec<PathBuf>, TurnError> {
+        let chain = self.find(Access::ReadOnly, Locking::ForceShare)?;
+        let parents = chain.iter().skip(1).map(|file| file.path().to_owned());
+        Ok(parents.chain(self.parents.iter().cloned()).collect())
     }
 
     /// Finds and locks the files of the image and its parents.
@@ -242,13 +251,21 @@ impl Turn {
         for warning in opened.disk.warnings() {
             tracing::warn!("{}: {warning}", self.opening.image.display());
         }
-        let housekeeper = Housekeeper::start(&opened.disk).map_err(TurnError::Thread)?;
         self.held = Some(Held {
             disk: Arc::clone(&opened.disk),
             files,
-            housekeeper,
+            housekeeper: None,
         });
         Ok(opened)
+    }
+
+    /// Starts the thread that looks after the disk that is held.
+    pub(crate) fn keep_house(&mut self, sandbox: &Sandbox) -> Result<(), TurnError> {
+        if let Some(held) = &mut self.held {
+            let housekeeper = Housekeeper::start(&held.disk, sandbox);
+            held.housekeeper = Some(housekeeper.map_err(TurnError::Thread)?);
+        }
+        Ok(())
     }
 
     /// Makes the disk larger. It must be held, and nobody may be at work with it; the locks stay. What is returned is

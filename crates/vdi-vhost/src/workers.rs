@@ -17,6 +17,7 @@ use crate::device::Device;
 use crate::dirty::Guest;
 use crate::engine::EngineChoice;
 use crate::image_file::ImageFile;
+use crate::sandbox::{Role, Sandbox};
 use crate::worker::Worker;
 
 /// What all workers serve.
@@ -32,6 +33,8 @@ pub(crate) struct Served {
     pub(crate) complaints: Arc<Complaints>,
     /// How data is moved.
     pub(crate) engine: EngineChoice,
+    /// What the threads are confined by.
+    pub(crate) sandbox: Sandbox,
 }
 
 /// All workers, running or not; dropping it ends them, after what is in flight.
@@ -112,13 +115,17 @@ impl Handle {
         let (started, ready) = mpsc::channel();
         let thread = thread::Builder::new()
             .name(format!("worker-{slot}"))
-            .spawn(move || match Worker::new(&served, its_doorbell, inbox) {
-                Ok(worker) => {
-                    let _ = started.send(Ok(()));
-                    worker.run();
-                }
-                Err(error) => {
-                    let _ = started.send(Err(error));
+            .spawn(move || {
+                match Worker::new(&served, its_doorbell, inbox)
+                    .and_then(|worker| served.sandbox.confine(Role::Worker).map(|()| worker))
+                {
+                    Ok(worker) => {
+                        let _ = started.send(Ok(()));
+                        worker.run();
+                    }
+                    Err(error) => {
+                        let _ = started.send(Err(error));
+                    }
                 }
             })?;
         done(&ready)?;

@@ -1,0 +1,216 @@
+//! The sandbox: what the daemon gives up before it hears a front end, so that who takes it over by a flaw has taken over
+//! little more than the image. On unless `--sandbox off` is said.
+//!
+//! Not here: which system calls each thread may make (`filters`), and what guests and front ends may do at all.
+//!
+//! The control thread enters it alone, when images and sockets are open and before any other thread is started; threads inherit
+//! it, and then narrow their own filter ([`Sandbox::confine`]). In this order, since each step takes away what the one before needs:
+//!
+//! 1. No core dumps, no debugger of the same user: guest memory stays here (RLIMIT_CORE, PR_SET_DUMPABLE). A process may open
+//!    `/proc/self/fd/N` all the same, as itself.
+//! 2. No new privileges, no capabilities. One is kept if need be: a daemon that runs as root and serves another user's files could not
+//!    open them again without CAP_DAC_OVERRIDE, and step 3 bounds what that opens.
+//! 3. Landlock: no file can be opened but the image (written only if it is served so), its parents and, for a disk that has some, what
+//!    lies in the directories where parents are looked for (read only). A rule holds for the file that has the name now: one that takes its
+//!    place cannot be opened. Files are removed only from the directories of the sockets, nothing is made or executed. No TCP, and no signals or
+//!    abstract sockets to other programs, as far as the kernel knows how to forbid that; a kernel without landlock is warned of.
+//! 4. The control thread's filter of system calls.
+//!
+//! What this cannot do: threads share their memory, so who runs code in one can have the others make their calls for him. And
+//! io_uring does what it is told behind a filter's back. A worker's ring can only move data (`ring`), and workers cannot make another; but the
+//! control thread could (unless `--engine sync` is said), and there landlock alone guards files and TCP, and nothing other sockets.
+//! RLIMIT_NPROC is left as it is: it counts all of
+//! a user's threads, those by which the kernel serves io_uring too.
+//!
+//! Sources: landlock(7), seccomp(2), capabilities(7), prctl(2), proc_pid_fd(5).
+
+mod filters;
+
+use std::fmt::Debug;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use caps::errors::CapsError;
+use caps::{CapSet, Capability, CapsHashSet};
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, RestrictionStatus, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, path_beneath_rules,
+};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::{AccessFlags, faccessat};
+use vdi_core::Access;
+
+use self::filters::Filters;
+pub(crate) use self::filters::Role;
+use crate::engine::EngineChoice;
+
+/// The newest landlock that was looked at; the kernel's own counts if it is older.
+const LANDLOCK: ABI = ABI::V10;
+
+/// The one capability that may be kept.
+const OPEN_ANY_FILE: Capability = Capability::CAP_DAC_OVERRIDE;
+
+/// What may have to be opened, or removed, while guests are served.
+#[derive(Debug)]
+pub(crate) struct Reach {
+    /// The image, and what it is opened for.
+    pub(crate) image: (PathBuf, Access),
+    /// The files of its parents.
+    pub(crate) parents: Vec<PathBuf>,
+    /// Where parents are looked for.
+    pub(crate) directories: Vec<PathBuf>,
+    /// The sockets, which are removed at the end.
+    pub(crate) sockets: Vec<PathBuf>,
+}
+
+/// Why the daemon does not serve.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SandboxError {
+    /// A limit, or an attribute of the process.
+    #[error("cannot forbid core dumps and new privileges; `--sandbox off` does without")]
+    Process(#[from] Errno),
+    /// Capabilities.
+    #[error("cannot drop capabilities; `--sandbox off` does without")]
+    Capabilities(#[from] CapsError),
+    /// Landlock, though the kernel has it.
+    #[error("cannot restrict which files can be opened; `--sandbox off` does without")]
+    Files(#[from] RulesetError),
+    /// The filter of system calls.
+    #[error("cannot restrict system calls; `--sandbox off` does without")]
+    Calls(#[from] seccompiler::Error),
+}
+
+/// The sandbox that this process is in, if it is.
+#[derive(Clone, Debug)]
+pub(crate) struct Sandbox(Option<Arc<Filters>>);
+
+impl Sandbox {
+    /// No sandbox.
+    pub(crate) fn off() -> Self {
+        tracing::warn!(
+            "--sandbox off: a flaw in this program would expose all that its user may do"
+        );
+        Self(None)
+    }
+
+    /// Puts this thread, and all that it will start, into the sandbox. There must be no other yet.
+    pub(crate) fn enter(reach: &Reach, engine: EngineChoice) -> Result<Self, SandboxError> {
+        setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+        prctl::set_dumpable(false)?;
+        prctl::set_no_new_privs()?;
+        drop_capabilities(reach)?;
+        let status = restrict_files(reach)?;
+        if status.ruleset == RulesetStatus::NotEnforced {
+            tracing::warn!(
+                "this kernel has no landlock: which files a flaw in this program would expose is not restricted"
+            );
+        } else {
+            tracing::debug!("landlock: {:?}", status.landlock);
+        }
+        let sandbox = Self(Some(Arc::new(Filters::new(engine)?)));
+        sandbox.filter(Role::Control)?;
+        Ok(sandbox)
+    }
+
+    /// Narrows what this thread may do to its role, for good. Called when the thread has what it needs.
+    pub(crate) fn confine(&self, role: Role) -> io::Result<()> {
+        self.filter(role).map_err(io::Error::other)
+    }
+
+    fn filter(&self, role: Role) -> Result<(), seccompiler::Error> {
+        let Some(filters) = &self.0 else {
+            return Ok(());
+        };
+        filters.apply(role)
+    }
+}
+
+/// Drops all capabilities, of this process and whatever it would execute; except the one without which it could not open
+/// its files again.
+fn drop_capabilities(reach: &Reach) -> Result<(), CapsError> {
+    let held = caps::read(None, CapSet::Permitted)?;
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        caps::clear(None, CapSet::Bounding)?;
+    }
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::clear(None, CapSet::Effective)?;
+    let mut kept = CapsHashSet::new();
+    if held.contains(&OPEN_ANY_FILE) && !reach.is_ours() {
+        tracing::debug!("{OPEN_ANY_FILE} is kept: the files are another user's");
+        kept.insert(OPEN_ANY_FILE);
+    }
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)
+}
+
+fn restrict_files(reach: &Reach) -> Result<RestrictionStatus, RulesetError> {
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let image = match reach.image.1 {
+        Access::ReadOnly => read,
+        Access::Writable => read | AccessFs::WriteFile | AccessFs::Truncate,
+    };
+    Ruleset::default()
+        .handle_access(AccessFs::from_all(LANDLOCK))?
+        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
+        .create()?
+        .add_rules(path_beneath_rules([&reach.image.0], image))?
+        .add_rules(path_beneath_rules(&reach.parents, read))?
+        .add_rules(path_beneath_rules(&reach.directories, read))?
+        .add_rules(path_beneath_rules(
+            reach.socket_directories(),
+            AccessFs::RemoveFile,
+        ))?
+        .restrict_self()
+}
+
+impl Reach {
+    fn socket_directories(&self) -> impl Iterator<Item = &Path> {
+        self.sockets.iter().map(|path| directory_of(path))
+    }
+
+    /// Whether everything can be opened, or removed, with the rights that are effective now.
+    fn is_ours(&self) -> bool {
+        let (read, write) = (AccessFlags::R_OK, AccessFlags::W_OK);
+        let search = AccessFlags::X_OK;
+        let image = match self.image.1 {
+            Access::ReadOnly => read,
+            Access::Writable => read | write,
+        };
+        may(&self.image.0, image)
+            && self.parents.iter().all(|path| may(path, read))
+            && self.directories.iter().all(|path| may(path, read | search))
+            && self
+                .socket_directories()
+                .all(|path| may(path, write | search))
+    }
+}
+
+/// The directory that a path's last name is in.
+pub(crate) fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) | None => Path::new("."),
+    }
+}
+
+fn may(path: &Path, access: AccessFlags) -> bool {
+    faccessat(AT_FDCWD, path, access, AtFlags::AT_EACCESS) != Err(Errno::EACCES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_of_one_name_lies_in_the_working_directory() {
+        assert_eq!(directory_of(Path::new("a.vdi")), Path::new("."));
+        assert_eq!(directory_of(Path::new("b/a.vdi")), Path::new("b"));
+        assert_eq!(directory_of(Path::new("/a.vdi")), Path::new("/"));
+    }
+}
