@@ -228,6 +228,9 @@ fn eight_processors_get_eight_queues_unasked_and_pauses_disturb_no_io() {
         vm.qmp("cont", &json!({}));
         vm.event("RESUME");
     }
+    // A slow machine may not have come far by now.
+    vm.shell(UNTIL);
+    vm.shell("until_true '[ $(wc -l </tmp/rounds) -ge 8 ]'");
     vm.shell(
         "touch /tmp/stop; for p in $pids; do wait $p || exit_code=$?; done; [ -z \"$exit_code\" ]",
     );
