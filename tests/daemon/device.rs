@@ -2,7 +2,7 @@
 
 use vdi_tests::driver::{Config, Layout, Options, Request, feature};
 use vdi_tests::image::{Image, MIB, are_zeros};
-use vdi_tests::server::Launch;
+use vdi_tests::server::{Launch, Server};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP};
 
@@ -200,4 +200,34 @@ fn a_read_only_disk_can_be_read_and_flushed_and_is_never_changed() {
     }
     assert_eq!(server.terminate().code, Some(0));
     assert!(std::fs::read(image.path()).unwrap() == before);
+}
+
+/// A number in the daemon's `/proc/PID/status`.
+fn status(server: &Server, name: &str) -> u64 {
+    let path = format!("/proc/{}/status", server.pid());
+    let status = std::fs::read_to_string(path).unwrap();
+    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn as_many_queues_as_any_machine_asks_for_are_offered_and_cost_nothing_until_they_are_used() {
+    let image = Image::by_qemu(8 * MIB);
+    let other = Image::by_qemu(8 * MIB);
+    let server = Launch::image(image.path()).start();
+    let modest = Launch::image(other.path())
+        .args(["--num-queues", "1"])
+        .start();
+    assert_eq!(server.control(&Options::new()).queues_offered(), 256);
+    let _one = modest.control(&Options::new());
+    assert_eq!(status(&server, "Threads"), status(&modest, "Threads"));
+    let [all, one] = [&server, &modest].map(|server| status(server, "RssAnon"));
+    let most = one + 512;
+    assert!(all < most, "{all} KiB with 256 queues, {one} with one");
+    let mut driver = server.driver(&Options::new().queues(256).queue_size(16));
+    for queue in &mut driver.queues {
+        let sector = queue.index() as u64;
+        queue.write(sector, &[7; 512]);
+        assert_eq!(queue.read(sector, 512), [7; 512]);
+    }
 }

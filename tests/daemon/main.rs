@@ -13,6 +13,7 @@ mod corpus;
 mod device;
 mod dirty_log;
 mod durability;
+mod eventfds;
 mod load;
 mod program;
 mod requests;

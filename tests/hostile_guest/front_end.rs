@@ -25,7 +25,10 @@ pub(crate) struct Bench {
 impl Bench {
     pub(crate) fn new() -> Self {
         let image = Image::by_qemu(8 * MIB);
-        let server = Launch::image(image.path()).inspectable().start();
+        let server = Launch::image(image.path())
+            .inspectable()
+            .args(["--num-queues", "16"])
+            .start();
         server.driver(&Options::new()).write(0, &[0x5a; 512]);
         let mut bench = Self {
             server,

@@ -1,7 +1,8 @@
 //! Messages that are none: cut off, too long, unknown. The connection ends, and the next one is served.
 
+use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vdi_tests::driver::feature;
 use vdi_tests::driver::raw::{NEED_REPLY, REPLY, Reply, VERSION};
@@ -56,6 +57,109 @@ fn a_message_that_never_ends_does_not_keep_the_daemon_from_serving_or_ending() {
             exit.took
         );
     }
+}
+
+#[test]
+fn half_a_message_and_a_hang_up_do_not_delay_the_next_front_end() {
+    let bench = Bench::new();
+    let header = [code(FrontendReq::SET_FEATURES), VERSION, 8].map(u32::to_ne_bytes);
+    for len in [1, 11] {
+        // Whether the daemon gets to wait for the rest before the end.
+        for pause_ms in [0, 50] {
+            for shuts in [false, true] {
+                let mut silent = bench.negotiated();
+                silent.send_bytes(&header.concat()[..len]);
+                std::thread::sleep(Duration::from_millis(pause_ms));
+                let start = Instant::now();
+                if shuts {
+                    silent.shut();
+                    assert_eq!(silent.reply(), Reply::Closed);
+                }
+                drop(silent);
+                bench.expect_service();
+                let took = start.elapsed();
+                assert!(took < Duration::from_millis(500), "{len} bytes: {took:?}");
+            }
+        }
+    }
+    bench.expect_good_end();
+}
+
+#[test]
+fn a_message_whose_header_comes_in_pieces_is_understood() {
+    let bench = Bench::new();
+    let mut slow = bench.connect();
+    let get_features = [code(FrontendReq::GET_FEATURES), VERSION, 0].map(u32::to_ne_bytes);
+    for byte in get_features.concat() {
+        slow.send_bytes(&[byte]);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_ne!(slow.reply().expect_u64(), 0);
+    drop(slow);
+    bench.expect_service();
+    bench.expect_good_end();
+}
+
+#[test]
+fn thousands_of_connections_leave_a_daemon_that_serves_and_a_short_log() {
+    const CONNECTIONS: usize = 4000;
+    const AT_ONCE: usize = 64;
+    let bench = Bench::new();
+    let mut waiting = VecDeque::new();
+    for nth in 0..CONNECTIONS {
+        waiting.push_back(bench.connect());
+        // The daemon serves the oldest; the others wait, and many go before it is their turn.
+        if waiting.len() > AT_ONCE {
+            let gone = if nth % 3 == 0 {
+                waiting.pop_back()
+            } else {
+                waiting.pop_front()
+            };
+            drop(gone);
+        }
+    }
+    drop(waiting);
+    bench.expect_service();
+    bench.expect_good_end();
+}
+
+#[test]
+fn every_message_of_every_short_length_is_answered_or_ends_the_connection() {
+    let bench = Bench::new();
+    for request in 1..=44 {
+        for len in [0, 1, 4, 7, 8, 9, 12, 16, 20, 32, 40, 41, 48] {
+            let mut front_end = bench.negotiated();
+            front_end.send(
+                request,
+                VERSION | NEED_REPLY,
+                len,
+                &vec![0xff; len as usize],
+                &[],
+            );
+            front_end.shut();
+            while !matches!(front_end.reply(), Reply::Closed) {}
+        }
+        bench.expect_service();
+    }
+    bench.expect_good_end();
+}
+
+#[test]
+fn a_message_without_the_file_that_it_needs_is_refused() {
+    let bench = Bench::new();
+    for (request, len) in [
+        (FrontendReq::SET_MEM_TABLE, 40),
+        (FrontendReq::ADD_MEM_REG, 40),
+        (FrontendReq::SET_LOG_BASE, 16),
+        (FrontendReq::SET_INFLIGHT_FD, 24),
+        (FrontendReq::SET_VRING_KICK, 8),
+        (FrontendReq::SET_VRING_CALL, 8),
+        (FrontendReq::SET_VRING_ERR, 8),
+        (FrontendReq::SET_DEVICE_STATE_FD, 8),
+    ] {
+        bench.expect_refusal(request, &vec![0; len], &[]);
+    }
+    bench.expect_good_end();
 }
 
 #[test]

@@ -23,3 +23,22 @@ pub fn tell(line: &str) {
             .expect("VDI_TEST_COUNTS names a file that can be written");
     }
 }
+
+/// Tells one line of what was verified of a front end, for the table of front ends in the README.
+pub fn tell_front_end(name: &str, features: &str, verified: &str) {
+    tell(&format!("front end {name}: {features}: {verified}"));
+}
+
+/// The version of a crate that the tests are built with.
+///
+/// # Panics
+/// If there is no such crate.
+#[must_use]
+pub fn crate_version(name: &str) -> &'static str {
+    let entry = format!("name = \"{name}\"\nversion = \"");
+    let (_, rest) = LOCK.split_once(&entry).expect("the crate is locked");
+    rest.split_once('"').expect("a version ends").0
+}
+
+/// The versions of all crates.
+const LOCK: &str = include_str!("../../Cargo.lock");

@@ -37,7 +37,7 @@ pub(crate) struct Args {
     pub(crate) read_only: bool,
 
     /// How many queues front ends may use. QEMU wants one per virtual CPU. Queues cost nothing until they are used.
-    #[arg(long, value_name = "N", default_value_t = 16,
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub(crate) num_queues: u16,
 

@@ -26,6 +26,7 @@ use crate::channel::Channel;
 use crate::command::Takeover;
 use crate::complaints::Complaints;
 use crate::device::Device;
+use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
 use crate::engine::EngineChoice;
 use crate::memory::{self, Memory, MemoryError, Region};
@@ -47,6 +48,8 @@ pub(crate) struct Backend {
     channel: Option<Channel>,
     /// Where the front end wants writes to be marked, once VHOST_F_LOG_ALL is accepted.
     log: Option<Arc<DirtyLog>>,
+    /// The state that the front end gives the device, until it asks how that went.
+    loading: Option<Loading>,
 }
 
 /// Why a message is refused. `vhost` sees it as an error of the handler.
@@ -62,6 +65,8 @@ enum Refusal {
     ShortLog { covered: u64, needed: u64 },
     #[error("{what} was not offered")]
     NotOffered { what: &'static str },
+    #[error("{}", crate::chain_of(.0))]
+    State(#[source] StateError),
     #[error("{}", crate::chain_of(.0))]
     Memory(#[from] MemoryError),
     #[error("{}", crate::chain_of(.0))]
@@ -134,6 +139,7 @@ impl Backend {
             rings,
             channel: None,
             log: None,
+            loading: None,
         })
     }
 
@@ -218,7 +224,7 @@ impl Backend {
     /// The front end is gone: answers what is in flight, then forgets it.
     pub(crate) fn end_session(&mut self) -> std::result::Result<(), RingError> {
         self.rings.reset()?;
-        self.log = None;
+        (self.log, self.loading) = (None, None);
         self.channel = None;
         self.rings.set_memory(Memory::new(), Takeover::WhenIdle)?;
         self.device.forget_features();
@@ -419,21 +425,17 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_device_state_fd(
         &mut self,
-        _: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _: VhostTransferStatePhase,
-        _: File,
+        file: File,
     ) -> Result<Option<File>> {
-        Err(Refusal::NotOffered {
-            what: "DEVICE_STATE",
-        }
-        .into())
+        self.loading = device_state::transfer(direction, file).map_err(Refusal::State)?;
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        Err(Refusal::NotOffered {
-            what: "DEVICE_STATE",
-        }
-        .into())
+        let loaded = self.loading.take().map_or(Ok(()), Loading::check);
+        Ok(loaded.map_err(Refusal::State)?)
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

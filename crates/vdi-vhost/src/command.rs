@@ -91,16 +91,16 @@ pub(crate) struct Setup {
 
 /// What the control thread wants.
 pub(crate) enum Command {
-    /// Serve a queue, which is kicked here, in this guest.
-    Start(Box<Setup>, OwnedFd, Guest),
+    /// Serve a queue, which is kicked here or else polled, in this guest.
+    Start(Box<Setup>, Option<OwnedFd>, Guest),
     /// Take no more chains, answer what was taken.
     Pause(u16),
     /// Take chains again.
     Resume(u16),
     /// Answer what was taken and forget the queue.
     Stop(u16),
-    /// The kicks come from here now.
-    Rekick(u16, OwnedFd),
+    /// The kicks come from here now, or none come any more.
+    Rekick(u16, Option<OwnedFd>),
     /// The guest's memory changed, or where writes to it are marked.
     Guest(Guest, Takeover),
     /// Stop everything and end the thread.

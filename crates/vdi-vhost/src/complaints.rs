@@ -1,4 +1,4 @@
-//! Log lines that a guest can bring about: few enough that it cannot fill the host's log (R5).
+//! Log lines that a guest or a front end can bring about: few enough that it cannot fill the host's log (R5).
 
 use std::fmt::Arguments;
 use std::sync::{Mutex, PoisonError};
@@ -10,7 +10,7 @@ const LINES: u32 = 10;
 /// At this rate a log grows by less than 2 MiB a day.
 const PERIOD: Duration = Duration::from_secs(60);
 
-/// Says what is wrong with requests and rings, for the whole daemon.
+/// Says what others do and do wrong, in a few lines for all of one kind.
 #[derive(Debug, Default)]
 pub(crate) struct Complaints(Mutex<Budget>);
 
@@ -22,7 +22,14 @@ struct Budget {
 }
 
 impl Complaints {
-    /// A guest did wrong.
+    /// Something happened that others can make happen as often as they like.
+    pub(crate) fn info(&self, line: Arguments<'_>) {
+        if let Some(unsaid) = self.permit(Instant::now()) {
+            tracing::info!("{line}{}", Unsaid(unsaid));
+        }
+    }
+
+    /// A guest or a front end did wrong.
     pub(crate) fn warn(&self, line: Arguments<'_>) {
         if let Some(unsaid) = self.permit(Instant::now()) {
             tracing::warn!("{line}{}", Unsaid(unsaid));

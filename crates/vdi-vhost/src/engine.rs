@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Once;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -29,6 +30,17 @@ pub(crate) enum EngineChoice {
     IoUring,
     /// One system call after the other.
     Sync,
+}
+
+/// How long a turn may wait until there is something to report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Not at all.
+    No,
+    /// For ever.
+    Forever,
+    /// Not much longer than this: something has to be looked at that nobody reports.
+    AtMost(Duration),
 }
 
 /// Moves data and waits, for one worker.
@@ -83,11 +95,11 @@ impl Engine {
         }
     }
 
-    /// Submits and collects; with `block`, waits until there is something to report.
-    pub(crate) fn turn(&mut self, block: bool) {
+    /// Submits and collects, and waits as it is told until there is something to report.
+    pub(crate) fn turn(&mut self, wait: Wait) {
         match self {
-            Self::Ring(ring) => ring.turn(block),
-            Self::Sync(sync) => sync.turn(block),
+            Self::Ring(ring) => ring.turn(wait),
+            Self::Sync(sync) => sync.turn(wait),
         }
     }
 
@@ -148,12 +160,15 @@ impl SyncEngine {
         }
     }
 
-    fn turn(&mut self, block: bool) {
+    fn turn(&mut self, wait: Wait) {
         let idle = self.finished.is_empty() && self.fired.is_empty();
-        let timeout = if block && idle {
-            EpollTimeout::NONE
-        } else {
-            EpollTimeout::ZERO
+        let timeout = match wait {
+            Wait::Forever if idle => EpollTimeout::NONE,
+            // It counts in milliseconds; none would be spinning.
+            Wait::AtMost(time) if idle => {
+                EpollTimeout::from(u8::try_from(time.as_millis().max(1)).unwrap_or(u8::MAX))
+            }
+            Wait::No | Wait::Forever | Wait::AtMost(_) => EpollTimeout::ZERO,
         };
         let mut events = [EpollEvent::empty(); EVENTS];
         let count = match self.epoll.wait(&mut events, timeout) {

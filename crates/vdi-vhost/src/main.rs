@@ -20,6 +20,7 @@ mod command;
 mod complaints;
 mod control;
 mod device;
+mod device_state;
 mod dirty;
 mod engine;
 mod housekeeper;

@@ -5,15 +5,18 @@
 //! - **R2** A slot per head: a chain is in flight at most once, and leaves its slot only when it is answered.
 //! - A ring that the guest broke is left alone (virtio 1.2 section 2.7.13 has no other word for it): its err eventfd is
 //!   written, other rings go on.
+//! - What a front end does with its eventfds never blocks us: nothing is written to a full one, whose reader has a
+//!   notification waiting already.
 //! - Notifications are switched on only before the worker sleeps, and the available index is looked at again after
 //!   that (virtio 1.2 section 2.7.10), so no kick is lost.
 
 use std::io::Write;
+use std::num::Wrapping;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use smallvec::SmallVec;
-use vhost_user_backend::{VringMutex, VringT};
+use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
@@ -25,7 +28,7 @@ use crate::dirty::{DirtyLog, Guest};
 use crate::inflight::Active;
 use crate::memory::Memory;
 use crate::request::Used;
-use crate::ring::WatchKey;
+use crate::ring::{WatchKey, has_room};
 use crate::tracking::{Tracker, TrackingError};
 
 /// A ring's state, shared by the control thread and its worker.
@@ -52,8 +55,8 @@ pub(crate) enum Mode {
 pub(crate) struct Queue {
     vring: Vring,
     error_fd: ErrorFd,
-    /// Where its kicks are heard.
-    pub(crate) watch: WatchKey,
+    /// Where its kicks are heard; a queue that nobody kicks is looked at again and again.
+    pub(crate) watch: Option<WatchKey>,
     /// Whether chains are taken.
     pub(crate) mode: Mode,
     /// Whether the ring is looked at without having been kicked.
@@ -105,8 +108,8 @@ pub(crate) enum Broken {
 pub(crate) type Heads = SmallVec<[u16; BURST]>;
 
 impl Queue {
-    /// A queue whose kicks are heard by `watch`.
-    pub(crate) fn new(setup: Setup, watch: WatchKey) -> Self {
+    /// A queue whose kicks are heard by `watch`, if there are any.
+    pub(crate) fn new(setup: Setup, watch: Option<WatchKey>) -> Self {
         let Setup {
             index: _,
             vring,
@@ -153,6 +156,11 @@ impl Queue {
         self.awake && self.mode == Mode::Running
     }
 
+    /// Whether nobody will say that there are chains to take.
+    pub(crate) fn is_polled(&self) -> bool {
+        self.watch.is_none() && self.mode == Mode::Running
+    }
+
     /// The ring was kicked, or should be looked at for another reason.
     pub(crate) fn wake(&mut self, guest: &Guest) {
         if self.awake || self.mode != Mode::Running {
@@ -178,6 +186,11 @@ impl Queue {
     /// Asks the guest to kick; true if nothing came in meanwhile, so that the worker may sleep.
     pub(crate) fn sleep(&mut self, guest: &Guest) -> Result<bool, Broken> {
         let mut state = self.vring.get_mut();
+        if self.watch.is_none() {
+            let queue = state.get_queue();
+            let available = queue.avail_idx(&*guest.memory, Ordering::Acquire)?;
+            return Ok(available == Wrapping(queue.next_avail()) && self.left_behind.is_empty());
+        }
         let more = state.get_queue_mut().enable_notification(&*guest.memory)?;
         if let Some(log) = &guest.log {
             mark_used_ring(log, state.get_queue());
@@ -267,8 +280,7 @@ impl Queue {
             call = u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }
         if call {
-            // A front end that closed the descriptor is not interested.
-            let _ = state.signal_used_queue();
+            call_guest(&state);
         }
         Ok(())
     }
@@ -284,9 +296,21 @@ impl Queue {
             crate::chain_of(why)
         ));
         let error_fd = self.error_fd.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mut fd) = error_fd.as_ref() {
+        if let Some(mut fd) = error_fd.as_ref()
+            && has_room(fd)
+        {
             let _ = fd.write(&1_u64.to_ne_bytes());
         }
+    }
+}
+
+/// Calls the guest, if the front end gave a descriptor for it.
+pub(crate) fn call_guest(ring: &VringState<GuestMemoryAtomic<Memory>>) {
+    if let Some(call) = ring.get_call()
+        && has_room(call)
+    {
+        // A front end that closed the descriptor is not interested.
+        let _ = call.notify();
     }
 }
 

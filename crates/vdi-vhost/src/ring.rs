@@ -17,16 +17,19 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use smallvec::SmallVec;
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Piece;
+use crate::engine::Wait;
 use crate::memory::Memory;
 use crate::transfer::{Bounce, BounceBuffer, Finished, Operation, Progress, Transfer};
 
@@ -338,13 +341,15 @@ impl Ring {
         self.finished.push_back(transfer.run());
     }
 
-    /// Submits what was started and collects what is over; with `block`, waits for something to report.
-    pub(crate) fn turn(&mut self, block: bool) {
+    /// Submits what was started and collects what is over; waits as it is told for something to report.
+    pub(crate) fn turn(&mut self, wait: Wait) {
         self.collect();
         let idle = self.reaped.is_empty() && self.finished.is_empty() && self.fired.is_empty();
-        let want = usize::from(block && idle);
-        if want > 0 || !self.uring.submission().is_empty() {
-            self.enter(want);
+        match wait {
+            Wait::Forever if idle => self.enter(1),
+            Wait::AtMost(time) if idle => self.nap(time),
+            Wait::No | Wait::Forever | Wait::AtMost(_) if self.uring.submission().is_empty() => {}
+            Wait::No | Wait::Forever | Wait::AtMost(_) => self.enter(0),
         }
         self.collect();
         while let Some((user_data, result, flags)) = self.reaped.pop_front() {
@@ -469,6 +474,20 @@ impl Ring {
         }
     }
 
+    /// Hands over submissions and waits for a completion, but not for long.
+    fn nap(&mut self, time: Duration) {
+        let time = types::Timespec::from(time);
+        let arguments = types::SubmitArgs::new().timespec(&time);
+        let Err(error) = self.uring.submitter().submit_with_args(1, &arguments) else {
+            return;
+        };
+        match error.raw_os_error() {
+            Some(libc::ETIME | libc::EINTR) => {}
+            // As in `enter`, which also does without a time limit what could not be done with one.
+            _ => self.enter(0),
+        }
+    }
+
     fn collect(&mut self) {
         let completions = self.uring.completion();
         let triple = |c: cqueue::Entry| (c.user_data(), c.result(), c.flags());
@@ -486,7 +505,7 @@ impl Drop for Ring {
         while self.in_flight > 0 {
             self.finished.clear();
             self.fired.clear();
-            self.turn(true);
+            self.turn(Wait::Forever);
         }
     }
 }
@@ -540,6 +559,17 @@ pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
 pub(crate) fn owned(eventfd: EventFd) -> OwnedFd {
     // SAFETY: `into_raw_fd` gives up the only ownership of an open descriptor.
     unsafe { OwnedFd::from_raw_fd(eventfd.into_raw_fd()) }
+}
+
+/// Whether an eventfd can be written to without waiting. A full one has told already.
+pub(crate) fn has_room(eventfd: &impl AsRawFd) -> bool {
+    // SAFETY: `eventfd` owns the descriptor and is borrowed for as long as this.
+    let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
+    let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
+    let _counted = nix::poll::poll(&mut fds, PollTimeout::ZERO);
+    fds[0]
+        .revents()
+        .is_some_and(|found| found.contains(PollFlags::POLLOUT))
 }
 
 /// Lengths of memory fit an address: this daemon runs on 64-bit hosts only.

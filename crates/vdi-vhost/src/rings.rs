@@ -25,7 +25,7 @@ use crate::command::{Command, Setup, Takeover};
 use crate::device::Device;
 use crate::dirty::{DirtyLog, Guest};
 use crate::memory::{self, Memory};
-use crate::queue::{ErrorFd, Mode, Vring};
+use crate::queue::{self, ErrorFd, Mode, Vring};
 use crate::tracking::{Limits, Recovered, Tracker, Tracking, TrackingError};
 use crate::workers::{Served, Workers};
 
@@ -48,7 +48,7 @@ struct Ring {
     error_fd: ErrorFd,
     /// As the front end gave them.
     addresses: Option<Addresses>,
-    /// Where it is kicked.
+    /// Where it is kicked, if the front end gave that.
     kick: Option<File>,
     started: bool,
     /// It has been started before in this session.
@@ -94,9 +94,6 @@ pub(crate) enum RingError {
     /// It was started before it was set up, or reaches out of the memory.
     #[error("queue {index} was started without rings that lie in the shared memory")]
     NotSetUp { index: u32 },
-    /// The front end wants us to poll.
-    #[error("queue {index} has no kick descriptor, and polling rings is not supported")]
-    NoKick { index: u32 },
     /// Writing to a full pipe would block, and a file is always readable.
     #[error("the descriptor for queue {index} is {found}, not an eventfd")]
     NotAnEventFd { index: u32, found: String },
@@ -275,8 +272,8 @@ impl Rings {
         for index in rings.iter().copied() {
             let failed = |source| RingError::Worker { index, source };
             let kick = self.ring(index)?.kick.as_ref().map(File::try_clone);
-            let kick = kick.ok_or(RingError::NoKick { index })?.map_err(failed)?;
-            self.start(index, kick.into(), device)?;
+            let kick = kick.transpose().map_err(failed)?;
+            self.start(index, kick.map(OwnedFd::from), device)?;
         }
         Ok(())
     }
@@ -346,20 +343,26 @@ impl Rings {
         Ok(())
     }
 
-    /// Starts a ring, or has a started one hear its kicks from here.
+    /// Starts a ring, or has a started one hear its kicks from here. Without a descriptor it is polled.
     pub(crate) fn set_kick(
         &mut self,
         index: u32,
         file: Option<File>,
         device: &Device,
     ) -> Result<()> {
-        let file = file.ok_or(RingError::NoKick { index })?;
-        check_eventfd(index, &file)?;
         let failed = |source| RingError::Worker { index, source };
-        let kick = file.try_clone().map_err(failed)?.into();
+        let mut kick = None;
+        if let Some(file) = &file {
+            check_eventfd(index, file)?;
+            kick = Some(file.try_clone().map_err(failed)?.into());
+        }
         let ring = self.ring(index)?;
-        ring.kick = Some(file.try_clone().map_err(failed)?);
-        ring.vring.set_kick(Some(file));
+        ring.kick = file
+            .as_ref()
+            .map(File::try_clone)
+            .transpose()
+            .map_err(failed)?;
+        ring.vring.set_kick(file);
         if ring.started {
             self.tell(index, |index| Command::Rekick(index, kick))
         } else {
@@ -375,7 +378,7 @@ impl Rings {
         ring.vring.set_call(file);
         if ring.started {
             // Answers may have been given while the old descriptor was there; one call too many does no harm.
-            let _ = ring.vring.signal_used_queue();
+            queue::call_guest(&ring.vring.get_ref());
         }
         Ok(())
     }
@@ -388,7 +391,7 @@ impl Rings {
         Ok(())
     }
 
-    fn start(&mut self, index: u32, kick: OwnedFd, device: &Device) -> Result<()> {
+    fn start(&mut self, index: u32, kick: Option<OwnedFd>, device: &Device) -> Result<()> {
         let memory = self.memory();
         let small = self.check(index)?;
         let (tracking, log) = (self.tracking.clone(), self.log.clone());
@@ -426,7 +429,7 @@ impl Rings {
         }
         if ready.used != 0 {
             // An earlier daemon may have died between the used ring and the call; one too many does no harm.
-            let _ = ring.vring.signal_used_queue();
+            queue::call_guest(&ring.vring.get_ref());
         }
         let failed = |source| RingError::Worker { index, source };
         let guest = Guest { memory, log };

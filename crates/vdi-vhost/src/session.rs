@@ -2,7 +2,7 @@
 //!
 //! One thread waits for whatever comes first: a signal, a connection, a message. Others who connect meanwhile wait in
 //! the socket's backlog. Nothing a front end does or leaves undone may keep this thread from hearing a signal for long: a message
-//! is only begun when its header is there and its answer has room.
+//! is only begun when its header is there and its answer has room. What is said of front ends is rate-limited.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -17,6 +17,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::backend::Backend;
 use crate::channel::Channel;
+use crate::complaints::Complaints;
 use crate::control::ControlSocket;
 use crate::rings::RingError;
 
@@ -25,6 +26,9 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How often a message that is not complete is looked at again, in milliseconds.
 const RECHECK_MS: u16 = 5;
+
+/// What a socket tells when nothing more will come from the peer (`nix` has no name for POLLRDHUP).
+const PEER_IS_DONE: PollFlags = PollFlags::from_bits_retain(libc::POLLRDHUP);
 
 /// Bytes of a message's header.
 const HEADER_BYTES: usize = 12;
@@ -63,6 +67,13 @@ pub(crate) struct Ears<'a> {
     pub(crate) backend: &'a Arc<Mutex<Backend>>,
 }
 
+/// What was said of front ends: those that come and go do not silence what is wrong with others.
+#[derive(Default)]
+struct Said {
+    comings: Complaints,
+    refusals: Complaints,
+}
+
 /// What ended a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Heard {
@@ -80,8 +91,9 @@ enum Message {
 
 /// Serves front ends until a signal makes `signals` readable, or the only connection ends.
 pub(crate) fn serve(door: Door, ears: &Ears<'_>) -> Result<(), ServeError> {
+    let said = Said::default();
     let listener = match door {
-        Door::Connected(stream) => return converse(stream, ears).map(|_| ()),
+        Door::Connected(stream) => return converse(stream, ears, &said).map(|_| ()),
         Door::Listener(listener) => listener,
     };
     listener.set_nonblocking(true).map_err(ServeError::Wait)?;
@@ -94,23 +106,28 @@ pub(crate) fn serve(door: Door, ears: &Ears<'_>) -> Result<(), ServeError> {
             Err(error) if is_passing(&error) => continue,
             Err(error) => return Err(ServeError::Accept(error)),
         };
-        if converse(stream, ears)? == Heard::Signal {
+        if converse(stream, ears, &said)? == Heard::Signal {
             return Ok(());
         }
     }
 }
 
 /// Serves one front end until it goes away or a signal comes, and answers what it left in flight.
-fn converse(stream: UnixStream, ears: &Ears<'_>) -> Result<Heard, ServeError> {
-    tracing::info!("a front end is connected");
-    let ended = converse_until_end(stream, ears);
+fn converse(stream: UnixStream, ears: &Ears<'_>, said: &Said) -> Result<Heard, ServeError> {
+    said.comings.info(format_args!("a front end is connected"));
+    let ended = converse_until_end(stream, ears, said);
     let mut backend = ears.backend.lock().unwrap_or_else(PoisonError::into_inner);
     backend.end_session().map_err(ServeError::EndSession)?;
-    tracing::info!("the front end's session has ended");
+    said.comings
+        .info(format_args!("the front end's session has ended"));
     ended
 }
 
-fn converse_until_end(stream: UnixStream, ears: &Ears<'_>) -> Result<Heard, ServeError> {
+fn converse_until_end(
+    stream: UnixStream,
+    ears: &Ears<'_>,
+    said: &Said,
+) -> Result<Heard, ServeError> {
     stream.set_nonblocking(false).map_err(ServeError::Wait)?;
     stream
         .set_read_timeout(Some(MESSAGE_TIMEOUT))
@@ -120,8 +137,8 @@ fn converse_until_end(stream: UnixStream, ears: &Ears<'_>) -> Result<Heard, Serv
     let mut begun: Option<Instant> = None;
     loop {
         let heard = match begun {
-            // A readable socket cannot be waited on for more.
-            Some(_) => wait_signal(ears.signals, RECHECK_MS.into())?,
+            // A readable socket cannot be waited on for more, but for its end.
+            Some(_) => wait(ears, &own, PEER_IS_DONE, RECHECK_MS.into())?,
             None => wait(ears, &own, PollFlags::POLLIN, PollTimeout::NONE)?,
         };
         match (heard, begun) {
@@ -130,11 +147,16 @@ fn converse_until_end(stream: UnixStream, ears: &Ears<'_>) -> Result<Heard, Serv
             (Heard::Nothing, None) => continue,
             (Heard::Peer, _) | (Heard::Nothing, Some(_)) => {}
         }
+        let peer_is_done = begun.is_some() && heard == Heard::Peer;
         match peek(&own) {
             Message::End => return Ok(Heard::Peer),
+            // It was looked at after the end was seen: there is no more of it.
+            Message::Incomplete if peer_is_done => return Ok(Heard::Peer),
             Message::Incomplete => {
                 if begun.get_or_insert_with(Instant::now).elapsed() > MESSAGE_TIMEOUT {
-                    tracing::warn!("the front end sent half a message, it is disconnected");
+                    said.refusals.warn(format_args!(
+                        "the front end sent half a message, it is disconnected"
+                    ));
                     return Ok(Heard::Peer);
                 }
                 continue;
@@ -155,7 +177,8 @@ fn converse_until_end(stream: UnixStream, ears: &Ears<'_>) -> Result<Heard, Serv
             Ok(()) => {}
             Err(Error::Disconnected) => return Ok(Heard::Peer),
             Err(error) => {
-                tracing::warn!("the front end is disconnected: {error}");
+                said.refusals
+                    .warn(format_args!("the front end is disconnected: {error}"));
                 return Ok(Heard::Peer);
             }
         }
@@ -208,16 +231,6 @@ fn wait(
     } else {
         Heard::Nothing
     })
-}
-
-/// Waits for a signal alone.
-fn wait_signal(signals: &UnixStream, timeout: PollTimeout) -> Result<Heard, ServeError> {
-    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut fds, timeout) {
-        Ok(0) | Err(Errno::EINTR) => Ok(Heard::Nothing),
-        Ok(_) => Ok(Heard::Signal),
-        Err(error) => Err(ServeError::Wait(error.into())),
-    }
 }
 
 /// Whether accepting may work the next time: the peer has gone, or another resource is short.

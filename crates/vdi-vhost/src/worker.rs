@@ -5,7 +5,8 @@
 //! ```
 //!
 //! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
-//! - While there is work, kicks stay suppressed; nothing ticks and nothing spins.
+//! - While there is work, kicks stay suppressed; nothing ticks and nothing spins, unless a front end gives a ring without
+//!   a kick descriptor: such a ring is looked at every [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
 //!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile.
 //! - Requests never wait for each other while holding something (W7), so draining always ends.
@@ -17,13 +18,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::task::Waker;
+use std::time::Duration;
 
 use vdi_core::{Flush, Reservation};
 
 use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::dirty::Guest;
-use crate::engine::Engine;
+use crate::engine::{Engine, Wait};
 use crate::inflight::{Active, Context, Key, Next};
 use crate::memory::Memory;
 use crate::queue::{BURST, Broken, Mode, Queue};
@@ -38,6 +40,12 @@ const MAX_TRANSFERS: usize = 4096;
 
 /// The token of syncs; requests have smaller ones.
 const SYNC: u64 = u64::MAX;
+
+/// How soon a ring that nobody kicks is looked at again after chains were found: about what a kick takes.
+const SHORTEST_NAP: Duration = Duration::from_micros(50);
+
+/// How late such a ring is looked at after a long time without chains: what a guest may wait for an idle disk.
+const LONGEST_NAP: Duration = Duration::from_millis(1);
 
 /// The watch of the doorbell; queues have higher keys.
 const DOORBELL: WatchKey = WatchKey(0);
@@ -76,6 +84,8 @@ pub(crate) struct Worker {
     /// One at a time: the control thread waits for it.
     pending: Option<(Pending, Ack)>,
     next_watch: u32,
+    /// How long to sleep next while a ring is polled.
+    nap: Duration,
 }
 
 impl Worker {
@@ -114,14 +124,15 @@ impl Worker {
             syncing: None,
             pending: None,
             next_watch,
+            nap: SHORTEST_NAP,
         })
     }
 
     /// Serves until told to exit.
     pub(crate) fn run(mut self) {
         loop {
-            let block = self.may_sleep();
-            self.context.engine.turn(block);
+            let wait = self.may_wait();
+            self.context.engine.turn(wait);
             self.hear();
             self.reap();
             self.retry();
@@ -136,13 +147,13 @@ impl Worker {
         }
     }
 
-    /// Whether there is nothing to do but wait. Asks all guests to kick before it says so.
-    fn may_sleep(&mut self) -> bool {
+    /// How long there is nothing to do but wait. Asks all guests to kick before it says so.
+    fn may_wait(&mut self) -> Wait {
         if !self.context.continuing.is_empty() {
-            return false;
+            return Wait::No;
         }
         if self.is_full() || self.is_closed() {
-            return true;
+            return Wait::Forever;
         }
         let mut sleep = true;
         for (index, queue) in &mut self.queues {
@@ -153,7 +164,18 @@ impl Worker {
                 }
             }
         }
-        sleep
+        match sleep {
+            false => {
+                self.nap = SHORTEST_NAP;
+                Wait::No
+            }
+            true if self.queues.values().any(Queue::is_polled) => {
+                let nap = self.nap;
+                self.nap = (nap * 2).min(LONGEST_NAP);
+                Wait::AtMost(nap)
+            }
+            true => Wait::Forever,
+        }
     }
 
     /// Whether so much is in flight that no more chains are taken.
@@ -169,7 +191,10 @@ impl Worker {
     /// Hears kicks and takes the next command.
     fn hear(&mut self) {
         while let Some((key, fired)) = self.context.engine.next_fired() {
-            let Some((index, queue)) = self.queues.iter_mut().find(|(_, queue)| queue.watch == key)
+            let Some((index, queue)) = self
+                .queues
+                .iter_mut()
+                .find(|(_, queue)| queue.watch == Some(key))
             else {
                 continue;
             };
@@ -212,18 +237,19 @@ impl Worker {
         let _ = ack.send(result);
     }
 
-    fn start(&mut self, setup: Setup, kick: OwnedFd, guest: Guest) -> io::Result<()> {
-        let watch = self.watch(kick)?;
+    fn start(&mut self, setup: Setup, kick: Option<OwnedFd>, guest: Guest) -> io::Result<()> {
+        let watch = kick.map(|kick| self.watch(kick)).transpose()?;
         self.guest = guest;
         self.queues.insert(setup.index, Queue::new(setup, watch));
         Ok(())
     }
 
-    fn rekick(&mut self, index: u16, kick: OwnedFd) -> io::Result<()> {
-        let watch = self.watch(kick)?;
+    fn rekick(&mut self, index: u16, kick: Option<OwnedFd>) -> io::Result<()> {
+        let watch = kick.map(|kick| self.watch(kick)).transpose()?;
         if let Some(queue) = self.queues.get_mut(&index) {
-            self.context.engine.unwatch(queue.watch);
-            queue.watch = watch;
+            if let Some(before) = std::mem::replace(&mut queue.watch, watch) {
+                self.context.engine.unwatch(before);
+            }
             queue.wake(&self.guest);
         }
         Ok(())
@@ -399,8 +425,8 @@ impl Worker {
         match pending {
             Pending::Pause(_) => {}
             Pending::Stop(index) => {
-                if let Some(queue) = self.queues.remove(&index) {
-                    self.context.engine.unwatch(queue.watch);
+                if let Some(watch) = self.queues.remove(&index).and_then(|queue| queue.watch) {
+                    self.context.engine.unwatch(watch);
                 }
             }
             Pending::Guest(guest) => self.guest = guest,

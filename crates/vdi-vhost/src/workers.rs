@@ -73,8 +73,13 @@ impl Workers {
         self.served = None;
     }
 
-    /// Serves a queue, which is kicked by `kick`.
-    pub(crate) fn start(&mut self, setup: Setup, kick: OwnedFd, guest: Guest) -> io::Result<()> {
+    /// Serves a queue, which is kicked by `kick`, or else polled.
+    pub(crate) fn start(
+        &mut self,
+        setup: Setup,
+        kick: Option<OwnedFd>,
+        guest: Guest,
+    ) -> io::Result<()> {
         let index = setup.index;
         let slot = self.slot(index);
         if self.handles[slot].is_none() {

@@ -55,11 +55,16 @@ struct InFlight {
 
 /// A queue as its front end knows it, while a driver uses it.
 pub struct Attachment {
-    pub(super) index: usize,
-    pub(super) addresses: VringConfigData,
-    pub(super) kick: EventFd,
-    pub(super) call: EventFd,
-    pub(super) error: EventFd,
+    /// Which queue of the device it is.
+    pub index: usize,
+    /// Its ring, in this process's addresses.
+    pub addresses: VringConfigData,
+    /// Where the driver kicks.
+    pub kick: EventFd,
+    /// Where it is called.
+    pub call: EventFd,
+    /// Where it hears of a broken ring.
+    pub error: EventFd,
     memory: Arc<Memory>,
     indexes_at: [u64; 2],
 }

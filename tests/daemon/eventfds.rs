@@ -1,0 +1,225 @@
+//! Kicks, calls and errors without a descriptor, and descriptors that are full.
+//!
+//! Source: vhost-user protocol, bit 8 of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use vdi_tests::driver::raw::{NEED_REPLY, VERSION};
+use vdi_tests::driver::{
+    Calls, Control, Driver, Layout, Options, PATIENCE, Queue, Request, feature,
+};
+use vdi_tests::image::{Image, MIB};
+use vdi_tests::server::{Launch, Server};
+use vhost::VhostBackend;
+use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Long enough for an idle daemon to do what it should not.
+const A_WHILE: Duration = Duration::from_millis(80);
+
+/// The bit that says that there is no descriptor.
+const NO_FD: u64 = 1 << 8;
+
+/// As much as an eventfd holds; whoever writes more must wait.
+const FULL: u64 = u64::MAX - 1;
+
+/// Says that a queue has no descriptor for kicks, calls or errors, which `vhost` cannot.
+fn without_fd(control: &Control, request: FrontendReq, index: u64) {
+    let header = [u32::from(request), VERSION | NEED_REPLY, 8].map(u32::to_ne_bytes);
+    let mut message = header.concat();
+    message.extend((index | NO_FD).to_ne_bytes());
+    let mut socket = control.socket();
+    socket.write_all(&message).unwrap();
+    let mut answer = [0; 20];
+    socket.read_exact(&mut answer).unwrap();
+    assert_eq!(
+        answer[12..],
+        [0; 8],
+        "{request:?} without a descriptor is refused"
+    );
+}
+
+/// Stops the first queue and starts it again without a descriptor for kicks.
+fn restart_polled(driver: &mut Driver) {
+    let base = driver.control.stop(0).unwrap();
+    let ring = driver.queues[0].attachment();
+    let control = &mut driver.control;
+    let call = |f: &mut vhost::vhost_user::Frontend| f.set_vring_call(0, &ring.call);
+    control.within("SET_VRING_CALL", call).unwrap();
+    control
+        .within("SET_VRING_BASE", |f| f.set_vring_base(0, base))
+        .unwrap();
+    without_fd(control, FrontendReq::SET_VRING_KICK, 0);
+}
+
+/// How often the daemon's threads have gone to sleep by themselves.
+fn sleeps(server: &Server) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
+    let of = |status: String| -> u64 {
+        let (_, rest) = status.split_once("\nvoluntary_ctxt_switches:").unwrap();
+        rest.lines().next().unwrap().trim().parse().unwrap()
+    };
+    tasks
+        .map(|task| of(fs::read_to_string(task.unwrap().path().join("status")).unwrap()))
+        .sum()
+}
+
+fn sleeps_within(server: &Server, time: Duration) -> u64 {
+    let before = sleeps(server);
+    std::thread::sleep(time);
+    sleeps(server) - before
+}
+
+#[test]
+fn a_ring_without_a_kick_descriptor_is_polled_and_only_that() {
+    for engine in ["io-uring", "sync"] {
+        let image = Image::by_qemu(8 * MIB);
+        let server = Launch::image(image.path())
+            .args(["--engine", engine])
+            .start();
+        let mut driver = server.driver(&Options::new());
+        driver.write(0, &[1; 512]);
+        restart_polled(&mut driver);
+        for nth in 0..200_u64 {
+            let data = vec![u8::try_from(nth).unwrap(); 4096];
+            driver.write(nth * 8, &data);
+            assert_eq!(driver.read(nth * 8, 4096), data);
+        }
+        // After a long time without chains too.
+        std::thread::sleep(A_WHILE);
+        assert_eq!(driver.read(8, 512), [1; 512]);
+
+        driver.control.enable(0, false).unwrap();
+        assert!(
+            sleeps_within(&server, A_WHILE) < 10,
+            "a disabled ring is polled"
+        );
+        let late = Request::read(8, 512);
+        let token = driver.queue().submit(&late, &Layout::framed());
+        std::thread::sleep(A_WHILE);
+        assert!(driver.queue().answered().is_empty());
+        driver.control.enable(0, true).unwrap();
+        let _data = driver.queue().wait(token).expect_ok();
+
+        let ring = driver.queues[0].attachment();
+        let kick = |f: &mut vhost::vhost_user::Frontend| f.set_vring_kick(0, &ring.kick);
+        driver.control.within("SET_VRING_KICK", kick).unwrap();
+        assert_eq!(driver.read(16, 512), [2; 512]);
+        std::thread::sleep(A_WHILE);
+        assert!(
+            sleeps_within(&server, A_WHILE) < 10,
+            "a ring with kicks is polled"
+        );
+        without_fd(&driver.control, FrontendReq::SET_VRING_KICK, 0);
+        assert_eq!(driver.read(16, 512), [2; 512]);
+        assert_eq!(server.terminate().code, Some(0));
+    }
+}
+
+/// Waits without being called.
+fn wait_for_used(queue: &Queue, index: u16) {
+    let deadline = Instant::now() + PATIENCE;
+    while queue.ring().used_index() != index {
+        assert!(
+            Instant::now() < deadline,
+            "the used index does not come to {index}"
+        );
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+#[test]
+fn without_a_call_descriptor_there_are_answers_and_no_calls() {
+    let image = Image::by_qemu(8 * MIB);
+    let server = Launch::image(image.path()).start();
+    let mut driver = server.driver(&Options::new().without(feature::EVENT_IDX));
+    driver.write(0, &[1; 512]);
+    std::thread::sleep(A_WHILE);
+    let _calls = driver.queue().take_calls();
+    without_fd(&driver.control, FrontendReq::SET_VRING_CALL, 0);
+    for nth in 1..20 {
+        driver
+            .queue()
+            .submit(&Request::read(0, 512), &Layout::framed());
+        wait_for_used(driver.queue(), nth + 1);
+    }
+    std::thread::sleep(A_WHILE);
+    assert_eq!(driver.queue().take_calls(), 0);
+}
+
+#[test]
+fn without_an_error_descriptor_a_broken_ring_is_told_nowhere_and_others_go_on() {
+    let image = Image::by_qemu(8 * MIB);
+    let server = Launch::image(image.path()).start();
+    let mut driver = server.driver(&Options::new().queues(2));
+    driver.queues[1].write(0, &[1; 512]);
+    let broken = driver.queues[0].attachment();
+    without_fd(&driver.control, FrontendReq::SET_VRING_ERR, 0);
+    driver.queue().offer(u16::MAX);
+    let deadline = Instant::now() + PATIENCE;
+    while !server.log().contains("queue 0 is stopped") {
+        assert!(Instant::now() < deadline, "the ring does not break");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(A_WHILE);
+    assert!(broken.error.read().is_err(), "an error was told");
+    assert_eq!(driver.queues[1].read(0, 512), [1; 512]);
+}
+
+/// An eventfd on which a write blocks.
+fn full() -> EventFd {
+    let eventfd = EventFd::new(0).unwrap();
+    eventfd.write(FULL).unwrap();
+    eventfd
+}
+
+#[test]
+fn full_eventfds_block_nobody() {
+    let image = Image::by_qemu(8 * MIB);
+    // One worker for both queues.
+    let server = Launch::image(image.path()).args(["--workers", "1"]).start();
+    let mut driver = server.driver(&Options::new().queues(2).without(feature::EVENT_IDX));
+    driver.queues[0].write(0, &[1; 512]);
+    driver.queues[0].set_calls(Calls::Wanted);
+    let (call, error) = (full(), full());
+    let control = &mut driver.control;
+    control
+        .within("SET_VRING_CALL", |f| f.set_vring_call(0, &call))
+        .unwrap();
+    control
+        .within("SET_VRING_ERR", |f| f.set_vring_err(0, &error))
+        .unwrap();
+    for nth in 1..10 {
+        driver.queues[0].submit(&Request::read(0, 512), &Layout::framed());
+        wait_for_used(&driver.queues[0], nth + 1);
+        assert_eq!(driver.queues[1].read(0, 512), [1; 512]);
+    }
+    driver.queues[0].offer(u16::MAX);
+    let deadline = Instant::now() + PATIENCE;
+    while !server.log().contains("queue 0 is stopped") {
+        assert!(Instant::now() < deadline, "the ring does not break");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(driver.queues[1].read(0, 512), [1; 512]);
+    // The reader finds what was there: that it was told is not lost.
+    assert_eq!(call.read().unwrap(), FULL);
+    assert_eq!(server.terminate().code, Some(0));
+}
+
+/// A front end that starts a ring again after an earlier one has filled its call descriptor.
+#[test]
+fn a_full_call_descriptor_does_not_block_a_start() {
+    let image = Image::by_qemu(8 * MIB);
+    let server = Launch::image(image.path()).start();
+    let mut driver = server.driver(&Options::new());
+    driver.write(0, &[1; 512]);
+    let base = driver.control.stop(0).unwrap();
+    let mut ring = driver.queues[0].attachment();
+    let own = std::mem::replace(&mut ring.call, full());
+    driver.control.attach(&ring, base).unwrap();
+    let call = |f: &mut vhost::vhost_user::Frontend| f.set_vring_call(0, &own);
+    driver.control.within("SET_VRING_CALL", call).unwrap();
+    assert_eq!(driver.read(0, 512), [1; 512]);
+}
