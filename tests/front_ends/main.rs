@@ -11,6 +11,7 @@
 
 mod cloud_hypervisor;
 mod firecracker;
+mod migration;
 mod played;
 mod qemu;
 mod vm;

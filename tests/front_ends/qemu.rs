@@ -92,6 +92,8 @@ fn one_queue_survives_resets_and_reboots_and_a_changed_cache_mode() {
     let mut vm = Vm::boot(&Boot {
         cpus: 2,
         disk: Some((&daemon, Some(1), "packed=off,config-wce=on")),
+        incoming: None,
+        with_fio: false,
     });
     let mut written = Written::default();
     written.write(&mut vm, 0);
@@ -153,6 +155,8 @@ fn a_disk_is_plugged_in_and_out_and_memory_comes_and_goes_under_it() {
     let mut vm = Vm::boot(&Boot {
         cpus: 2,
         disk: None,
+        incoming: None,
+        with_fio: false,
     });
     vm.shell(UNTIL);
     let mut written = Written::default();
@@ -209,6 +213,8 @@ fn eight_processors_get_eight_queues_unasked_and_pauses_disturb_no_io() {
     let mut vm = Vm::boot(&Boot {
         cpus: 8,
         disk: Some((&daemon, None, "config-wce=off")),
+        incoming: None,
+        with_fio: false,
     });
     let queues = vm.shell("ls /sys/block/vda/mq | wc -l");
     assert_eq!(queues, "8");

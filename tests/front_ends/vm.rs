@@ -46,6 +46,10 @@ pub(crate) struct Boot<'a> {
     /// The disk that is there from the beginning: its daemon, how many queues (or as many as QEMU thinks right), and more
     /// options of `vhost-user-blk-pci`.
     pub(crate) disk: Option<(&'a Server, Option<u16>, &'a str)>,
+    /// The socket on which it arrives from another QEMU, instead of booting.
+    pub(crate) incoming: Option<&'a Path>,
+    /// Whether it has `fio`. It must be the same on both sides of a migration.
+    pub(crate) with_fio: bool,
 }
 
 impl Vm {
@@ -61,6 +65,12 @@ impl Vm {
             command.arg("--socket").arg(daemon.socket());
             let queues = queues.map_or(String::new(), |queues| queues.to_string());
             command.args(["--queues", &queues, "--device", options]);
+        }
+        if let Some(path) = boot.incoming {
+            command.arg("--incoming").arg(path);
+        }
+        if boot.with_fio {
+            command.arg("--with-fio");
         }
         let run = command
             .arg(guest.join("jobs/drive.sh"))
@@ -79,8 +89,17 @@ impl Vm {
             monitor,
             _directory: directory,
         };
-        vm.console.wait_for("DRIVE-READY");
+        if boot.incoming.is_none() {
+            vm.console.wait_for("DRIVE-READY");
+        }
         vm
+    }
+
+    /// Ends QEMU, whose guest is elsewhere.
+    pub(crate) fn leave_behind(mut self) {
+        let _ended = self.qmp("quit", &json!({}));
+        let status = self.run.wait().unwrap();
+        assert!(status.success(), "QEMU did not end well");
     }
 
     /// Runs a command in the guest, which must succeed; what it printed, without the last line's end.
