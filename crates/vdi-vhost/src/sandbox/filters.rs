@@ -268,11 +268,12 @@ fn housekeeper() -> Result<Rules, Error> {
         0,
     )?])?;
     rules.insert(libc::SYS_sendto, vec![connected]);
-    // Copies of descriptors, locks on images, seals. F_GETFD: what the standard library does in debug builds before it closes.
+    // Copies of descriptors, a state that is loaded without waiting, locks on images, seals. F_GETFD: what the standard library does in debug builds before it closes.
     let commands = [
         libc::F_GETFD,
         libc::F_SETFD,
         libc::F_GETFL,
+        libc::F_SETFL,
         libc::F_DUPFD_CLOEXEC,
         libc::F_OFD_GETLK,
         libc::F_OFD_SETLK,
