@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use vdi_core::NewKind;
-use vdi_tests::driver::{Driver, Options, PATIENCE};
+use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Request};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
@@ -157,4 +157,34 @@ fn what_cannot_be_done_is_refused_and_the_disk_goes_on() {
     assert!(answer.contains("\"open\":true"), "{answer}");
     assert_eq!(daemon.server.terminate().code, Some(0));
     assert!(!daemon.control.exists(), "the control socket stays behind");
+}
+
+/// What the host fails is counted, and seen where an operator looks.
+#[test]
+fn requests_that_the_host_fails_are_counted() {
+    let image = Image::by_qemu(16 * MIB);
+    let daemon = Controlled::start(&image, &[]);
+    let mut driver = daemon.server.driver(&Options::new());
+    driver.write(0, &[1; 65_536]);
+    driver.flush();
+    let info = "{\"version\": 1, \"execute\": \"info\"}\n";
+    let before = daemon.say(info);
+    assert!(
+        before.contains("\"failed_requests\":0,\"failed\":false"),
+        "{before}"
+    );
+    // Something else cuts the file.
+    let file = std::fs::File::options()
+        .write(true)
+        .open(image.path())
+        .unwrap();
+    file.set_len(16_384).unwrap();
+    for _ in 0..3 {
+        let answer = driver
+            .queue()
+            .run(&Request::read(64, 4096), &Layout::framed());
+        assert_ne!(answer.status, 0);
+    }
+    let after = daemon.say(info);
+    assert!(after.contains("\"failed_requests\":3"), "{after}");
 }

@@ -198,6 +198,16 @@ impl Backend {
         self.device.capacity()
     }
 
+    /// How many requests the host failed.
+    pub(crate) fn failed_requests(&self) -> u64 {
+        self.complaints.failures()
+    }
+
+    /// Whether a failure ended all writing (W5).
+    pub(crate) fn has_failed(&self) -> bool {
+        self.turn.has_failed()
+    }
+
     /// Whether the image is open here.
     pub(crate) fn is_open(&self) -> bool {
         self.turn.disk().is_some()

@@ -1,6 +1,7 @@
 //! Log lines that a guest or a front end can bring about: few enough that it cannot fill the host's log (R5).
 
 use std::fmt::Arguments;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,11 @@ const PERIOD: Duration = Duration::from_secs(60);
 
 /// Says what others do and do wrong, in a few lines for all of one kind.
 #[derive(Debug, Default)]
-pub(crate) struct Complaints(Mutex<Budget>);
+pub(crate) struct Complaints {
+    budget: Mutex<Budget>,
+    /// Requests that the host failed, said or not.
+    failures: AtomicU64,
+}
 
 #[derive(Debug, Default)]
 struct Budget {
@@ -36,16 +41,22 @@ impl Complaints {
         }
     }
 
-    /// The host failed.
+    /// The host failed a request.
     pub(crate) fn error(&self, line: Arguments<'_>) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
         if let Some(unsaid) = self.permit(Instant::now()) {
             tracing::error!("{line}{}", Unsaid(unsaid));
         }
     }
 
+    /// How many requests the host failed.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
     /// Whether one more line may be said, and how many were not said before it.
     fn permit(&self, now: Instant) -> Option<u64> {
-        let mut budget = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut budget = self.budget.lock().unwrap_or_else(PoisonError::into_inner);
         let since = *budget.since.get_or_insert(now);
         if now.duration_since(since) >= PERIOD {
             (budget.since, budget.said) = (Some(now), 0);

@@ -76,6 +76,10 @@ struct Info {
     size_bytes: u64,
     /// Whether it is open here, or waits for its turn.
     open: bool,
+    /// Requests that the host failed, since the daemon was started.
+    failed_requests: u64,
+    /// Whether a failure ended all writing until the daemon is started again.
+    failed: bool,
 }
 
 impl ControlSocket {
@@ -154,6 +158,8 @@ impl ControlSocket {
             image: std::path::absolute(&self.image).unwrap_or_else(|_| self.image.clone()),
             size_bytes: backend.capacity().bytes(),
             open: backend.is_open(),
+            failed_requests: backend.failed_requests(),
+            failed: backend.has_failed(),
         }
     }
 }

@@ -236,6 +236,11 @@ impl Turn {
         self.held.as_ref().map(|held| &held.disk)
     }
 
+    /// Whether a failure ended all writing (W5).
+    pub(crate) fn has_failed(&self) -> bool {
+        self.has_failed || self.disk().is_some_and(|disk| disk.is_failed())
+    }
+
     /// Opens and locks the image. Nothing may be held.
     pub(crate) fn begin(&mut self) -> Result<Opened, TurnError> {
         if self.has_failed {
