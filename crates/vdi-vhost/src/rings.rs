@@ -248,6 +248,7 @@ impl Rings {
         let ring = self.ring(index)?;
         ring.started = false;
         ring.vring.set_queue_ready(false);
+        ring.kick = None;
         ring.vring.set_kick(None);
         ring.vring.set_call(None);
         Ok(ring.vring.queue_next_avail())

@@ -100,7 +100,7 @@ fn run_online(args: &ResizeArgs, socket: &Path) -> Result<ExitCode, Failure> {
     let mut out = output();
     writeln!(
         out,
-        "{}: grew from {from} to {now} bytes ({}), and its guest was told",
+        "{}: grew from {from} to {now} bytes ({}); a front end that listens for changes was told",
         args.file.display(),
         Human(now)
     )?;
