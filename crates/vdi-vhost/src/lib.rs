@@ -91,7 +91,8 @@ enum Fatal {
     Close(#[from] WriteError),
 }
 
-fn main() -> ExitCode {
+/// The daemon, from its command line to its exit code.
+pub fn main() -> ExitCode {
     if args::asks_for_capabilities(std::env::args_os()) {
         println!("{}", args::CAPABILITIES);
         return ExitCode::SUCCESS;
