@@ -20,6 +20,7 @@ mod requests;
 mod resize;
 mod rings;
 mod sandbox;
+mod service;
 mod sharing;
 mod turns;
 mod zeros;

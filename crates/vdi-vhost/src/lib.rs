@@ -26,12 +26,14 @@ mod engine;
 mod housekeeper;
 mod image_file;
 mod inflight;
+mod log;
 mod memory;
 mod queue;
 mod request;
 mod ring;
 mod rings;
 mod sandbox;
+mod service;
 mod session;
 mod socket;
 mod tracking;
@@ -41,30 +43,26 @@ mod worker;
 mod workers;
 
 use std::error::Error;
-use std::io::{self, IsTerminal};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{getsockopt, sockopt};
-use tracing_subscriber::EnvFilter;
 use vdi_core::{Access, Disk, WriteError};
 
-use crate::args::{Args, Sandboxing};
+use crate::args::{Args, Asked, Sandboxing};
 use crate::backend::Backend;
 use crate::control::ControlSocket;
 use crate::device::{Device, Serial, Zeros};
 use crate::sandbox::{Reach, Sandbox, SandboxError};
+use crate::service::{ActivationError, Handed, Manager};
 use crate::session::{Door, Ears, ServeError};
 use crate::socket::{SocketError, SocketFile};
 use crate::turn::{Opening, Turn, TurnError};
 use crate::workers::Workers;
-
-/// What is logged unless RUST_LOG says otherwise. `virtio_queue` logs whatever a guest does wrong, without limit.
-const LOG_FILTER: &str = "info,virtio_queue=off";
 
 /// Why the daemon ends with exit code 1.
 #[derive(Debug, thiserror::Error)]
@@ -73,12 +71,20 @@ enum Fatal {
     Turn(#[from] TurnError),
     #[error(transparent)]
     Socket(#[from] SocketError),
-    #[error("descriptor {fd} is no socket to serve")]
+    #[error(transparent)]
+    Activation(#[from] ActivationError),
+    #[error("{which} is no socket to serve")]
     Inherited {
-        fd: i32,
+        which: String,
         #[source]
         source: io::Error,
     },
+    #[error(
+        "there is nothing to serve on; give --socket-path PATH or --fd FDNUM, or start it by a socket unit"
+    )]
+    NoDoor,
+    #[error("the service manager cannot be told anything (NOTIFY_SOCKET)")]
+    Notify(#[source] io::Error),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error("cannot catch signals")]
@@ -97,14 +103,15 @@ pub fn main() -> ExitCode {
         println!("{}", args::CAPABILITIES);
         return ExitCode::SUCCESS;
     }
-    let args = Args::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_target(false)
-        .with_ansi(io::stderr().is_terminal())
-        .init();
+    let args = match args::parse() {
+        Asked::Serve(args) => args,
+        Asked::Print(page) => {
+            // Where there is no one to read it, there is nothing to do about it.
+            let _ = io::stdout().write_all(&page);
+            return ExitCode::SUCCESS;
+        }
+    };
+    log::begin(args.log_format);
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -115,8 +122,13 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), Fatal> {
-    // First of all, while nothing else can have the descriptor.
-    let inherited = args.fd.map(take_door).transpose()?;
+    // First of all, while nothing else can have the descriptors.
+    let handed = match args.fd {
+        Some(_) => Handed::default(),
+        None => Handed::take()?,
+    };
+    let inherited = args.fd.map(take_fd).transpose()?;
+    let manager = Manager::from_environment().map_err(Fatal::Notify)?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
     allow_many_descriptors();
     let mut turn = Turn::waiting(Opening::new(args));
@@ -134,18 +146,9 @@ fn run(args: &Args) -> Result<(), Fatal> {
     };
     let device = Arc::new(device);
     let workers = Workers::new(worker_count(args));
-    let control = args.control_socket.as_deref();
-    let control = control.map(|path| ControlSocket::listen(path, &args.blk_file));
-    let control = control.transpose()?;
-    let (socket_file, door) = match (inherited, &args.socket_path) {
-        (Some(door), _) => (None, door),
-        (None, path) => {
-            let path = path.as_deref().unwrap_or(Path::new(""));
-            let (file, listener) = SocketFile::listen(path)?;
-            (Some(file), Door::Listener(listener))
-        }
-    };
-    tracing::info!(
+    let control = open_control(args, handed.control)?;
+    let (socket_file, door) = open_door(args, inherited, handed.door)?;
+    let what = format!(
         "serving {} ({} bytes){}",
         args.blk_file.display(),
         device.capacity().bytes(),
@@ -155,6 +158,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
             ""
         }
     );
+    tracing::info!("{what}");
     // Before there are other threads, and anything to hear.
     let sandbox = match args.sandbox {
         Sandboxing::Off => Sandbox::off(),
@@ -168,9 +172,12 @@ fn run(args: &Args) -> Result<(), Fatal> {
     let ears = Ears {
         signals: &signals,
         control: control.as_ref(),
+        manager: &manager,
         backend: &backend,
     };
+    manager.ready(&what);
     let served = session::serve(door, &ears);
+    manager.stopping();
     drop(control);
     drop(socket_file);
     let backend = Arc::into_inner(backend).expect("sessions have ended");
@@ -220,11 +227,46 @@ fn reach(args: &Args) -> Result<Reach, Fatal> {
     })
 }
 
+/// Where front ends are served: what the command line says, else what the service manager handed over.
+fn open_door(
+    args: &Args,
+    inherited: Option<Door>,
+    handed: Option<OwnedFd>,
+) -> Result<(Option<SocketFile>, Door), Fatal> {
+    if let Some(path) = &args.socket_path {
+        let (file, listener) = SocketFile::listen(path)?;
+        return Ok((Some(file), Door::Listener(listener)));
+    }
+    let handed = || handed.map(|socket| take_socket(socket, "the service manager's socket"));
+    match inherited.map(Ok).or_else(handed) {
+        Some(door) => Ok((None, door?)),
+        None => Err(Fatal::NoDoor),
+    }
+}
+
+/// Where operators are heard, if anywhere.
+fn open_control(args: &Args, handed: Option<OwnedFd>) -> Result<Option<ControlSocket>, Fatal> {
+    if let Some(path) = &args.control_socket {
+        return Ok(Some(ControlSocket::listen(path, &args.blk_file)?));
+    }
+    Ok(handed.map(|socket| ControlSocket::on(UnixListener::from(socket), &args.blk_file)))
+}
+
 /// The socket that this process was started with.
-fn take_door(fd: i32) -> Result<Door, Fatal> {
-    let failed = |source| Fatal::Inherited { fd, source };
-    let socket = ring::inherited(fd).map_err(failed)?;
-    let listens = getsockopt(&socket, sockopt::AcceptConn).map_err(|errno| failed(errno.into()))?;
+fn take_fd(fd: i32) -> Result<Door, Fatal> {
+    let which = format!("descriptor {fd}");
+    let socket = ring::inherited(fd).map_err(|source| Fatal::Inherited {
+        which: which.clone(),
+        source,
+    })?;
+    take_socket(socket, &which)
+}
+
+fn take_socket(socket: OwnedFd, which: &str) -> Result<Door, Fatal> {
+    let listens = getsockopt(&socket, sockopt::AcceptConn).map_err(|errno| Fatal::Inherited {
+        which: which.to_owned(),
+        source: errno.into(),
+    })?;
     Ok(if listens {
         Door::Listener(UnixListener::from(socket))
     } else {

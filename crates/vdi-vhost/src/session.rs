@@ -20,6 +20,7 @@ use crate::channel::Channel;
 use crate::complaints::Complaints;
 use crate::control::ControlSocket;
 use crate::rings::RingError;
+use crate::service::Manager;
 
 /// How long the rest of a message may take to follow its beginning.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -63,6 +64,8 @@ pub(crate) struct Ears<'a> {
     pub(crate) signals: &'a UnixStream,
     /// Where operators send commands.
     pub(crate) control: Option<&'a ControlSocket>,
+    /// Who is told that this thread goes round.
+    pub(crate) manager: &'a Manager,
     /// Who does what is heard.
     pub(crate) backend: &'a Arc<Mutex<Backend>>,
 }
@@ -143,7 +146,7 @@ fn converse_until_end(
         };
         match (heard, begun) {
             (Heard::Signal, _) => return Ok(heard),
-            // It was an operator.
+            // It was an operator, or nobody.
             (Heard::Nothing, None) => continue,
             (Heard::Peer, _) | (Heard::Nothing, Some(_)) => {}
         }
@@ -212,7 +215,18 @@ fn wait(
         ears.control
             .map(|control| PollFd::new(control.as_fd(), PollFlags::POLLIN)),
     );
+    let beat = ears.manager.interval().map(|interval| {
+        // The longest that poll can wait is 24 days.
+        PollTimeout::try_from(interval).unwrap_or(PollTimeout::MAX)
+    });
+    // No timeout is the smallest number.
+    let timeout = match beat {
+        Some(beat) if timeout.is_none() => beat,
+        Some(beat) => beat.min(timeout),
+        None => timeout,
+    };
     loop {
+        ears.manager.beat();
         match poll(&mut fds, timeout) {
             Err(Errno::EINTR) => {}
             Err(error) => return Err(ServeError::Wait(error.into())),
