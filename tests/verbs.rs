@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use vdi_tests::builder::{FREE, image};
+use vdi_tests::corpus::corpus;
 use vdi_tests::image::{are_zeros, field, write_to};
-use vdi_tests::images::{FREE, corpus, image};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
 use vdi_tests::tool::{Answer, qemu_img, qemu_io, vdi};
