@@ -23,6 +23,7 @@ mod device;
 mod device_state;
 mod dirty;
 mod engine;
+mod fault;
 mod housekeeper;
 mod image_file;
 mod inflight;
@@ -83,6 +84,8 @@ enum Fatal {
     Sandbox(#[from] SandboxError),
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
+    #[error("cannot catch faults in the guest's memory")]
+    Faults(#[source] io::Error),
     #[error("cannot make queues")]
     Queues(#[from] virtio_queue::Error),
     #[error(transparent)]
@@ -118,6 +121,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     // First of all, while nothing else can have the descriptor.
     let inherited = args.fd.map(take_door).transpose()?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
+    let faults = fault::catch().map_err(Fatal::Faults)?;
     allow_many_descriptors();
     let mut turn = Turn::waiting(Opening::new(args));
     let opened = if args.incoming {
@@ -167,6 +171,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     let backend = Arc::new(Mutex::new(backend));
     let ears = Ears {
         signals: &signals,
+        faults,
         control: control.as_ref(),
         backend: &backend,
     };
