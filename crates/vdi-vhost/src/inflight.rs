@@ -26,6 +26,7 @@ use vdi_core::{
 use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::engine::Engine;
+use crate::fault;
 use crate::image_file::ImageFile;
 use crate::request::{Reply, Request, Segment, Segments, Status};
 use crate::ring::GuestBuffer;
@@ -111,9 +112,34 @@ pub(crate) enum Failure {
     /// Data could not be moved.
     #[error("cannot read or write the image's data")]
     Data(#[source] io::Error),
+    /// There is no memory (any more) to move them from or to.
+    #[error("cannot access the guest's memory")]
+    Memory(#[source] io::Error),
     /// The image refuses the change.
     #[error("cannot change the image")]
     Image(#[source] Arc<WriteError>),
+}
+
+impl Failure {
+    fn of_transfer(error: io::Error) -> Self {
+        if error.raw_os_error() == Some(libc::EFAULT) {
+            fault::suspect();
+            Self::Memory(error)
+        } else {
+            Self::Data(error)
+        }
+    }
+
+    /// Says it, as the host's doing or the front end's.
+    pub(crate) fn tell(&self, complaints: &Complaints) {
+        let why = crate::chain_of(self);
+        match self {
+            Self::Data(_) | Self::Image(_) => {
+                complaints.error(format_args!("a request failed: {why}"))
+            }
+            Self::Memory(_) => complaints.warn(format_args!("a request failed: {why}")),
+        }
+    }
 }
 
 /// A request that was taken and not answered yet.
@@ -230,7 +256,11 @@ impl Active {
                 active.go_on(context)
             }
             Request::Write { range, from } => {
-                let change = match context.device.zeroing_of(&from) {
+                let how = context.device.zeroing_of(&from);
+                if from.is_lost() {
+                    return (active, Next::Answer(Status::IoError, 0)); // F2
+                }
+                let change = match how {
                     Some(how) => Change::Zeros {
                         rest: Segments::from_elem(Segment { range, how }, 1),
                     },
@@ -269,7 +299,7 @@ impl Active {
     pub(crate) fn transferred(&mut self, result: io::Result<()>, context: &mut Context) -> Next {
         self.outstanding -= 1;
         if let Err(error) = result {
-            self.failure.get_or_insert(Failure::Data(error));
+            self.failure.get_or_insert(Failure::of_transfer(error));
         }
         if self.outstanding > 0 {
             return Next::Wait;
@@ -306,6 +336,11 @@ impl Active {
             return self.make_durable(context);
         }
         Next::Answer(Status::Ok, 0)
+    }
+
+    /// Lets go of what was reserved for data that are not the guest's.
+    pub(crate) fn abandon(&mut self) -> Next {
+        self.give_up()
     }
 
     /// The duty to answer, and what went wrong on our side.

@@ -23,6 +23,7 @@ mod device;
 mod device_state;
 mod dirty;
 mod engine;
+mod fault;
 mod housekeeper;
 mod image_file;
 mod inflight;
@@ -89,6 +90,8 @@ enum Fatal {
     Sandbox(#[from] SandboxError),
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
+    #[error("cannot catch faults in the guest's memory")]
+    Faults(#[source] io::Error),
     #[error("cannot make queues")]
     Queues(#[from] virtio_queue::Error),
     #[error(transparent)]
@@ -130,6 +133,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     let inherited = args.fd.map(take_fd).transpose()?;
     let manager = Manager::from_environment().map_err(Fatal::Notify)?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
+    let faults = fault::catch().map_err(Fatal::Faults)?;
     allow_many_descriptors();
     let mut turn = Turn::waiting(Opening::new(args));
     let opened = if args.incoming {
@@ -171,6 +175,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     let backend = Arc::new(Mutex::new(backend));
     let ears = Ears {
         signals: &signals,
+        faults,
         control: control.as_ref(),
         manager: &manager,
         backend: &backend,

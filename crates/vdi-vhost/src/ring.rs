@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Piece;
 use crate::engine::Wait;
-use crate::memory::Memory;
+use crate::memory::{self, Memory};
 use crate::transfer::{Bounce, BounceBuffer, Finished, Operation, Progress, Transfer};
 
 /// Bounce buffers of one engine: 4 MiB, however many unaligned requests a guest sends; the others wait.
@@ -133,7 +133,7 @@ impl GuestBuffer {
 
     /// Writes zeros all over what is left.
     pub(crate) fn fill_with_zeros(&self) {
-        for iovec in self.left() {
+        for iovec in self.kept() {
             // SAFETY: `memory` keeps the range mapped (checked by `new`); the guest may change it at the same
             // time, which only affects what the guest sees.
             unsafe { std::ptr::write_bytes(iovec.iov_base.cast::<u8>(), 0, iovec.iov_len) };
@@ -143,7 +143,7 @@ impl GuestBuffer {
     /// Whether all of it is zeros now. The guest may change it at any time, and then it is the guest's
     /// own doing which of both is written.
     pub(crate) fn is_zero(&self) -> bool {
-        self.left().iter().all(|iovec| {
+        self.kept().all(|iovec| {
             // SAFETY: `memory` keeps the range mapped; bytes that the guest changes meanwhile are still bytes.
             let bytes =
                 unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len) };
@@ -154,7 +154,7 @@ impl GuestBuffer {
     /// Copies as many of `bytes` as there is room for; how many.
     pub(crate) fn fill_from(&self, bytes: &[u8]) -> usize {
         let mut copied = 0;
-        for iovec in self.left() {
+        for iovec in self.kept() {
             let part = &bytes[copied..];
             let count = part.len().min(iovec.iov_len);
             // SAFETY: `memory` keeps the target mapped and `bytes` is not guest memory.
@@ -167,7 +167,7 @@ impl GuestBuffer {
     /// Copies the first bytes that are left into all of `bytes`.
     pub(crate) fn copy_out(&self, bytes: &mut [u8]) {
         let mut copied = 0;
-        for iovec in self.left() {
+        for iovec in self.kept() {
             let part = &mut bytes[copied..];
             let count = part.len().min(iovec.iov_len);
             // SAFETY: `memory` keeps the source mapped and `bytes` is not guest memory.
@@ -176,6 +176,16 @@ impl GuestBuffer {
             }
             copied += count;
         }
+    }
+
+    /// Whether zeros may have taken the place of what the guest has there.
+    pub(crate) fn is_lost(&self) -> bool {
+        memory::is_lost(&self.memory)
+    }
+
+    /// What is left of it, as long as it is there.
+    fn kept(&self) -> impl Iterator<Item = &libc::iovec> {
+        self.left().iter().take_while(|_| !self.is_lost())
     }
 
     /// What is left of it, for the kernel.

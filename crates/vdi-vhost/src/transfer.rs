@@ -147,6 +147,11 @@ impl BounceBuffer {
         self.iovec.iov_len = 0;
     }
 
+    /// Has the round fail as one from memory that is gone does (EFAULT): its bytes are not the guest's.
+    fn spoil(&mut self) {
+        self.iovec.iov_base = std::ptr::null_mut();
+    }
+
     /// Begins the round again, with the bytes that are there.
     fn rewind(&mut self, len: usize) {
         self.begin(len);
@@ -320,6 +325,9 @@ impl Transfer {
                 let round = bounce.begin(round_len(buffer.len()));
                 if self.operation == Operation::Write {
                     buffer.copy_out(round);
+                    if buffer.is_lost() {
+                        bounce.spoil(); // F2
+                    }
                 }
             }
             // Between rounds only: a round that was cut short goes on where it stopped.
