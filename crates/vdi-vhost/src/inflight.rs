@@ -29,7 +29,7 @@ use crate::engine::Engine;
 use crate::fault;
 use crate::image_file::ImageFile;
 use crate::request::{Reply, Request, Segment, Segments, Status};
-use crate::ring::GuestBuffer;
+use crate::ring::{GuestBuffer, read_now};
 use crate::transfer::{Operation, Transfer};
 
 /// Sectors of a request that are mapped, reserved or zeroed in one step: 16 MiB, four times what Linux sends at most
@@ -41,6 +41,9 @@ const ZEROS_WINDOW_SECTORS: u64 = (1 << 30) / 512;
 
 /// Transfers of one request at a time: enough to keep storage busy, and a bound on what one request can hold.
 const TRANSFERS_PER_REQUEST: u32 = 16;
+
+/// Bytes that are read inline in one turn, so that no answer waits long for the copying of others: a tenth of a millisecond or two.
+pub(crate) const INLINE_BYTES: u64 = 1 << 20;
 
 /// A request: its queue and the head of its chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +82,8 @@ pub(crate) struct Context {
     pub(crate) device: Arc<Device>,
     /// Moves the data.
     pub(crate) engine: Engine,
+    /// Bytes that may still be read in this turn without the engine.
+    pub(crate) inline_left: u64,
     /// Says what is wrong.
     pub(crate) complaints: Arc<Complaints>,
     /// Wakes the worker when parked requests should be tried again.
@@ -575,14 +580,24 @@ impl Context {
         let mut count = 0;
         while buffer.len() > 0 {
             let route = self.images[depth].route(at, buffer.len());
-            let part = buffer.split_front(route.len_bytes);
+            let mut part = buffer.split_front(route.len_bytes);
+            let mut start = at;
+            at = at.plus(route.len_bytes);
+            if operation == Operation::Read && part.len() <= self.inline_left {
+                read_now(&route.file, route.reads, start.0, &mut part);
+                let done = route.len_bytes - part.len();
+                self.inline_left -= done;
+                start = start.plus(done);
+            }
+            if part.len() == 0 {
+                continue;
+            }
             // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost
             // half.
             let inline = operation == Operation::Write && route.alignment.is_none();
             let (token, align) = (key.token(), route.alignment);
-            let transfer = Transfer::data(token, operation, route.file, at.0, part, align);
+            let transfer = Transfer::data(token, operation, route.file, start.0, part, align);
             self.engine.start(transfer, inline);
-            at = at.plus(route.len_bytes);
             count += 1;
         }
         count

@@ -17,7 +17,7 @@ use io_uring::{opcode, squeue, types};
 use crate::ring::{GuestBuffer, run_round, to_usize};
 
 /// Iovecs of one system call: the kernel's UIO_MAXIOV; more is EINVAL.
-const MAX_IOVECS: usize = 1024;
+pub(crate) const MAX_IOVECS: usize = 1024;
 
 /// Bytes of a bounce buffer: large enough that a round costs little beside its copying.
 const BOUNCE_BYTES: usize = 256 << 10;

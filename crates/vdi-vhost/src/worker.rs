@@ -28,7 +28,7 @@ use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::dirty::Guest;
 use crate::engine::{Engine, Wait};
-use crate::inflight::{Active, Context, Key, Next};
+use crate::inflight::{Active, Context, INLINE_BYTES, Key, Next};
 use crate::memory::{self, Memory};
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Status};
@@ -105,6 +105,7 @@ impl Worker {
             images: Arc::clone(&served.images),
             device: Arc::clone(&served.device),
             engine,
+            inline_left: INLINE_BYTES,
             waker: Waker::from(Arc::clone(&doorbell)),
             parked: Vec::new(),
             continuing: Vec::new(),
@@ -135,6 +136,7 @@ impl Worker {
         loop {
             let wait = self.may_wait();
             self.context.engine.turn(wait);
+            self.context.inline_left = INLINE_BYTES;
             self.hear();
             self.reap();
             self.retry();
