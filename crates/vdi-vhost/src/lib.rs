@@ -23,6 +23,8 @@ mod device;
 mod device_state;
 mod dirty;
 mod engine;
+#[doc(hidden)]
+pub mod fuzzing;
 mod housekeeper;
 mod image_file;
 mod inflight;
