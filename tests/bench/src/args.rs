@@ -24,7 +24,7 @@ pub(crate) struct Args {
     pub(crate) workloads: Vec<&'static Workload>,
 
     /// Who is asked; those that cannot do a workload are left out
-    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [Server::VdiVhost, Server::QsdVdi, Server::QsdRaw, Server::QsdQcow2, Server::Fio])]
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [Server::VdiVhost, Server::QsdVdi, Server::QsdVdiUring, Server::QsdRaw, Server::QsdQcow2, Server::Fio])]
     pub(crate) servers: Vec<Server>,
 
     /// How often each is measured; the servers take turns
@@ -62,10 +62,6 @@ pub(crate) struct Args {
     /// More arguments for the server `other`, separated by blanks
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     pub(crate) other_args: String,
-
-    /// How QEMU does its I/O: threads, native or io_uring [default: io_uring]
-    #[arg(long)]
-    pub(crate) qsd_aio: Option<String>,
 }
 
 fn workload(name: &str) -> Result<&'static Workload, String> {

@@ -72,7 +72,7 @@ enum Kind {
 impl Kind {
     fn of(server: Server) -> Self {
         match server {
-            Server::VdiVhost | Server::Other | Server::QsdVdi => Self::Vdi,
+            Server::VdiVhost | Server::Other | Server::QsdVdi | Server::QsdVdiUring => Self::Vdi,
             Server::QsdRaw => Self::Raw,
             Server::QsdQcow2 => Self::Qcow2,
             Server::Fio => Self::Fio,
@@ -158,7 +158,8 @@ impl<'a> Images<'a> {
         remove(&path)?;
         self.make_empty(&path, Kind::of(server), FRESH_BYTES)?;
         // QEMU writes whole blocks, whatever was asked for.
-        let whole_blocks = server == Server::QsdVdi || workload.bytes as u64 == BLOCK;
+        let whole_blocks = matches!(server, Server::QsdVdi | Server::QsdVdiUring)
+            || workload.bytes as u64 == BLOCK;
         let end = if whole_blocks {
             4 * self.bytes
         } else {

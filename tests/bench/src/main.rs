@@ -94,7 +94,6 @@ fn programs(args: &Args) -> Programs {
         vdi: beside("vdi"),
         vdi_vhost_args: words(&args.vdi_vhost_args),
         other_args: words(&args.other_args),
-        qsd_aio: args.qsd_aio.clone(),
     }
 }
 

@@ -83,7 +83,7 @@ impl Workload {
             (Disk::Chain, Server::Fio) => true,
             (Disk::Chain | Disk::FreshChain, server) => server == Server::QsdQcow2,
             (Disk::Refilled, Server::Fio) | (_, Server::QsdQcow2) => false,
-            (_, Server::QsdVdi | Server::QsdRaw | Server::Fio) => true,
+            (_, Server::QsdVdi | Server::QsdVdiUring | Server::QsdRaw | Server::Fio) => true,
         }
     }
 
