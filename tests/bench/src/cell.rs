@@ -11,8 +11,9 @@ use crate::images::{BLOCK, Image, ImageError, Images};
 use crate::lane::{Lane, LaneError, Places, Plan, Span, Tally};
 use crate::latency::Latencies;
 use crate::medium::Medium;
-use crate::record::Record;
-use crate::workload::{Disk, Operation, Order, Workload};
+use crate::record::Load;
+use crate::syscalls::{Counter, CounterError};
+use crate::workload::{Disk, Operation, Order, Waiting, Workload};
 
 /// Why there is nothing to record.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,8 @@ pub(crate) enum CellError {
     Lane(#[from] LaneError),
     #[error(transparent)]
     Fio(#[from] FioError),
+    #[error(transparent)]
+    Counter(#[from] CounterError),
 }
 
 /// What is measured, and for how long.
@@ -37,6 +40,8 @@ pub(crate) struct Cell<'a> {
     pub(crate) server: Server,
     pub(crate) round: u32,
     pub(crate) measured: Duration,
+    /// Whether system calls are counted, too.
+    pub(crate) counted: bool,
 }
 
 impl Cell<'_> {
@@ -45,7 +50,7 @@ impl Cell<'_> {
         &self,
         images: &mut Images<'_>,
         programs: &Programs,
-    ) -> Result<Record, CellError> {
+    ) -> Result<Load, CellError> {
         let image = images.prepare(self.workload, self.server)?;
         if self.server == Server::Fio {
             return self.limit(&image);
@@ -77,9 +82,9 @@ impl Cell<'_> {
         self.workload.queues == 1
     }
 
-    fn limit(&self, image: &Image) -> Result<Record, CellError> {
+    fn limit(&self, image: &Image) -> Result<Load, CellError> {
         let measured = fio::run(self.workload, image, self.medium.is_direct(), self.measured)?;
-        Ok(Record {
+        Ok(Load {
             requests: measured.requests,
             iops: measured.iops,
             p50_us: measured.p50_us,
@@ -106,10 +111,34 @@ impl Cell<'_> {
         image: &Image,
         back_end: &BackEnd,
         mut connection: Connection,
-    ) -> Result<Record, CellError> {
+    ) -> Result<Load, CellError> {
         let waiting = self.workload.waiting;
-        let cpu = || back_end.cpu();
-        let tallies = std::thread::scope(|scope| {
+        if self.workload.disk == Disk::Refilled {
+            refill(&mut connection, image)?;
+        }
+        let counter = self.counted.then(|| Counter::attach(back_end.pid()));
+        let counter = counter.transpose()?.flatten();
+        let tallies = self.load(image, &|| back_end.cpu(), &mut connection)?;
+        let syscalls = counter.map(Counter::finish).transpose()?;
+        let resident_kib = back_end.resident_kib();
+        let pages = self.suspects(image, &tallies);
+        Lane::new(&mut connection.queues[0], &image.contents, waiting).verify(pages)?;
+        let answered: u64 = tallies.iter().map(|tally| tally.answered).sum();
+        Ok(Load {
+            resident_kib,
+            syscalls: syscalls.map(|syscalls| count(syscalls) / count(answered.max(1))),
+            ..self.summary(&tallies)
+        })
+    }
+
+    /// Puts the load on all queues, a thread for each.
+    fn load(
+        &self,
+        image: &Image,
+        cpu: &(dyn Fn() -> Duration + Sync),
+        connection: &mut Connection,
+    ) -> Result<Vec<Tally>, LaneError> {
+        std::thread::scope(|scope| {
             let lanes = connection.queues.iter_mut().enumerate();
             let threads: Vec<_> = lanes
                 .map(|(nth, queue)| {
@@ -117,22 +146,15 @@ impl Cell<'_> {
                         if self.is_pinned() {
                             cpus::move_to_client_cpu();
                         }
-                        let mut lane = Lane::new(queue, &image.contents, waiting);
-                        self.drive(&mut lane, nth as u64, image, &cpu)
+                        let mut lane = Lane::new(queue, &image.contents, self.workload.waiting);
+                        self.drive(&mut lane, nth as u64, image, cpu)
                     })
                 })
                 .collect();
             let joined = threads
                 .into_iter()
                 .map(|thread| thread.join().expect("loads do not panic"));
-            joined.collect::<Result<Vec<_>, _>>()
-        })?;
-        let resident_kib = back_end.resident_kib();
-        let pages = self.suspects(image, &tallies);
-        Lane::new(&mut connection.queues[0], &image.contents, waiting).verify(pages)?;
-        Ok(Record {
-            resident_kib,
-            ..self.summary(&tallies)
+            joined.collect()
         })
     }
 
@@ -151,25 +173,6 @@ impl Cell<'_> {
             queues,
             ..
         } = *self.workload;
-        let whole = Span {
-            warm_up: Duration::ZERO,
-            measured: client::PATIENCE,
-        };
-        if self.workload.disk == Disk::Refilled {
-            let places = Places::Once {
-                next: 0,
-                step: BLOCK,
-                end: image.end,
-            };
-            let bytes = usize::try_from(BLOCK).expect("blocks fit in memory");
-            let plan = Plan {
-                operation: Operation::Write,
-                bytes,
-                places,
-                check_all: false,
-            };
-            lane.run(plan, whole, cpu)?;
-        }
         let unit = if order == Order::OnceEachBlock {
             BLOCK
         } else {
@@ -215,7 +218,7 @@ impl Cell<'_> {
         written.chain(any).collect()
     }
 
-    fn summary(&self, tallies: &[Tally]) -> Record {
+    fn summary(&self, tallies: &[Tally]) -> Load {
         let mut latencies = Latencies::new();
         let (mut iops, mut calls, mut kicks) = (0.0, 0, 0);
         for tally in tallies {
@@ -226,7 +229,7 @@ impl Cell<'_> {
         }
         let requests = latencies.total();
         let each = |total: f64| total / count(requests.max(1));
-        Record {
+        Load {
             requests,
             iops,
             p50_us: latencies.percentile_us(50),
@@ -239,8 +242,8 @@ impl Cell<'_> {
         }
     }
 
-    fn blank(&self) -> Record {
-        Record {
+    fn blank(&self) -> Load {
+        Load {
             medium: self.medium,
             workload: self.workload.name.to_owned(),
             server: self.server,
@@ -252,9 +255,33 @@ impl Cell<'_> {
             cpu_us: 0.0,
             calls: None,
             kicks: None,
+            syscalls: None,
             resident_kib: None,
         }
     }
+}
+
+/// Has the server write all blocks of the disk.
+fn refill(connection: &mut Connection, image: &Image) -> Result<(), LaneError> {
+    let places = Places::Once {
+        next: 0,
+        step: BLOCK,
+        end: image.end,
+    };
+    let plan = Plan {
+        operation: Operation::Write,
+        bytes: usize::try_from(BLOCK).expect("blocks fit in memory"),
+        places,
+        check_all: false,
+    };
+    let whole = Span {
+        warm_up: Duration::ZERO,
+        measured: client::PATIENCE,
+    };
+    let queue = &mut connection.queues[0];
+    let waiting = Waiting::Polling;
+    Lane::new(queue, &image.contents, waiting).run(plan, whole, &|| Duration::ZERO)?;
+    Ok(())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]

@@ -47,3 +47,10 @@ fn only(cpu: usize) -> CpuSet {
 fn run_on(set: &CpuSet) {
     sched_setaffinity(Pid::from_raw(0), set).expect("a thread may choose among its CPUs");
 }
+
+/// How many there are for us.
+pub(crate) fn count() -> usize {
+    let all = 0..CpuSet::count();
+    all.filter(|cpu| ALL.is_set(*cpu).is_ok_and(|set| set))
+        .count()
+}

@@ -107,6 +107,11 @@ impl<'a> Images<'a> {
         })
     }
 
+    /// Where the images are.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// The image for one round of a workload.
     pub(crate) fn prepare(
         &mut self,
@@ -278,7 +283,8 @@ fn fill(path: &Path, bytes: u64) -> Result<(), ImageError> {
     })
 }
 
-fn remove(path: &Path) -> Result<(), ImageError> {
+/// Removes a file that may be there.
+pub(crate) fn remove(path: &Path) -> Result<(), ImageError> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ImageError::File {
             path: path.to_owned(),
@@ -288,7 +294,8 @@ fn remove(path: &Path) -> Result<(), ImageError> {
     }
 }
 
-fn run(command: &mut Command) -> Result<(), ImageError> {
+/// Runs a tool that makes images.
+pub(crate) fn run(command: &mut Command) -> Result<(), ImageError> {
     let program = command.get_program().display().to_string();
     let output = command.stdin(Stdio::null()).output();
     match output {

@@ -146,6 +146,8 @@ pub(crate) struct Tally {
     pub(crate) cpu: Duration,
     pub(crate) calls: u64,
     pub(crate) kicks: u64,
+    /// All requests that were answered, also those before and after what is measured.
+    pub(crate) answered: u64,
     /// Some of the places that were written.
     pub(crate) written: Vec<u64>,
 }
@@ -176,8 +178,8 @@ struct Run<'a> {
     from: Instant,
     until: Instant,
     in_flight: usize,
+    answered: u64,
     ran_out: bool,
-    last: Instant,
     latencies: Latencies,
     written: Vec<u64>,
 }
@@ -225,8 +227,8 @@ impl<'a> Lane<'a> {
             from,
             until: from + span.measured,
             in_flight: 0,
+            answered: 0,
             ran_out: false,
-            last: start,
             latencies: Latencies::new(),
             written: Vec::new(),
         };
@@ -401,7 +403,7 @@ impl<'a> Lane<'a> {
             Operation::Discard => {}
         }
         run.in_flight -= 1;
-        run.last = now;
+        run.answered += 1;
         if run.begin.is_some() && run.end.is_none() {
             run.latencies.add(now - started);
         }
@@ -476,6 +478,7 @@ impl<'a> Lane<'a> {
             cpu: end.cpu.saturating_sub(begin.cpu),
             calls: end.calls - begin.calls,
             kicks: end.kicks - begin.kicks,
+            answered: run.answered,
             written: run.written,
         })
     }

@@ -7,11 +7,26 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::back_end::Server;
+use crate::machine::Machine;
 use crate::medium::Medium;
+
+/// Something that was measured, or where.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub(crate) enum Record {
+    /// Where what follows was measured.
+    Machine(Machine),
+    /// A server under a load.
+    Load(Load),
+    /// The same while its system calls were counted, which slows it down: only [`Load::syscalls`] counts.
+    Counted(Load),
+    /// A server that starts.
+    Start(Start),
+}
 
 /// What one run of one server under one workload gave.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct Load {
     pub(crate) medium: Medium,
     pub(crate) workload: String,
     pub(crate) server: Server,
@@ -26,8 +41,23 @@ pub(crate) struct Record {
     pub(crate) calls: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) kicks: Option<f64>,
+    /// The server's system calls for each request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) syscalls: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) resident_kib: Option<u64>,
+}
+
+/// What one start of one server on an empty image gave.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Start {
+    pub(crate) server: Server,
+    pub(crate) disk_bytes: u64,
+    pub(crate) round: u32,
+    /// From the start of the process to the first answer to a front end.
+    pub(crate) first_reply_ms: f64,
+    /// Its memory when it has a queue and has answered one read.
+    pub(crate) idle_kib: u64,
 }
 
 /// Why records cannot be kept or found.

@@ -1,126 +1,267 @@
-//! Records as tables: the median of the rounds, from the least to the most, and how servers compare.
-
-use std::fmt::Write;
+//! Results as text: a short table for each medium, with what was to be reached, and one with every server.
 
 use clap::ValueEnum;
 
 use crate::back_end::Server;
 use crate::medium::Medium;
-use crate::record::Record;
+use crate::results::{Results, Row};
+use crate::start::DISKS;
+use crate::targets::{self, Reached};
 use crate::workload::ALL;
 
-/// The rounds of one server under one workload.
-struct Row<'a> {
-    rounds: Vec<&'a Record>,
-}
-
-impl Row<'_> {
-    fn median(&self, value: impl Fn(&Record) -> f64) -> f64 {
-        let mut values: Vec<f64> = self.rounds.iter().map(|record| value(record)).collect();
-        values.sort_by(f64::total_cmp);
-        let middle = values.len() / 2;
-        if values.len().is_multiple_of(2) {
-            f64::midpoint(values[middle - 1], values[middle])
-        } else {
-            values[middle]
-        }
-    }
-
-    fn median_of_some(&self, value: impl Fn(&Record) -> Option<f64>) -> Option<f64> {
-        self.rounds
-            .iter()
-            .all(|record| value(record).is_some())
-            .then(|| self.median(|record| value(record).unwrap_or_default()))
-    }
-
-    fn range(&self) -> (f64, f64) {
-        let rates = self.rounds.iter().map(|record| record.iops);
-        rates.fold((f64::INFINITY, 0.0), |(least, most), rate| {
-            (rate.min(least), rate.max(most))
-        })
-    }
-}
-
-/// One table for each medium that was measured.
-pub(crate) fn tables(records: &[Record]) -> String {
-    let mut text = String::new();
-    for medium in Medium::value_variants() {
-        let on_it: Vec<_> = records
-            .iter()
-            .filter(|record| record.medium == *medium)
-            .collect();
-        if !on_it.is_empty() {
-            table(&mut text, *medium, &on_it);
-        }
-    }
-    text
-}
-
-fn table(text: &mut String, medium: Medium, records: &[&Record]) {
-    let head = "| workload | server | requests/s (least-most) | to QEMU's VDI | to fio | p50 us | p99 us | CPU us/request | to QEMU's VDI | kicks/request | calls/request | resident MiB |";
-    writeln!(text, "\n### {medium:?}\n\n{head}\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |").expect("strings grow");
-    for workload in ALL {
-        let row = |server: Server| {
-            let rounds: Vec<_> = records
-                .iter()
-                .filter(|record| record.workload == workload.name && record.server == server)
-                .copied()
-                .collect();
-            (!rounds.is_empty()).then_some(Row { rounds })
-        };
-        let qemu = row(Server::QsdVdi).or_else(|| row(Server::QsdQcow2));
-        let fio = row(Server::Fio);
-        for server in Server::value_variants() {
-            if let Some(row) = row(*server) {
-                line(
-                    text,
-                    workload.name,
-                    *server,
-                    &row,
-                    qemu.as_ref(),
-                    fio.as_ref(),
-                );
+/// The short tables: our daemon beside the others.
+pub(crate) fn summary(results: &Results) -> String {
+    let mut text = results
+        .machine()
+        .map_or_else(String::new, |machine| machine.sentence() + "\n");
+    for medium in Medium::value_variants()
+        .iter()
+        .filter(|medium| results.has(**medium))
+    {
+        text += &format!("\n### {}\n\n", title(*medium));
+        text += &row_of(
+            &[
+                "workload",
+                "requests/s (least-most)",
+                "× QEMU",
+                "× QEMU, io_uring",
+                "× QEMU, raw",
+                "× fio, raw",
+                "to reach",
+                "p50 µs",
+                "p99 µs",
+                "QEMU p50",
+                "QEMU p99",
+                "CPU µs",
+                "× QEMU",
+                "syscalls",
+                "QEMU",
+                "calls",
+                "MiB",
+                "QEMU",
+            ]
+            .map(str::to_owned),
+        );
+        text += &row_of(&["---"; 18].map(str::to_owned));
+        for workload in ALL {
+            if let Some(ours) = results.row(*medium, workload.name, Server::VdiVhost) {
+                text += &summary_row(results, *medium, workload.name, &ours);
             }
         }
     }
+    text + &starts(results)
 }
 
-fn line(
-    text: &mut String,
-    workload: &str,
-    server: Server,
-    row: &Row<'_>,
-    qemu: Option<&Row<'_>>,
-    fio: Option<&Row<'_>>,
-) {
-    let iops = row.median(|record| record.iops);
-    let (least, most) = row.range();
-    let cpu = row.median(|record| record.cpu_us);
-    let ratio = |of: f64, to: Option<f64>| {
-        to.map_or_else(|| "-".to_owned(), |to| format!("{:.2}", of / to))
+fn title(medium: Medium) -> &'static str {
+    match medium {
+        Medium::Tmpfs => "tmpfs: what the software costs",
+        Medium::Buffered => "a file system, through the page cache",
+        Medium::Direct => "the same file system past the page cache",
+    }
+}
+
+fn row_of(cells: &[String]) -> String {
+    format!("| {} |\n", cells.join(" | "))
+}
+
+fn summary_row(results: &Results, medium: Medium, workload: &str, ours: &Row<'_>) -> String {
+    let qemu = results.qemu(medium, workload);
+    let rate_beside = |other: Option<Row<'_>>| other.map(|other| ours.iops() / other.iops());
+    let of = |server| rate_beside(results.row(medium, workload, server));
+    let reached = Reached {
+        times_qemu: qemu.as_ref().map(|qemu| ours.iops() / qemu.iops()),
+        times_fio: rate_beside(results.fio(medium, workload)),
+        cpu_of_qemu: qemu.as_ref().map(|qemu| ours.cpu_us() / qemu.cpu_us()),
     };
-    let some =
-        |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
-    let mib = row.median_of_some(|record| record.resident_kib.map(mebibytes));
-    let name = server
-        .to_possible_value()
-        .map_or_else(String::new, |value| value.get_name().to_owned());
-    writeln!(
-        text,
-        "| {workload} | {name} | {iops:.0} ({least:.0}-{most:.0}) | {} | {} | {:.1} | {:.1} | {cpu:.2} | {} | {} | {} | {} |",
-        ratio(iops, qemu.map(|qemu| qemu.median(|record| record.iops))),
-        ratio(iops, fio.map(|fio| fio.median(|record| record.iops))),
-        row.median(|record| record.p50_us),
-        row.median(|record| record.p99_us),
-        ratio(cpu, qemu.map(|qemu| qemu.median(|record| record.cpu_us))),
-        some(row.median_of_some(|record| record.kicks)),
-        some(row.median_of_some(|record| record.calls)),
-        mib.map_or_else(|| "-".to_owned(), |mib| format!("{mib:.1}")),
-    )
-    .expect("strings grow");
+    let targets = targets::of(medium, workload);
+    let verdicts: Vec<_> = targets
+        .into_iter()
+        .map(|target| target.verdict(reached))
+        .collect();
+    let (least, most) = ours.range();
+    let qemus = |value: fn(&Row<'_>) -> f64| number(qemu.as_ref().map(value));
+    let qemu_server = if results.row(medium, workload, Server::QsdVdi).is_some() {
+        Server::QsdVdi
+    } else {
+        Server::QsdQcow2
+    };
+    row_of(&[
+        workload.to_owned(),
+        format!("{:.0} ({least:.0}-{most:.0})", ours.iops()),
+        ratio(reached.times_qemu),
+        ratio(of(Server::QsdVdiUring)),
+        ratio(of(Server::QsdRaw)),
+        ratio(reached.times_fio),
+        verdicts.join(", "),
+        number(Some(p50(ours))),
+        number(Some(p99(ours))),
+        qemus(p50),
+        qemus(p99),
+        number(Some(ours.cpu_us())),
+        ratio(reached.cpu_of_qemu),
+        ratio(results.syscalls(medium, workload, Server::VdiVhost)),
+        ratio(results.syscalls(medium, workload, qemu_server)),
+        ratio(ours.median_of_some(|load| load.calls)),
+        number(resident_mib(ours)),
+        number(qemu.as_ref().and_then(resident_mib)),
+    ])
+}
+
+fn p50(row: &Row<'_>) -> f64 {
+    row.median(|load| load.p50_us)
+}
+
+fn p99(row: &Row<'_>) -> f64 {
+    row.median(|load| load.p99_us)
+}
+
+/// Three digits that count.
+fn number(value: Option<f64>) -> String {
+    match value {
+        None => String::new(),
+        Some(value) if value >= 100.0 => format!("{value:.0}"),
+        Some(value) if value >= 10.0 => format!("{value:.1}"),
+        Some(value) => format!("{value:.2}"),
+    }
+}
+
+fn ratio(value: Option<f64>) -> String {
+    match value {
+        Some(value) if value >= 0.01 || value == 0.0 => number(Some(value)),
+        Some(value) => format!("{value:.4}"),
+        None => String::new(),
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "memory is far below 2^52 KiB")]
 fn mebibytes(kib: u64) -> f64 {
     kib as f64 / 1024.0
+}
+
+fn resident_mib(row: &Row<'_>) -> Option<f64> {
+    row.median_of_some(|load| load.resident_kib.map(mebibytes))
+}
+
+/// The table of starts.
+fn starts(results: &Results) -> String {
+    let mut text = String::new();
+    for (bytes, disk) in DISKS {
+        let time = |server| results.start(server, bytes, |start| start.first_reply_ms);
+        let memory = |server| results.start(server, bytes, |start| mebibytes(start.idle_kib));
+        let (Some(ms), Some(mib)) = (time(Server::VdiVhost), memory(Server::VdiVhost)) else {
+            continue;
+        };
+        let mut verdicts = Vec::new();
+        let verdict = |met: bool| if met { "met" } else { "**missed**" };
+        if disk == "2 TiB" {
+            verdicts.push(format!(
+                "{} ms: {}",
+                targets::START_MS,
+                verdict(ms <= targets::START_MS)
+            ));
+        }
+        let part = memory(Server::QsdVdi).map(|qemu| mib / qemu);
+        if let (Some(part), "4 GiB") = (part, disk) {
+            verdicts.push(format!(
+                "memory {} × QEMU: {}",
+                targets::IDLE_OF_QEMU,
+                verdict(part <= targets::IDLE_OF_QEMU)
+            ));
+        }
+        text += &row_of(&[
+            disk.to_owned(),
+            number(Some(ms)),
+            number(time(Server::QsdVdi)),
+            number(Some(mib)),
+            number(memory(Server::QsdVdi)),
+            ratio(part),
+            verdicts.join(", "),
+        ]);
+    }
+    if text.is_empty() {
+        return text;
+    }
+    let head = [
+        "empty disk of",
+        "ms to the first reply",
+        "QEMU",
+        "idle MiB",
+        "QEMU",
+        "× QEMU",
+        "to reach",
+    ];
+    let head = row_of(&head.map(str::to_owned)) + &row_of(&["---"; 7].map(str::to_owned));
+    format!("\n### Starting, and doing nothing\n\n{head}{text}")
+}
+
+/// The long tables: every server.
+pub(crate) fn details(results: &Results) -> String {
+    let mut text = String::new();
+    for medium in Medium::value_variants()
+        .iter()
+        .filter(|medium| results.has(**medium))
+    {
+        text += &format!("\n### {}, all servers\n\n", title(*medium));
+        text += &row_of(
+            &[
+                "workload",
+                "server",
+                "requests/s (least-most)",
+                "× QEMU",
+                "× fio",
+                "p50 µs",
+                "p99 µs",
+                "CPU µs",
+                "× QEMU",
+                "syscalls",
+                "kicks",
+                "calls",
+                "MiB",
+            ]
+            .map(str::to_owned),
+        );
+        text += &row_of(&["---"; 13].map(str::to_owned));
+        for workload in ALL {
+            for server in Server::value_variants() {
+                if let Some(row) = results.row(*medium, workload.name, *server) {
+                    text += &details_row(results, *medium, workload.name, *server, &row);
+                }
+            }
+        }
+    }
+    text
+}
+
+fn details_row(
+    results: &Results,
+    medium: Medium,
+    workload: &str,
+    server: Server,
+    row: &Row<'_>,
+) -> String {
+    let qemu = results.qemu(medium, workload);
+    let fio = results.fio(medium, workload);
+    let (least, most) = row.range();
+    row_of(&[
+        workload.to_owned(),
+        server
+            .to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_owned()),
+        format!("{:.0} ({least:.0}-{most:.0})", row.iops()),
+        ratio(qemu.as_ref().map(|qemu| row.iops() / qemu.iops())),
+        ratio(fio.map(|fio| row.iops() / fio.iops())),
+        number(Some(p50(row))),
+        number(Some(p99(row))),
+        number(Some(row.cpu_us())),
+        ratio(qemu.as_ref().map(|qemu| row.cpu_us() / qemu.cpu_us())),
+        ratio(results.syscalls(medium, workload, server)),
+        ratio(row.median_of_some(|load| load.kicks)),
+        ratio(row.median_of_some(|load| load.calls)),
+        number(resident_mib(row)),
+    ])
+}
+
+/// All tables.
+pub(crate) fn whole(results: &Results) -> String {
+    summary(results) + &details(results)
 }

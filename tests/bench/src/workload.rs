@@ -76,14 +76,16 @@ impl Workload {
         self.order == Order::OnceEachBlock
     }
 
-    /// Whether this server can do it: QEMU has no chains of VDI images, and fio discards no parts of files.
+    /// Whether this server can do it: QEMU has no chains of VDI images, fio no discards of parts of files and no calls.
     pub(crate) fn suits(&self, server: Server) -> bool {
         match (self.disk, server) {
             (_, Server::VdiVhost | Server::Other) => true,
-            (Disk::Chain, Server::Fio) => true,
-            (Disk::Chain | Disk::FreshChain, server) => server == Server::QsdQcow2,
-            (Disk::Refilled, Server::Fio) | (_, Server::QsdQcow2) => false,
-            (_, Server::QsdVdi | Server::QsdVdiUring | Server::QsdRaw | Server::Fio) => true,
+            (Disk::Chain | Disk::FreshChain, Server::QsdQcow2) => true,
+            (Disk::Refilled | Disk::FreshChain, Server::Fio) | (_, Server::QsdQcow2) => false,
+            (_, Server::Fio) => self.waiting != Waiting::Calls,
+            (disk, Server::QsdVdi | Server::QsdVdiUring | Server::QsdRaw) => {
+                !matches!(disk, Disk::Chain | Disk::FreshChain)
+            }
         }
     }
 
@@ -159,7 +161,6 @@ pub(crate) const ALL: &[Workload] = &[
     READ_QD32.two_queues("randread-4k-qd32-2q"),
     READ_QD32.calls("").two_queues("randread-4k-qd32-2q-calls"),
     WRITE_QD32,
-    WRITE_QD32.calls("randwrite-4k-qd32-calls"),
     load("mixed-4k-qd32", Mixed, Random, K4, 32),
     load("seqread-128k-qd8", Read, Sequential, K128, 8),
     load("seqread-1m-qd8", Read, Sequential, M1, 8),
