@@ -35,14 +35,18 @@ const GAP: f64 = 22.0;
 
 /// A picture of all media.
 pub(crate) fn draw(results: &Results) -> String {
-    let rows: Vec<_> = ALL.iter().filter(|workload| is_shown(workload)).collect();
+    let measured = |workload: &&Workload| {
+        let on = |(medium, _)| results.qemu(medium, workload.name).is_some();
+        is_shown(workload) && MEDIA.into_iter().any(on)
+    };
+    let rows: Vec<_> = ALL.iter().filter(measured).collect();
     let panel = f64::from(OCTAVES.1 - OCTAVES.0) * OCTAVE;
     let width = LEFT + 3.0 * (panel + GAP);
     let bottom = TOP + rows.len() as f64 * ROW;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {}\" font-family=\"sans-serif\" font-size=\"11\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n",
-        bottom + 36.0
+        bottom + 52.0
     );
     let mut put = |line: String| writeln!(svg, "{line}").expect("strings grow");
     put(text(
@@ -72,13 +76,10 @@ pub(crate) fn draw(results: &Results) -> String {
         }
     }
     if let Some(machine) = results.machine() {
-        put(text(
-            8.0,
-            bottom + 30.0,
-            "start",
-            &machine.sentence(),
-            "normal",
-        ));
+        for (nth, half) in machine.sentence().split("; ").enumerate() {
+            let y = bottom + 30.0 + 14.0 * nth as f64;
+            put(text(8.0, y, "start", half, "normal"));
+        }
     }
     svg + "</svg>\n"
 }

@@ -73,6 +73,7 @@ fn arguments(workload: &Workload, file: &Path, direct: bool, measured: Duration)
         "--fallocate=none".to_owned(),
         "--norandommap=1".to_owned(),
         "--randrepeat=0".to_owned(),
+        "--invalidate=0".to_owned(),
         "--rwmixread=70".to_owned(),
         format!("--filename={}", file.display()),
         format!("--rw={order}"),

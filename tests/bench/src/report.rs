@@ -127,6 +127,7 @@ fn number(value: Option<f64>) -> String {
 
 fn ratio(value: Option<f64>) -> String {
     match value {
+        Some(value) if !value.is_finite() => String::new(),
         Some(value) if value >= 0.01 || value == 0.0 => number(Some(value)),
         Some(value) => format!("{value:.4}"),
         None => String::new(),
