@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use vdi_tests::corpus::corpus;
 use vdi_tests::image::{field, write_to};
-use vdi_tests::images::corpus;
 use vdi_tests::tool::vdi;
 use vdi_tests::words;
 

@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use vdi_core::check::{Finding, LISTED_PER_KIND, Report, Severity, check};
 use vdi_core::{Access, Disk, HostFile, Locking, OpenError};
-use vdi_tests::images::{FREE, ImageBuilder, ZERO, image, sha256_of_file};
+use vdi_tests::builder::{FREE, ImageBuilder, ZERO, image};
+use vdi_tests::corpus::sha256_of_file;
 use vdi_tests::tool::{settle, vdi};
 use vdi_tests::words;
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tempfile::TempDir;
-use vdi_tests::images::image;
+use vdi_tests::builder::image;
 use vdi_tests::tool::{program, spawn, vdi};
 use vdi_tests::words;
 
@@ -318,7 +318,7 @@ fn a_reader_that_goes_away_is_no_crash() {
     let path = directory.path().join("a.vdi");
     let mut checkered = image().with_blocks(60_000);
     for block in (6..60_000).step_by(2) {
-        checkered = checkered.with_entry(block, vdi_tests::images::ZERO);
+        checkered = checkered.with_entry(block, vdi_tests::builder::ZERO);
     }
     checkered.write(&path);
     let mut child = Command::new(program("vdi"))

@@ -18,7 +18,8 @@ use vdi_core::{
     Access, ChainOptions, Disk, Locking, ModifiedParent, OpenError, Sector, Source, Storage,
     find_chain,
 };
-use vdi_tests::images::{Contents, CorpusImage, Entry, MIB, corpus, sha256_of_file};
+use vdi_tests::corpus::{Contents, CorpusImage, Entry, corpus, sha256_of_file};
+use vdi_tests::image::MIB;
 use vdi_tests::tool::{settle, vdi};
 use vdi_tests::words;
 

@@ -23,7 +23,7 @@ use vdi_core::check::{Severity, check};
 use vdi_core::convert::{self, CopyOptions, Destination, End, RawDisk, Sharing};
 use vdi_core::repair::{BlockPlan, Unreadable, apply, plan};
 use vdi_core::{Access, Disk, ModifiedParent, Source, Storage, Threads, Zeroing};
-use vdi_tests::images::ZERO;
+use vdi_tests::builder::ZERO;
 use vdi_tests::random::Random;
 use vdi_tests::simulated::{Contents, Layout, SimulatedFile, for_each_seed, percent};
 

@@ -17,7 +17,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, NewKind, create};
-use vdi_tests::images::{Case, corpus, image};
+use vdi_tests::builder::image;
+use vdi_tests::corpus::{Case, corpus};
 use vdi_tests::tool::{qemu_img, qemu_io, settle, spawn, vdi};
 use vdi_tests::words;
 

@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use vdi_tests::builder::{FREE, image};
+use vdi_tests::corpus::corpus;
 use vdi_tests::image::{are_zeros, field, write_to};
-use vdi_tests::images::{FREE, corpus, image};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
 use vdi_tests::tool::{Answer, qemu_img, qemu_io, vdi};
@@ -41,6 +42,11 @@ fn append(path: &Path, bytes: &[u8]) {
 fn header(path: &Path) -> Value {
     let info = vdi(words!["info", "--json", path]).expect_code(0).json();
     info["format-specific"]["data"]["header"].clone()
+}
+
+fn set_len(path: &Path, len: u64) {
+    let file = fs::File::options().write(true).open(path).unwrap();
+    file.set_len(len).unwrap();
 }
 
 fn number(path: &Path, name: &str) -> u64 {
@@ -355,6 +361,41 @@ fn a_block_that_is_away_is_read_by_everybody_and_brought_home() {
     resize(&path, &["200M"]).expect_code(0);
     expected.resize(200 << 20, 0);
     assert_reads(&path, &expected);
+}
+
+/// QEMU rounds `disk_size` up to sectors, so it may want a number for a block that has no sector here: no block may be away.
+#[test]
+fn an_image_whose_size_is_odd_is_never_taken_for_full() {
+    const BLOCKS: u32 = 32 << 10;
+    const BLOCK: u64 = 128 << 10;
+    let (_directory, path) = scratch();
+    let size = u64::from(BLOCKS) * BLOCK;
+    vdi(words![
+        "create",
+        "--block-size",
+        "128k",
+        path,
+        (size + 512).to_string()
+    ])
+    .expect_code(0);
+    let map = number(&path, "offset-bmap");
+    let data = map + 4 * u64::from(BLOCKS + 1);
+    patch(&path, 0x158, &u32::try_from(data).unwrap().to_le_bytes());
+    patch(&path, 0x170, &(size + 64).to_le_bytes());
+    patch(&path, 0x184, &BLOCKS.to_le_bytes());
+    let entries: Vec<u8> = (0..BLOCKS).flat_map(u32::to_le_bytes).collect();
+    patch(&path, map, &entries);
+    set_len(&path, data + size);
+    let found = vdi(words!["check", path]).expect_code(0);
+    assert!(found.out.contains("no multiple of 512"), "{found:#?}");
+
+    let refused = resize(&path, &["6G"]).expect_code(1);
+    assert!(refused.err.contains("no multiple of 512"), "{refused:#?}");
+    // One block too far, as if a growth had been stopped.
+    patch(&path, map, &(BLOCKS + 1).to_le_bytes());
+    set_len(&path, data + size + 2 * BLOCK);
+    let refused = vdi(words!["map", path]).expect_code(1);
+    assert!(refused.err.contains("file block 32769"), "{refused:#?}");
 }
 
 /// Blocks that nobody owns would be counted for good, and take numbers that moved blocks need.

@@ -7,9 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vdi_core::{Access, ChainOptions, Disk, Locking, ModifiedParent, Source, Storage, find_chain};
+use vdi_tests::corpus::{CorpusImage, corpus, sha256_of_file};
 use vdi_tests::driver::{Driver, Options};
 use vdi_tests::image::MIB;
-use vdi_tests::images::{CorpusImage, corpus, sha256_of_file};
 use vdi_tests::server::{Launch, scratch};
 use vdi_tests::tool::settle;
 

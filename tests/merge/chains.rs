@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
-use vdi_tests::images::{Case, Contents, MIB, corpus};
+use vdi_tests::corpus::{Case, Contents, corpus};
+use vdi_tests::image::MIB;
 use vdi_tests::tool::{qemu_img, vdi};
 use vdi_tests::words;
 

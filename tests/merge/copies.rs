@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use vdi_tests::images::{MIB, image};
+use vdi_tests::builder::image;
+use vdi_tests::image::MIB;
 use vdi_tests::tool::{Answer, qemu_img, vdi};
 use vdi_tests::words;
 

@@ -1,11 +1,12 @@
 //! Helpers for the tests: what builds images, drives the daemon and boots guests.
 
+pub mod builder;
+pub mod corpus;
 pub mod counts;
 pub mod driver;
 pub mod fuzz;
 pub mod guest;
 pub mod image;
-pub mod images;
 pub mod load;
 pub mod page_cache;
 pub mod qemu;

@@ -94,6 +94,12 @@ impl Launch {
         launch.args(["--blockdev", &blockdev, "--export", &export])
     }
 
+    /// The daemon from another place.
+    #[must_use]
+    pub fn installed(program: &Path) -> Self {
+        Self::program(program.to_owned())
+    }
+
     fn program(program: PathBuf) -> Self {
         let directory = tempfile::tempdir().expect("a directory can be made");
         let socket = directory.path().join("socket");
@@ -387,6 +393,18 @@ fn target_directory() -> PathBuf {
 }
 
 /// Whether somebody listens on the socket; a connection would be one more that the daemon serves.
+/// Waits until somebody listens there.
+///
+/// # Panics
+/// If nobody does in time.
+pub fn wait_for_listener(socket: &Path) {
+    let deadline = Instant::now() + PATIENCE;
+    while !listens(socket) {
+        assert!(Instant::now() < deadline, "nobody listens");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 fn listens(socket: &Path) -> bool {
     const LISTENING: &str = "00010000"; // __SO_ACCEPTCON, in the column of flags
     let is_socket = fs::metadata(socket).is_ok_and(|meta| meta.file_type().is_socket());

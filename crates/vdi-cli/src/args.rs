@@ -67,6 +67,7 @@ pub(crate) enum Verb {
     Compare(CompareArgs),
     Clone(CloneArgs),
     Completions(CompletionsArgs),
+    Man(ManArgs),
 }
 
 /// Make an empty image
@@ -520,6 +521,16 @@ Examples:
 pub(crate) struct CompletionsArgs {
     /// The shell
     pub(crate) shell: Shell,
+}
+
+/// Write the manual pages, one for each verb
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vdi man ~/.local/share/man/man1")]
+pub(crate) struct ManArgs {
+    /// An existing directory
+    pub(crate) directory: PathBuf,
 }
 
 fn block_size(text: &str) -> Result<u32, String> {

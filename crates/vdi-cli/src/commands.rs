@@ -41,7 +41,7 @@ use vdi_core::{
 };
 
 use crate::args::{
-    ChainArgs, Cli, CompletionsArgs, CreateArgs, Format, LayoutArgs, OpenArgs, Verb,
+    ChainArgs, Cli, CompletionsArgs, CreateArgs, Format, LayoutArgs, ManArgs, OpenArgs, Verb,
 };
 use crate::daemon::DaemonError;
 use crate::new_file::{Existing, NewFile, NewFileError};
@@ -76,6 +76,8 @@ pub(crate) enum Failure {
     },
     #[error("cannot repair {}", path.display())]
     Repair { path: PathBuf, source: ApplyError },
+    #[error("cannot write manual pages into {}", path.display())]
+    Man { path: PathBuf, source: io::Error },
     #[error("cannot create {}", path.display())]
     Create { path: PathBuf, source: CreateError },
     #[error("cannot create {}", path.display())]
@@ -160,6 +162,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Compare(args) => compare::compare(&args),
         Verb::Clone(args) => clone::clone(&args),
         Verb::Completions(args) => completions(&args),
+        Verb::Man(args) => man(&args),
     }
 }
 
@@ -188,6 +191,14 @@ fn completions(args: &CompletionsArgs) -> Result<ExitCode, Failure> {
     let mut out = output();
     out.write_all(&script)?;
     done(out, ExitCode::SUCCESS)
+}
+
+fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
+    clap_mangen::generate_to(Cli::command(), &args.directory).map_err(|source| Failure::Man {
+        path: args.directory.clone(),
+        source,
+    })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Opens a disk of some format for reading.

@@ -255,7 +255,7 @@ struct Judge {
     whole: u64,
     /// The first block that is away.
     away: Option<MapError>,
-    /// Some block of the disk has no storage.
+    /// Some block of the disk has no storage, here or in QEMU.
     has_open: bool,
 }
 
@@ -271,7 +271,7 @@ impl Judge {
             header: header.clone(),
             whole,
             away: None,
-            has_open: false,
+            has_open: header.ends_in_a_block_of_qemu(),
         }
     }
 

@@ -122,6 +122,13 @@ impl Header {
         Capacity::from_bytes_rounded_down(self.raw.disk_size.get())
     }
 
+    /// Whether a partial last sector, which QEMU rounds up, is in a block that no whole sector is in: it has no storage
+    /// here, and QEMU may give it some.
+    pub(crate) fn ends_in_a_block_of_qemu(&self) -> bool {
+        let blocks_for = |bytes| self.block_size.blocks_for(bytes);
+        blocks_for(self.raw.disk_size.get()) > blocks_for(self.capacity().bytes())
+    }
+
     /// Bytes of disk contents in a block.
     pub const fn block_size(&self) -> BlockSize {
         self.block_size

@@ -146,6 +146,11 @@ pub enum ResizeError {
          {most} bytes, which its map of {blocks_in_image} entries reaches; convert it first"
     )]
     Version0 { most: u64, blocks_in_image: u32 },
+    #[error(
+        "disk_size {disk_size} is no multiple of 512, and its map must move while every block of the disk has storage, \
+         but its last bytes are in a block that has none; convert it"
+    )]
+    OddSize { disk_size: u64 },
     #[error("a disk has at least one sector")]
     Empty,
     #[error("the map has entries with data beyond the end of the disk; run `vdi check`")]

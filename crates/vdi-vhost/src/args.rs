@@ -4,7 +4,9 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Parser, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap_complete::Shell;
 
 use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
 use crate::engine::EngineChoice;
@@ -14,11 +16,14 @@ const MAX_QUEUES: u16 = 256;
 
 /// Serves a VirtualBox VDI image to a virtual machine as a vhost-user-blk device.
 ///
+/// It is started by hand, by a management program (QEMU's conventions), or by systemd: then it takes over the sockets of a socket
+/// unit (one for front ends, and one called `control` with FileDescriptorName=), says when it is ready and serves the watchdog.
+///
 /// SIGTERM and SIGINT end it: requests in flight are finished and the image is closed clean. Exit code 0: ended so, or the
 /// only connection (--fd) ended. 1: it could not start or go on. 2: wrong usage.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
-#[command(group(ArgGroup::new("door").required(true).args(["socket_path", "fd"])))]
+#[command(group(ArgGroup::new("door").args(["socket_path", "fd"])))]
 pub(crate) struct Args {
     /// Where front ends connect; one is served after the other.
     #[arg(long, value_name = "PATH")]
@@ -91,6 +96,14 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = Sandboxing::On)]
     pub(crate) sandbox: Sandboxing,
 
+    /// How the log is written to standard error.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+
+    /// Print the manual page, or completions for a shell, and exit.
+    #[arg(long, value_enum, value_name = "WHAT", exclusive = true)]
+    pub(crate) generate: Option<Page>,
+
     /// Print what this program can do as JSON and exit, whatever else is said.
     #[arg(long)]
     pub(crate) print_capabilities: bool,
@@ -103,6 +116,28 @@ pub(crate) enum Sandboxing {
     On,
     /// None of that, for finding out what it breaks.
     Off,
+}
+
+/// The form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines for people; for systemd's journal (JOURNAL_STREAM) with priorities and without times.
+    Text,
+    /// One object in a line.
+    Json,
+}
+
+/// What is printed about the program itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Page {
+    /// The manual page, vdi-vhost(1).
+    Man,
+    /// Completions for bash.
+    Bash,
+    /// Completions for zsh.
+    Zsh,
+    /// Completions for fish.
+    Fish,
 }
 
 /// The role of the host's page cache.
@@ -130,6 +165,50 @@ pub(crate) fn asks_for_capabilities(args: impl IntoIterator<Item = OsString>) ->
         .any(|arg| arg == "--print-capabilities")
 }
 
+/// What the command line asks for.
+pub(crate) enum Asked {
+    /// A disk is to be served.
+    Serve(Args),
+    /// A page is to be printed.
+    Print(Vec<u8>),
+}
+
+/// Reads the command line. Ends the process if it makes no sense.
+pub(crate) fn parse() -> Asked {
+    let mut command = Args::command();
+    let matches = command.get_matches_mut();
+    if let Some(page) = matches.get_one::<Page>("generate") {
+        return Asked::Print(page.make(command));
+    }
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let has_door = args.socket_path.is_some() || args.fd.is_some();
+    if !has_door && std::env::var_os("LISTEN_FDS").is_none() {
+        let missing = "there is nothing to serve on; give --socket-path PATH or --fd FDNUM, or start it by a socket unit";
+        command
+            .error(ErrorKind::MissingRequiredArgument, missing)
+            .exit();
+    }
+    Asked::Serve(args)
+}
+
+impl Page {
+    fn make(self, mut command: clap::Command) -> Vec<u8> {
+        let mut page = Vec::new();
+        let shell = match self {
+            Self::Man => {
+                let man = clap_mangen::Man::new(command);
+                man.render(&mut page).expect("a Vec takes everything");
+                return page;
+            }
+            Self::Bash => Shell::Bash,
+            Self::Zsh => Shell::Zsh,
+            Self::Fish => Shell::Fish,
+        };
+        clap_complete::generate(shell, &mut command, "vdi-vhost", &mut page);
+        page
+    }
+}
+
 fn parse_serial(text: &str) -> Result<Serial, String> {
     Serial::new(text).ok_or_else(|| format!("at most {SERIAL_BYTES} printable ASCII characters"))
 }
@@ -149,10 +228,11 @@ mod tests {
     }
 
     #[test]
-    fn exactly_one_door_is_given() {
+    fn one_door_is_given_at_most() {
         assert!(parse("vdi-vhost --blk-file a.vdi --socket-path s").is_ok());
         assert!(parse("vdi-vhost --blk-file a.vdi --fd=3").is_ok());
-        assert!(parse("vdi-vhost --blk-file a.vdi").is_err());
+        // By a socket unit.
+        assert!(parse("vdi-vhost --blk-file a.vdi").is_ok());
         assert!(parse("vdi-vhost --blk-file a.vdi --fd=3 --socket-path s").is_err());
     }
 

@@ -29,8 +29,9 @@ use crate::device::Device;
 use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
 use crate::engine::EngineChoice;
+use crate::fault;
 use crate::memory::{self, Memory, MemoryError, Region};
-use crate::rings::{Addresses, RingError, Rings};
+use crate::rings::{Addresses, Lost, RingError, Rings};
 use crate::sandbox::Sandbox;
 use crate::tracking::{Tracking, TrackingError};
 use crate::turn::{GrowError, Opened, Turn, TurnError};
@@ -44,6 +45,8 @@ pub(crate) struct Backend {
     sandbox: Sandbox,
     complaints: Arc<Complaints>,
     rings: Rings,
+    /// Faults in shared memory before this session.
+    faults: u64,
     /// Where the front end hears of changes, if it wants to.
     channel: Option<Channel>,
     /// Where the front end wants writes to be marked, once VHOST_F_LOG_ALL is accepted.
@@ -137,6 +140,7 @@ impl Backend {
             sandbox,
             complaints: Arc::default(),
             rings,
+            faults: fault::count(),
             channel: None,
             log: None,
             loading: None,
@@ -231,12 +235,19 @@ impl Backend {
         Ok(self.rings.set_log(wanted)?)
     }
 
+    /// What the front end took back of what it shares, if it is in use.
+    pub(crate) fn lost_memory(&self) -> Option<Lost> {
+        let gone = || (fault::count() != self.faults).then_some(Lost::Gone);
+        self.rings.cut().or_else(gone)
+    }
+
     /// The front end is gone: answers what is in flight, then forgets it.
     pub(crate) fn end_session(&mut self) -> std::result::Result<(), RingError> {
         self.rings.reset()?;
         (self.log, self.loading) = (None, None);
         self.channel = None;
         self.rings.set_memory(Memory::new(), Takeover::WhenIdle)?;
+        self.faults = fault::count();
         self.device.forget_features();
         Ok(())
     }

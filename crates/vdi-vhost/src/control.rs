@@ -38,7 +38,7 @@ const LONGEST_LINE: u64 = 4096;
 pub(crate) struct ControlSocket {
     listener: UnixListener,
     image: PathBuf,
-    _file: SocketFile,
+    _file: Option<SocketFile>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -87,10 +87,18 @@ impl ControlSocket {
     pub(crate) fn listen(path: &Path, image: &Path) -> Result<Self, SocketError> {
         let (file, listener) = SocketFile::listen(path)?;
         Ok(Self {
+            _file: Some(file),
+            ..Self::on(listener, image)
+        })
+    }
+
+    /// Listens on a socket that somebody else made.
+    pub(crate) fn on(listener: UnixListener, image: &Path) -> Self {
+        Self {
             listener,
             image: image.to_owned(),
-            _file: file,
-        })
+            _file: None,
+        }
     }
 
     /// Becomes readable when somebody connects.

@@ -37,6 +37,11 @@ impl DirtyLog {
         Region::map(&region, file).map(|bitmap| Self { bitmap })
     }
 
+    /// The memory that it lies in.
+    pub(crate) fn region(&self) -> &Region {
+        &self.bitmap
+    }
+
     /// How many bytes of guest memory, from address 0 on, it has bits for.
     pub(crate) fn covers(&self) -> u64 {
         self.bitmap.len().saturating_mul(8 * PAGE)

@@ -10,7 +10,7 @@
 //! |<--- page cache ------>|<--- O_DIRECT -------------------
 //! ```
 //!
-//! Source: open(2), section on O_DIRECT ("applications should avoid mixing").
+//! Sources: open(2), section on O_DIRECT ("applications should avoid mixing"); preadv2(2) (RWF_NOWAIT).
 
 use std::fs::File;
 use std::io;
@@ -19,10 +19,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use vdi_core::units::DataArea;
 use vdi_core::{Access, FileOffset, HostFile};
 
-use crate::ring::{DirectAlignment, direct_alignment};
+use crate::ring::{DirectAlignment, can_read_cached, direct_alignment};
 
 /// The page cache's unit.
 const PAGE: u64 = 4096;
@@ -30,10 +31,22 @@ const PAGE: u64 = 4096;
 /// The largest offset alignment that guests can meet, who write in sectors.
 const SECTOR: u64 = 512;
 
+/// How bytes that lie in the host's memory are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reads {
+    /// At once: the file system has no other place for them (tmpfs).
+    Now,
+    /// At once if the page cache has them, which the kernel tells (RWF_NOWAIT).
+    IfCached,
+    /// Like all others: past the page cache, or the file system cannot tell.
+    Queued,
+}
+
 /// The open image, as data is read and written.
 #[derive(Debug)]
 pub(crate) struct ImageFile {
     buffered: Arc<File>,
+    reads: Reads,
     direct: Option<Direct>,
 }
 
@@ -53,6 +66,8 @@ pub(crate) struct Route {
     pub(crate) len_bytes: u64,
     /// What O_DIRECT asks of buffers; `None` for the page cache.
     pub(crate) alignment: Option<usize>,
+    /// How it is read.
+    pub(crate) reads: Reads,
 }
 
 /// Why `--cache direct` cannot be had.
@@ -89,6 +104,7 @@ impl ImageFile {
     /// All I/O goes through the page cache.
     pub(crate) fn buffered(file: File) -> Self {
         Self {
+            reads: reads_of(&file),
             buffered: Arc::new(file),
             direct: None,
         }
@@ -117,6 +133,7 @@ impl ImageFile {
             memory_alignment: alignment.memory,
         };
         Ok(Self {
+            reads: Reads::Queued,
             buffered: Arc::new(file),
             direct: Some(direct),
         })
@@ -129,16 +146,19 @@ impl ImageFile {
                 file: Arc::clone(&self.buffered),
                 len_bytes,
                 alignment: None,
+                reads: self.reads,
             },
             Some(direct) if at.0 >= direct.floor => Route {
                 file: Arc::clone(&direct.file),
                 len_bytes,
                 alignment: Some(direct.memory_alignment),
+                reads: self.reads,
             },
             Some(direct) => Route {
                 file: Arc::clone(&self.buffered),
                 len_bytes: len_bytes.min(direct.floor - at.0),
                 alignment: None,
+                reads: self.reads,
             },
         }
     }
@@ -153,6 +173,15 @@ impl ImageFile {
     pub(crate) fn file_for_syncs(&self) -> Arc<File> {
         let path = format!("/proc/self/fd/{}", self.buffered.as_raw_fd());
         File::open(path).map_or_else(|_| Arc::clone(&self.buffered), Arc::new)
+    }
+}
+
+/// How the bytes of a file that the page cache has are read.
+fn reads_of(file: &File) -> Reads {
+    match fstatfs(file) {
+        Ok(stat) if stat.filesystem_type() == TMPFS_MAGIC => Reads::Now,
+        Ok(_) | Err(_) if can_read_cached(file) => Reads::IfCached,
+        Ok(_) | Err(_) => Reads::Queued,
     }
 }
 
@@ -207,6 +236,7 @@ mod tests {
         };
         let image = ImageFile {
             buffered: file(),
+            reads: Reads::Queued,
             direct: Some(direct),
         };
         let below = image.route(FileOffset(0x1200), 0x10000);

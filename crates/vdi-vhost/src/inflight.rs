@@ -26,9 +26,10 @@ use vdi_core::{
 use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::engine::Engine;
+use crate::fault;
 use crate::image_file::ImageFile;
 use crate::request::{Reply, Request, Segment, Segments, Status};
-use crate::ring::GuestBuffer;
+use crate::ring::{GuestBuffer, read_now};
 use crate::transfer::{Operation, Transfer};
 
 /// Sectors of a request that are mapped, reserved or zeroed in one step: 16 MiB, four times what Linux sends at most
@@ -40,6 +41,9 @@ const ZEROS_WINDOW_SECTORS: u64 = (1 << 30) / 512;
 
 /// Transfers of one request at a time: enough to keep storage busy, and a bound on what one request can hold.
 const TRANSFERS_PER_REQUEST: u32 = 16;
+
+/// Bytes that are read inline in one turn, so that no answer waits long for the copying of others: a tenth of a millisecond or two.
+pub(crate) const INLINE_BYTES: u64 = 1 << 20;
 
 /// A request: its queue and the head of its chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +82,8 @@ pub(crate) struct Context {
     pub(crate) device: Arc<Device>,
     /// Moves the data.
     pub(crate) engine: Engine,
+    /// Bytes that may still be read in this turn without the engine.
+    pub(crate) inline_left: u64,
     /// Says what is wrong.
     pub(crate) complaints: Arc<Complaints>,
     /// Wakes the worker when parked requests should be tried again.
@@ -111,9 +117,34 @@ pub(crate) enum Failure {
     /// Data could not be moved.
     #[error("cannot read or write the image's data")]
     Data(#[source] io::Error),
+    /// There is no memory (any more) to move them from or to.
+    #[error("cannot access the guest's memory")]
+    Memory(#[source] io::Error),
     /// The image refuses the change.
     #[error("cannot change the image")]
     Image(#[source] Arc<WriteError>),
+}
+
+impl Failure {
+    fn of_transfer(error: io::Error) -> Self {
+        if error.raw_os_error() == Some(libc::EFAULT) {
+            fault::suspect();
+            Self::Memory(error)
+        } else {
+            Self::Data(error)
+        }
+    }
+
+    /// Says it, as the host's doing or the front end's.
+    pub(crate) fn tell(&self, complaints: &Complaints) {
+        let why = crate::chain_of(self);
+        match self {
+            Self::Data(_) | Self::Image(_) => {
+                complaints.error(format_args!("a request failed: {why}"))
+            }
+            Self::Memory(_) => complaints.warn(format_args!("a request failed: {why}")),
+        }
+    }
 }
 
 /// A request that was taken and not answered yet.
@@ -230,7 +261,11 @@ impl Active {
                 active.go_on(context)
             }
             Request::Write { range, from } => {
-                let change = match context.device.zeroing_of(&from) {
+                let how = context.device.zeroing_of(&from);
+                if from.is_lost() {
+                    return (active, Next::Answer(Status::IoError, 0)); // F2
+                }
+                let change = match how {
                     Some(how) => Change::Zeros {
                         rest: Segments::from_elem(Segment { range, how }, 1),
                     },
@@ -269,7 +304,7 @@ impl Active {
     pub(crate) fn transferred(&mut self, result: io::Result<()>, context: &mut Context) -> Next {
         self.outstanding -= 1;
         if let Err(error) = result {
-            self.failure.get_or_insert(Failure::Data(error));
+            self.failure.get_or_insert(Failure::of_transfer(error));
         }
         if self.outstanding > 0 {
             return Next::Wait;
@@ -306,6 +341,11 @@ impl Active {
             return self.make_durable(context);
         }
         Next::Answer(Status::Ok, 0)
+    }
+
+    /// Lets go of what was reserved for data that are not the guest's.
+    pub(crate) fn abandon(&mut self) -> Next {
+        self.give_up()
     }
 
     /// The duty to answer, and what went wrong on our side.
@@ -540,14 +580,24 @@ impl Context {
         let mut count = 0;
         while buffer.len() > 0 {
             let route = self.images[depth].route(at, buffer.len());
-            let part = buffer.split_front(route.len_bytes);
+            let mut part = buffer.split_front(route.len_bytes);
+            let mut start = at;
+            at = at.plus(route.len_bytes);
+            if operation == Operation::Read && part.len() <= self.inline_left {
+                read_now(&route.file, route.reads, start.0, &mut part);
+                let done = route.len_bytes - part.len();
+                self.inline_left -= done;
+                start = start.plus(done);
+            }
+            if part.len() == 0 {
+                continue;
+            }
             // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost
             // half.
             let inline = operation == Operation::Write && route.alignment.is_none();
             let (token, align) = (key.token(), route.alignment);
-            let transfer = Transfer::data(token, operation, route.file, at.0, part, align);
+            let transfer = Transfer::data(token, operation, route.file, start.0, part, align);
             self.engine.start(transfer, inline);
-            at = at.plus(route.len_bytes);
             count += 1;
         }
         count

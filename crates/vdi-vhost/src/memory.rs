@@ -7,12 +7,13 @@
 //!
 //! - **M1** Regions do not overlap, neither in guest-physical nor in front-end addresses, and no region's
 //!   end overflows.
-//! - **M2** A region's file was large enough for it when it was mapped. A front end that shrinks the file
-//!   later hurts only its own guest (SIGBUS ends this process, which serves that guest alone).
+//! - **M2** A region's file was large enough for it when it was mapped. A front end that shrinks the file later ends its
+//!   own session, and nothing else (`fault`): a region that is lost ([`Region::is_lost`]) may read as zeros.
 //!
 //! Source: vhost-user protocol, "Memory region description".
 
 use std::fs::File;
+use std::io;
 use std::os::linux::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -24,6 +25,8 @@ use vm_memory::{
     GuestRegionCollection, GuestUsize, MemoryRegionAddress, MmapRegion, VolatileMemory,
     VolatileSlice,
 };
+
+use crate::fault::{self, Watch};
 
 /// Most regions at once: what vhost in the kernel allows, so front ends already live with it.
 pub(crate) const MAX_REGIONS: usize = 509;
@@ -37,6 +40,10 @@ pub(crate) type Memory = GuestRegionCollection<Region>;
 /// mapping only at a multiple of the (huge) page size.
 #[derive(Debug)]
 pub(crate) struct Region {
+    /// Ends before the mapping does.
+    _watch: Watch,
+    /// Pages that had been replaced when it was mapped.
+    faults: u64,
     mapping: MmapRegion<()>,
     /// Bytes of the mapping before the region.
     skip: usize,
@@ -70,12 +77,15 @@ pub(crate) enum MemoryError {
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// Every mapping is watched.
+    #[error("the memory region at {base:#x} is one mapping too many")]
+    TooManyMappings { base: u64 },
     /// The kernel refused.
     #[error("cannot examine the file of the memory region at {base:#x}")]
     Examine {
         base: u64,
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
@@ -113,21 +123,44 @@ impl Region {
         let page = metadata.st_blksize().max(4096);
         let skip = mmap_offset % page;
         let map_len = (memory_size + skip).checked_next_multiple_of(page);
-        let Some(Ok(map_len)) = map_len.map(usize::try_from) else {
+        let map_len = map_len.map(usize::try_from);
+        let sizes = (map_len, usize::try_from(page), usize::try_from(skip));
+        let (Some(Ok(map_len)), Ok(page_len), Ok(skip_len)) = sizes else {
             return Err(overflow);
         };
+        let faults = fault::count();
         let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset - skip), map_len)
             .map_err(|source| MemoryError::Map {
                 base: guest_phys_addr,
                 source,
             })?;
+        let start = mapping.as_ptr() as usize;
+        let watch = Watch::over(start..start + map_len, page_len);
         Ok(Self {
+            _watch: watch.ok_or(MemoryError::TooManyMappings {
+                base: guest_phys_addr,
+            })?,
+            faults,
             mapping,
-            skip: usize::try_from(skip).map_err(|_| overflow)?,
+            skip: skip_len,
             len,
             guest_base: GuestAddress(guest_phys_addr),
             front_end_base: user_addr,
         })
+    }
+
+    /// Whether this memory, or other memory of the same front end, is not what it was when it was mapped: zeros may have
+    /// taken its place.
+    pub(crate) fn is_lost(&self) -> bool {
+        fault::count() != self.faults
+    }
+
+    /// How many bytes the file has, if the region reaches beyond them.
+    pub(crate) fn cut_at(&self) -> Option<u64> {
+        let file = self.mapping.file_offset()?;
+        let end = file.start() + (self.skip + self.len) as u64;
+        let file_len = file.file().metadata().ok()?.st_size();
+        (file_len < end).then_some(file_len)
     }
 
     fn overlaps(&self, other: &Self) -> bool {
@@ -231,6 +264,12 @@ pub(crate) fn without_region(
             .map_err(|_| MemoryError::NoSuchRegion { base, len }),
         _ => Err(MemoryError::NoSuchRegion { base, len }),
     }
+}
+
+/// Whether zeros may have taken the place of what the front end shares.
+pub(crate) fn is_lost(memory: &Memory) -> bool {
+    // One region speaks for all.
+    memory.iter().next().is_some_and(Region::is_lost)
 }
 
 /// Where the last region ends.

@@ -251,6 +251,11 @@ impl Queue {
         self.used.push(used);
     }
 
+    /// Gives no answer to what was answered since the last [`Queue::publish`].
+    pub(crate) fn withhold(&mut self) {
+        self.used.clear();
+    }
+
     /// Puts what was answered into the used ring and calls the guest, once and if it wants it.
     pub(crate) fn publish(&mut self, guest: &Guest) -> Result<(), Broken> {
         if self.used.is_empty() {

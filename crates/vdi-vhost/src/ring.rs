@@ -8,7 +8,7 @@
 //!   memory that its [`GuestBuffer`] keeps mapped. [`Ring`] owns a transfer from submission until its completion is
 //!   reaped; only the completion frees it; a ring is drained, then dropped.
 //!
-//! Sources: io_uring(7), preadv(2), statx(2) (STATX_DIOALIGN), open(2) (O_DIRECT).
+//! Sources: io_uring(7), preadv2(2), statx(2) (STATX_DIOALIGN), open(2) (O_DIRECT).
 #![expect(
     unsafe_code,
     reason = "io_uring, vectored I/O on guest memory and adopting a descriptor have no safe interface"
@@ -30,8 +30,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Piece;
 use crate::engine::Wait;
-use crate::memory::Memory;
-use crate::transfer::{Bounce, BounceBuffer, Finished, Operation, Progress, Transfer};
+use crate::image_file::Reads;
+use crate::memory::{self, Memory};
+use crate::transfer::{Bounce, BounceBuffer, Finished, MAX_IOVECS, Operation, Progress, Transfer};
 
 /// Bounce buffers of one engine: 4 MiB, however many unaligned requests a guest sends; the others wait.
 const MAX_BOUNCES: usize = 16;
@@ -133,7 +134,7 @@ impl GuestBuffer {
 
     /// Writes zeros all over what is left.
     pub(crate) fn fill_with_zeros(&self) {
-        for iovec in self.left() {
+        for iovec in self.kept() {
             // SAFETY: `memory` keeps the range mapped (checked by `new`); the guest may change it at the same
             // time, which only affects what the guest sees.
             unsafe { std::ptr::write_bytes(iovec.iov_base.cast::<u8>(), 0, iovec.iov_len) };
@@ -143,7 +144,7 @@ impl GuestBuffer {
     /// Whether all of it is zeros now. The guest may change it at any time, and then it is the guest's
     /// own doing which of both is written.
     pub(crate) fn is_zero(&self) -> bool {
-        self.left().iter().all(|iovec| {
+        self.kept().all(|iovec| {
             // SAFETY: `memory` keeps the range mapped; bytes that the guest changes meanwhile are still bytes.
             let bytes =
                 unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len) };
@@ -154,7 +155,7 @@ impl GuestBuffer {
     /// Copies as many of `bytes` as there is room for; how many.
     pub(crate) fn fill_from(&self, bytes: &[u8]) -> usize {
         let mut copied = 0;
-        for iovec in self.left() {
+        for iovec in self.kept() {
             let part = &bytes[copied..];
             let count = part.len().min(iovec.iov_len);
             // SAFETY: `memory` keeps the target mapped and `bytes` is not guest memory.
@@ -167,7 +168,7 @@ impl GuestBuffer {
     /// Copies the first bytes that are left into all of `bytes`.
     pub(crate) fn copy_out(&self, bytes: &mut [u8]) {
         let mut copied = 0;
-        for iovec in self.left() {
+        for iovec in self.kept() {
             let part = &mut bytes[copied..];
             let count = part.len().min(iovec.iov_len);
             // SAFETY: `memory` keeps the source mapped and `bytes` is not guest memory.
@@ -176,6 +177,16 @@ impl GuestBuffer {
             }
             copied += count;
         }
+    }
+
+    /// Whether zeros may have taken the place of what the guest has there.
+    pub(crate) fn is_lost(&self) -> bool {
+        memory::is_lost(&self.memory)
+    }
+
+    /// What is left of it, as long as it is there.
+    fn kept(&self) -> impl Iterator<Item = &libc::iovec> {
+        self.left().iter().take_while(|_| !self.is_lost())
     }
 
     /// What is left of it, for the kernel.
@@ -245,6 +256,37 @@ pub(crate) fn run_round(transfer: &Transfer) -> i64 {
     } else {
         result as i64
     }
+}
+
+/// Reads what of `into` can be had at once, without waiting for storage, and takes it off; whatever is left, or went
+/// wrong, is the engine's.
+pub(crate) fn read_now(file: &File, reads: Reads, at: u64, into: &mut GuestBuffer) {
+    let flags = match reads {
+        Reads::Now => 0,
+        Reads::IfCached => libc::RWF_NOWAIT,
+        Reads::Queued => return,
+    };
+    let iovecs = into.left();
+    let count = libc::c_int::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
+    let (fd, at, first) = (file.as_raw_fd(), at.cast_signed(), iovecs.as_ptr());
+    // SAFETY: R1: `into` keeps the memory that the iovecs name mapped, for longer than the call.
+    let result = unsafe { libc::preadv2(fd, first, count, at, flags) };
+    if let Ok(done) = u64::try_from(result) {
+        into.consume(done);
+    }
+}
+
+/// Whether the file system can say that it would have to wait for storage.
+pub(crate) fn can_read_cached(file: &File) -> bool {
+    let mut byte = 0_u8;
+    let iovec = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
+    let (fd, flags) = (file.as_raw_fd(), libc::RWF_NOWAIT);
+    // SAFETY: the one iovec names one byte of our own.
+    let result = unsafe { libc::preadv2(fd, &raw const iovec, 1, 0, flags) };
+    result >= 0 || io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock
 }
 
 /// A watched descriptor.

@@ -19,7 +19,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion,
+};
 
 use crate::command::{Command, Setup, Takeover};
 use crate::device::Device;
@@ -111,9 +113,37 @@ pub(crate) enum RingError {
         #[source]
         source: io::Error,
     },
+    /// The front end took back what it shares.
+    #[error("queue {index} cannot start in memory that is gone")]
+    Lost { index: u32 },
     /// A worker did not take the memory.
     #[error("the guest's memory could not be changed")]
     Memory(#[source] io::Error),
+}
+
+/// What a front end took back while it was in use.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Lost {
+    /// A file was cut.
+    #[error("{what} of {len} bytes{} lies in a file that was cut to {file_len} bytes while it was in use", At(*.at))]
+    Cut {
+        what: &'static str,
+        at: Option<u64>,
+        len: u64,
+        file_len: u64,
+    },
+    /// A file was cut and is whole again or gone, or its memory cannot be had.
+    #[error("memory that it shares could not be accessed while it was in use")]
+    Gone,
+}
+
+/// Where a region is, if that says something.
+struct At(Option<u64>);
+
+impl std::fmt::Display for At {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.map_or(Ok(()), |at| write!(f, " at {at:#x}"))
+    }
 }
 
 type Result<T> = std::result::Result<T, RingError>;
@@ -150,6 +180,28 @@ impl Rings {
     /// The guest's memory as it is now.
     pub(crate) fn memory(&self) -> Arc<Memory> {
         self.memory.memory().clone().into_inner()
+    }
+
+    /// What of the memory, the record of requests in flight and the dirty log lies behind the end of its file.
+    pub(crate) fn cut(&self) -> Option<Lost> {
+        let memory = self.memory();
+        let shared = memory
+            .iter()
+            .map(|region| ("the memory region", Some(region.start_addr().0), region));
+        let tracking = self.tracking.as_ref();
+        let tracking = tracking.map(|tracking| ("the in-flight region", None, tracking.region()));
+        let log = self.log.as_ref();
+        let log = log.map(|log| ("the dirty log", None, log.region()));
+        let mut all = shared.chain(tracking).chain(log);
+        all.find_map(|(what, at, region)| {
+            let (file_len, len) = (region.cut_at()?, region.len());
+            Some(Lost::Cut {
+                what,
+                at,
+                len,
+                file_len,
+            })
+        })
     }
 
     /// Gives the workers something to serve.
@@ -431,6 +483,11 @@ impl Rings {
         if ready.used != 0 {
             // An earlier daemon may have died between the used ring and the call; one too many does no harm.
             queue::call_guest(&ring.vring.get_ref());
+        }
+        // What was read of either may be zeros in its place.
+        if memory::is_lost(&memory) || tracking.is_some_and(|tracking| tracking.region().is_lost())
+        {
+            return Err(RingError::Lost { index });
         }
         let failed = |source| RingError::Worker { index, source };
         let guest = Guest { memory, log };

@@ -2,7 +2,8 @@
 //!
 //! One thread waits for whatever comes first: a signal, a connection, a message. Others who connect meanwhile wait in
 //! the socket's backlog. Nothing a front end does or leaves undone may keep this thread from hearing a signal for long: a message
-//! is only begun when its header is there and its answer has room. What is said of front ends is rate-limited.
+//! is only begun when its header is there and its answer has room. What is said of front ends is rate-limited. A front end
+//! that takes back memory which is in use is disconnected (`fault`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
@@ -20,6 +22,7 @@ use crate::channel::Channel;
 use crate::complaints::Complaints;
 use crate::control::ControlSocket;
 use crate::rings::RingError;
+use crate::service::Manager;
 
 /// How long the rest of a message may take to follow its beginning.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -61,8 +64,12 @@ pub(crate) enum ServeError {
 pub(crate) struct Ears<'a> {
     /// Becomes readable when the daemon should end.
     pub(crate) signals: &'a UnixStream,
+    /// Becomes readable when memory that a front end shares could not be accessed.
+    pub(crate) faults: &'a EventFd,
     /// Where operators send commands.
     pub(crate) control: Option<&'a ControlSocket>,
+    /// Who is told that this thread goes round.
+    pub(crate) manager: &'a Manager,
     /// Who does what is heard.
     pub(crate) backend: &'a Arc<Mutex<Backend>>,
 }
@@ -78,6 +85,7 @@ struct Said {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Heard {
     Signal,
+    Fault,
     Peer,
     Nothing,
 }
@@ -98,8 +106,11 @@ pub(crate) fn serve(door: Door, ears: &Ears<'_>) -> Result<(), ServeError> {
     };
     listener.set_nonblocking(true).map_err(ServeError::Wait)?;
     loop {
-        if wait(ears, &listener, PollFlags::POLLIN, PollTimeout::NONE)? == Heard::Signal {
-            return Ok(());
+        match wait(ears, &listener, PollFlags::POLLIN, PollTimeout::NONE)? {
+            Heard::Signal => return Ok(()),
+            // It was the last front end's, and that one has gone.
+            Heard::Fault | Heard::Nothing => continue,
+            Heard::Peer => {}
         }
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -143,7 +154,11 @@ fn converse_until_end(
         };
         match (heard, begun) {
             (Heard::Signal, _) => return Ok(heard),
-            // It was an operator.
+            (Heard::Fault, _) => match has_lost_memory(ears, said) {
+                true => return Ok(Heard::Peer),
+                false => continue,
+            },
+            // It was an operator, or nobody.
             (Heard::Nothing, None) => continue,
             (Heard::Peer, _) | (Heard::Nothing, Some(_)) => {}
         }
@@ -170,7 +185,8 @@ fn converse_until_end(
         // Room for the answer; a front end that does not read its answers waits here, not we.
         match wait(ears, &own, PollFlags::POLLOUT, PollTimeout::NONE)? {
             Heard::Signal => return Ok(Heard::Signal),
-            Heard::Nothing => continue,
+            Heard::Fault if has_lost_memory(ears, said) => return Ok(Heard::Peer),
+            Heard::Fault | Heard::Nothing => continue,
             Heard::Peer => {}
         }
         match handler.handle_request() {
@@ -183,6 +199,17 @@ fn converse_until_end(
             }
         }
     }
+}
+
+/// Whether the front end took back memory that is in use, or its memory cannot be had for another reason.
+fn has_lost_memory(ears: &Ears<'_>, said: &Said) -> bool {
+    let backend = ears.backend.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(lost) = backend.lost_memory() else {
+        return false;
+    };
+    said.refusals
+        .warn(format_args!("the front end is disconnected: {lost}"));
+    true
 }
 
 /// Looks whether a message's header is there, without taking it.
@@ -206,13 +233,25 @@ fn wait(
 ) -> Result<Heard, ServeError> {
     let mut fds = vec![
         PollFd::new(ears.signals.as_fd(), PollFlags::POLLIN),
+        PollFd::new(ears.faults.as_fd(), PollFlags::POLLIN),
         PollFd::new(peer.as_fd(), events),
     ];
     fds.extend(
         ears.control
             .map(|control| PollFd::new(control.as_fd(), PollFlags::POLLIN)),
     );
+    let beat = ears.manager.interval().map(|interval| {
+        // The longest that poll can wait is 24 days.
+        PollTimeout::try_from(interval).unwrap_or(PollTimeout::MAX)
+    });
+    // No timeout is the smallest number.
+    let timeout = match beat {
+        Some(beat) if timeout.is_none() => beat,
+        Some(beat) => beat.min(timeout),
+        None => timeout,
+    };
     loop {
+        ears.manager.beat();
         match poll(&mut fds, timeout) {
             Err(Errno::EINTR) => {}
             Err(error) => return Err(ServeError::Wait(error.into())),
@@ -223,10 +262,15 @@ fn wait(
     if happened(0) {
         return Ok(Heard::Signal);
     }
-    if let Some(control) = ears.control.filter(|_| happened(2)) {
+    if happened(1) {
+        // Read, so that it is heard once.
+        let _ = ears.faults.read();
+        return Ok(Heard::Fault);
+    }
+    if let Some(control) = ears.control.filter(|_| happened(3)) {
         control.answer(ears.backend);
     }
-    Ok(if happened(1) {
+    Ok(if happened(2) {
         Heard::Peer
     } else {
         Heard::Nothing

@@ -199,6 +199,11 @@ impl Tracking {
         })
     }
 
+    /// The memory that it lies in.
+    pub(crate) fn region(&self) -> &Region {
+        &self.region
+    }
+
     /// What an earlier daemon knew of the guest's choice of `writeback`.
     pub(crate) fn writeback(&self) -> Result<Option<Writeback>> {
         let at = trailer_at(self.queues, self.queue_size);

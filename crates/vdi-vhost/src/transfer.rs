@@ -17,7 +17,7 @@ use io_uring::{opcode, squeue, types};
 use crate::ring::{GuestBuffer, run_round, to_usize};
 
 /// Iovecs of one system call: the kernel's UIO_MAXIOV; more is EINVAL.
-const MAX_IOVECS: usize = 1024;
+pub(crate) const MAX_IOVECS: usize = 1024;
 
 /// Bytes of a bounce buffer: large enough that a round costs little beside its copying.
 const BOUNCE_BYTES: usize = 256 << 10;
@@ -145,6 +145,11 @@ impl BounceBuffer {
     /// Ends the round of whoever had it before.
     pub(crate) fn reset(&mut self) {
         self.iovec.iov_len = 0;
+    }
+
+    /// Has the round fail as one from memory that is gone does (EFAULT): its bytes are not the guest's.
+    fn spoil(&mut self) {
+        self.iovec.iov_base = std::ptr::null_mut();
     }
 
     /// Begins the round again, with the bytes that are there.
@@ -320,6 +325,9 @@ impl Transfer {
                 let round = bounce.begin(round_len(buffer.len()));
                 if self.operation == Operation::Write {
                     buffer.copy_out(round);
+                    if buffer.is_lost() {
+                        bounce.spoil(); // F2
+                    }
                 }
             }
             // Between rounds only: a round that was cut short goes on where it stopped.

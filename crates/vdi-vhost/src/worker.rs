@@ -9,6 +9,8 @@
 //!   a kick descriptor: such a ring is looked at every [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
 //!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile.
+//! - **F2** As soon as memory of the front end's is gone, no more chains are taken, no data become visible in the image and no answers
+//!   are given: the control thread is about to end the session.
 //! - Requests never wait for each other while holding something (W7), so draining always ends.
 
 use std::collections::BTreeMap;
@@ -26,8 +28,8 @@ use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::dirty::Guest;
 use crate::engine::{Engine, Wait};
-use crate::inflight::{Active, Context, Key, Next};
-use crate::memory::Memory;
+use crate::inflight::{Active, Context, INLINE_BYTES, Key, Next};
+use crate::memory::{self, Memory};
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Status};
 use crate::ring::{Fired, WatchKey};
@@ -103,6 +105,7 @@ impl Worker {
             images: Arc::clone(&served.images),
             device: Arc::clone(&served.device),
             engine,
+            inline_left: INLINE_BYTES,
             waker: Waker::from(Arc::clone(&doorbell)),
             parked: Vec::new(),
             continuing: Vec::new(),
@@ -133,6 +136,7 @@ impl Worker {
         loop {
             let wait = self.may_wait();
             self.context.engine.turn(wait);
+            self.context.inline_left = INLINE_BYTES;
             self.hear();
             self.reap();
             self.retry();
@@ -160,7 +164,7 @@ impl Worker {
             if queue.is_awake() {
                 match queue.sleep(&self.guest) {
                     Ok(asleep) => sleep &= asleep,
-                    Err(why) => queue.break_ring(*index, &why, &self.context.complaints),
+                    Err(why) => break_ring(*index, queue, &self.guest, &why, &self.context),
                 }
             }
         }
@@ -183,9 +187,14 @@ impl Worker {
         self.context.engine.in_flight() >= MAX_TRANSFERS
     }
 
-    /// Whether no queue may take chains, because the memory is about to change.
+    /// Whether no queue may take chains, because the memory is about to change, or gone.
     fn is_closed(&self) -> bool {
-        matches!(self.pending, Some((Pending::Guest(_) | Pending::Exit, _)))
+        self.is_lost() || matches!(self.pending, Some((Pending::Guest(_) | Pending::Exit, _)))
+    }
+
+    /// Whether the front end took back memory that is in use (F2).
+    fn is_lost(&self) -> bool {
+        memory::is_lost(&self.guest.memory)
     }
 
     /// Hears kicks and takes the next command.
@@ -336,7 +345,7 @@ impl Worker {
                 continue;
             };
             if let Err(why) = take_from(index, queue, &self.guest, &mut self.context) {
-                queue.break_ring(index, &why, &self.context.complaints);
+                break_ring(index, queue, &self.guest, &why, &self.context);
             }
         }
     }
@@ -388,6 +397,13 @@ impl Worker {
             return;
         }
         let written = std::mem::take(&mut self.context.written);
+        if self.is_lost() {
+            self.context.reservations.clear();
+            for key in written {
+                self.step(key, |active, _| active.abandon());
+            }
+            return;
+        }
         let result = self
             .context
             .disk
@@ -402,9 +418,14 @@ impl Worker {
     }
 
     fn publish(&mut self) {
+        // All that was written of the guest's memory for these answers is written.
+        if self.is_lost() {
+            self.queues.values_mut().for_each(Queue::withhold);
+            return;
+        }
         for (index, queue) in &mut self.queues {
             if let Err(why) = queue.publish(&self.guest) {
-                queue.break_ring(*index, &why, &self.context.complaints);
+                break_ring(*index, queue, &self.guest, &why, &self.context);
             }
         }
     }
@@ -453,8 +474,12 @@ fn take_from(
     let heads = queue.take_heads(memory)?;
     debug_assert!(heads.len() <= BURST);
     for head in heads {
-        let chain = queue.walk(memory, head)?;
-        match request::parse(guest, chain, head, &context.device) {
+        let chain = queue.walk(memory, head);
+        let parsed = chain.map(|chain| request::parse(guest, chain, head, &context.device));
+        if memory::is_lost(memory) {
+            return Ok(()); // F2
+        }
+        match parsed? {
             Ok((reply, request)) => {
                 let key = Key { queue: index, head };
                 let (active, next) = Active::start(key, reply, request, context);
@@ -478,6 +503,13 @@ fn take_from(
     Ok(())
 }
 
+/// Leaves a ring alone that the guest broke, unless it was the front end that took it away.
+fn break_ring(index: u16, queue: &mut Queue, guest: &Guest, why: &Broken, context: &Context) {
+    if !memory::is_lost(&guest.memory) {
+        queue.break_ring(index, why, &context.complaints);
+    }
+}
+
 /// Answers a request that is over (R2).
 fn answer(
     queue: &mut Queue,
@@ -488,11 +520,11 @@ fn answer(
     complaints: &Complaints,
 ) {
     let (reply, failure) = active.finish();
+    if memory::is_lost(memory) {
+        return; // F2: the front end is about to hear that the session is over.
+    }
     if let Some(failure) = failure {
-        complaints.error(format_args!(
-            "a request failed: {}",
-            crate::chain_of(&failure)
-        ));
+        failure.tell(complaints);
     }
     queue.give_back(reply.send(memory, status, data_bytes));
 }

@@ -126,6 +126,18 @@ impl Memory {
             .expect("the region exists")
     }
 
+    /// Cuts the file of a region. Whoever touches what is gone is killed.
+    ///
+    /// # Panics
+    /// If there is no such region.
+    pub fn cut(&self, region: Region, len_bytes: u64) {
+        let map = self.map.read().expect("no panic");
+        let found = map.find_region(GuestAddress(region.at));
+        let file = found.and_then(|region| region.file_offset());
+        let file = file.expect("the region exists and has a memfd").file();
+        file.set_len(len_bytes).expect("the memfd is ours");
+    }
+
     /// Takes `len_bytes` bytes that lie in one region.
     ///
     /// # Panics

@@ -3,7 +3,7 @@
 use tempfile::tempdir;
 
 use super::image_input::encode;
-use crate::images::corpus;
+use crate::corpus::corpus;
 use crate::random::Random;
 use crate::simulated::{Contents, Layout};
 

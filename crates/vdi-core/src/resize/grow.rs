@@ -35,17 +35,14 @@ use crate::units::{Capacity, DiskBlock, FileBlock, FileOffset, SECTOR_SIZE, Sect
 /// What growing would do.
 pub(super) fn plan(disk: &Disk, to: Capacity) -> Result<ResizeStep, ResizeError> {
     let shape = Shape::of(disk);
-    let Stages { preparation, last } = stages(disk, shape, to)?;
-    let steps = || preparation.into_iter().chain([last]);
-    let filled = if steps().any(|stage| stage.fills) {
+    let stages = stages(disk, shape, to)?;
+    let filled = if stages.fill() {
         shape.open_blocks()
     } else {
         0
     };
-    Ok(ResizeStep::Grow {
-        vacated: steps().map(|stage| stage.layout.vacated).sum(),
-        filled,
-    })
+    let vacated = stages.steps().map(|stage| stage.layout.vacated).sum();
+    Ok(ResizeStep::Grow { vacated, filled })
 }
 
 pub(super) fn grow(disk: &Arc<Disk>, to: Capacity) -> Result<(), ResizeError> {
@@ -79,7 +76,12 @@ fn stages(disk: &Disk, shape: Shape, to: Capacity) -> Result<Stages, ResizeError
         }
         blocks = blocks_in_image;
     }
-    shape.stages_to(blocks).ok_or_else(too_large)
+    let stages = shape.stages_to(blocks).ok_or_else(too_large)?;
+    if stages.fill() && disk.header().ends_in_a_block_of_qemu() {
+        let disk_size = disk.header().raw().disk_size.get();
+        return Err(ResizeError::OddSize { disk_size });
+    }
+    Ok(stages)
 }
 
 /// The same disk once more, after its header was switched.

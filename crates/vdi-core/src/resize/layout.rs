@@ -60,6 +60,18 @@ pub(super) struct Stages {
     pub(super) last: Stage,
 }
 
+impl Stages {
+    /// One after the other.
+    pub(super) fn steps(&self) -> impl Iterator<Item = Stage> {
+        self.preparation.into_iter().chain([self.last])
+    }
+
+    /// Whether every block of the disk must have storage before one of them.
+    pub(super) fn fill(&self) -> bool {
+        self.steps().any(|stage| stage.fills)
+    }
+}
+
 impl Shape {
     /// What `disk` is when its holes are closed.
     pub(super) fn of(disk: &Disk) -> Self {

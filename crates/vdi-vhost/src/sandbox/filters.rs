@@ -11,7 +11,7 @@
 //! functions call elsewhere: on aarch64, in musl, when the process aborts. They are checked the same way: the only call that may fail with
 //! ENOSYS is clone3.
 //!
-//! A worker's frequent calls (io_uring_enter, preadv, pwritev, futex, write) are listed without conditions on their arguments: for
+//! A worker's frequent calls (io_uring_enter, preadv2, pwritev, futex, write) are listed without conditions on their arguments: for
 //! such calls the kernel keeps a bitmap and runs no filter at all.
 //!
 //! Sources: seccomp(2), syscalls(2), the kernel's `kernel/seccomp.c` (`seccomp_cache_prepare`).
@@ -77,6 +77,7 @@ const IMAGES: &[i64] = &[
     libc::SYS_pread64,
     libc::SYS_pwrite64,
     libc::SYS_preadv,
+    libc::SYS_preadv2,
     libc::SYS_pwritev,
     libc::SYS_fdatasync,
     libc::SYS_fsync,
@@ -122,6 +123,7 @@ const CONTROL: &[i64] = &[
     libc::SYS_readlinkat,
     libc::SYS_getdents64,
     libc::SYS_lseek,
+    libc::SYS_fstatfs,
     libc::SYS_getcwd,
     libc::SYS_fadvise64,
     // The socket goes away at the end.

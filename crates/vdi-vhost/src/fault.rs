@@ -1,0 +1,303 @@
+//! Memory that a front end takes back while it is in use: what it shares are files, and whoever touches a mapping behind
+//! the end of its file gets SIGBUS, which would end this process.
+//!
+//! A handler puts a page of zeros in the place of the one that is gone, counts that, rings a bell and lets the thread go on.
+//! The thread that serves the front end hears the bell and ends the session; until it does, workers look at the count:
+//!
+//! - **F1** The count changes before the memory does. Who copied something out of shared memory and finds the count as it
+//!   was when the memory was mapped ([`count`]) has what was there, not zeros that were put there.
+//! - **F2** So nothing that was read is acted upon, written to the image or made visible in it, and no answer is given, unless
+//!   the count was looked at after the reading and before that: chains (`worker`), written zeros (`inflight`), bounce buffers
+//!   (`transfer`), commits and used rings (`worker`).
+//! - The kernel gets no signal: a transfer from or to memory that is gone fails (EFAULT) and its request with it, which
+//!   [`suspect`] tells.
+//! - Only what the program itself touches is replaced, page by page, and a thread that finds the count changed touches no more,
+//!   so that transfers that are under way meet the error and not the zeros. One case remains: data that share a page with
+//!   something that the program touches (a ring, a header, a status, data that go through a bounce buffer), on their way into a
+//!   block that is allocated, when the page goes before the kernel has come to them. Then zeros can reach the sectors that their
+//!   request was about to overwrite, and nobody is told that it did: its answer is withheld.
+//! - A fault at any other place ends the process as if there were no handler.
+//!
+//! The count is the process's, which has one session at a time. The handler takes no lock and allocates nothing.
+//!
+//! Sources: sigaction(2) (SIGBUS, BUS_ADRERR), mmap(2), signal-safety(7).
+#![expect(
+    unsafe_code,
+    reason = "a signal handler that mends mappings has no safe interface"
+)]
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// Mappings at once: the regions of a front end, those that replace them, its logs and records of requests in flight.
+const MAX_MAPPINGS: usize = 2048;
+
+/// How many runs of pages are replaced before whole mappings are: every run makes two mappings more, of which a process can have 65530,
+/// and without which it cannot allocate. A thread stops soon after its first fault, so it takes many threads to get there.
+const MAX_RUNS: usize = 8192;
+
+/// The mappings that are watched.
+static SLOTS: [Slot; MAX_MAPPINGS] = [const { Slot::new() }; MAX_MAPPINGS];
+
+/// Pages that were replaced.
+static COUNT: AtomicU64 = AtomicU64::new(0);
+
+/// Runs of pages that were replaced in mappings that are still watched.
+static RUNS: AtomicUsize = AtomicUsize::new(0);
+
+/// Rung when something was replaced, or may have to be.
+static BELL: OnceLock<EventFd> = OnceLock::new();
+
+/// A mapping. `version` is odd while the others change, so that the handler never sees parts of two.
+struct Slot {
+    taken: AtomicBool,
+    version: AtomicU64,
+    start: AtomicUsize,
+    end: AtomicUsize,
+    /// What the mapping can be cut into: a page, or a huge one.
+    page: AtomicUsize,
+    /// Runs of pages that were replaced.
+    runs: AtomicUsize,
+    /// Where the last run would go on.
+    next: AtomicUsize,
+}
+
+/// A mapping of a file that somebody else may cut; dropped before the mapping is.
+#[derive(Debug)]
+pub(crate) struct Watch(usize);
+
+impl Watch {
+    /// Watches over a mapping of pages of this size; `None` if there are too many.
+    pub(crate) fn over(mapping: Range<usize>, page: usize) -> Option<Self> {
+        let is_free = |slot: &Slot| !slot.taken.swap(true, Ordering::Acquire);
+        let index = SLOTS.iter().position(is_free)?;
+        SLOTS[index].set(&mapping, page);
+        Some(Self(index))
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let slot = &SLOTS[self.0];
+        slot.set(&(0..0), 1);
+        slot.taken.store(false, Ordering::Release);
+    }
+}
+
+impl Slot {
+    const fn new() -> Self {
+        Self {
+            taken: AtomicBool::new(false),
+            version: AtomicU64::new(0),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            page: AtomicUsize::new(1),
+            runs: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    /// Only whoever has taken the slot does this.
+    fn set(&self, mapping: &Range<usize>, page: usize) {
+        self.version.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.start.store(mapping.start, Ordering::Relaxed);
+        self.end.store(mapping.end, Ordering::Relaxed);
+        self.page.store(page, Ordering::Relaxed);
+        RUNS.fetch_sub(self.runs.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        self.next.store(0, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// The mapping and its page size. One that changes is none that anybody touches.
+    fn mapping(&self) -> Option<(Range<usize>, usize)> {
+        let version = self.version.load(Ordering::Acquire);
+        let start = self.start.load(Ordering::Relaxed);
+        let end = self.end.load(Ordering::Relaxed);
+        let page = self.page.load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        let same = self.version.load(Ordering::Relaxed) == version;
+        (same && version.is_multiple_of(2)).then_some((start..end, page))
+    }
+
+    /// What to replace because of a fault at `address`: the page, or everything if there were too many.
+    fn part(&self, mapping: &Range<usize>, page: usize, address: usize) -> Range<usize> {
+        let from_start = address - mapping.start;
+        let start = address - from_start % page;
+        let end = mapping.end.min(start.saturating_add(page));
+        if self.next.swap(end, Ordering::Relaxed) == start {
+            return start..end;
+        }
+        self.runs.fetch_add(1, Ordering::Relaxed);
+        if RUNS.fetch_add(1, Ordering::Relaxed) < MAX_RUNS {
+            start..end
+        } else {
+            mapping.clone()
+        }
+    }
+}
+
+/// Pages that were replaced since the process was started (F1).
+pub(crate) fn count() -> u64 {
+    COUNT.load(Ordering::SeqCst)
+}
+
+/// The kernel could not move data from or to shared memory: the bell rings.
+pub(crate) fn suspect() {
+    if let Some(bell) = BELL.get() {
+        // Full is as good as written to.
+        let _ = bell.write(1);
+    }
+}
+
+/// Catches faults from now on; what becomes readable when there was one.
+pub(crate) fn catch() -> io::Result<&'static EventFd> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    let bell = EventFd::from_flags(flags)?;
+    let bell = BELL.get_or_init(|| bell);
+    let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_fault;
+    set_action(handler as libc::sighandler_t, libc::SA_SIGINFO)?;
+    Ok(bell)
+}
+
+fn set_action(handler: libc::sighandler_t, flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: all zeros is a value of this plain structure: no flags, no signals blocked.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler;
+    action.sa_flags = flags;
+    // SAFETY: `action` is initialized, and `on_fault` has the signature that SA_SIGINFO asks for.
+    let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The handler. What it calls is signal-safe: atomics, mmap, write, sigaction, raise.
+extern "C" fn on_fault(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // The code that was interrupted may be about to look at it.
+    let errno = Errno::last_raw();
+    // SAFETY: the kernel gives a handler with SA_SIGINFO a valid structure.
+    let info = unsafe { &*info };
+    // Not positive: sent by somebody.
+    let is_fault = info.si_code > 0;
+    // SAFETY: the address is there whenever the kernel reports a fault, and is not looked at otherwise.
+    let address = unsafe { info.si_addr() } as usize;
+    if !(is_fault && mend(address)) {
+        // Back to where it came from, and there again into what happens without a handler.
+        let _ = set_action(libc::SIG_DFL, 0);
+        if !is_fault {
+            // SAFETY: no memory is involved.
+            unsafe { libc::raise(signal) };
+        }
+    }
+    Errno::set_raw(errno);
+}
+
+/// Puts zeros where the memory at `address` was; false if that is not memory of a front end's.
+fn mend(address: usize) -> bool {
+    let found = SLOTS.iter().find_map(|slot| {
+        let (mapping, page) = slot.mapping()?;
+        mapping.contains(&address).then_some((slot, mapping, page))
+    });
+    let Some((slot, mapping, page)) = found else {
+        return false;
+    };
+    COUNT.fetch_add(1, Ordering::SeqCst); // F1
+    let part = slot.part(&mapping, page, address);
+    let mended = replace(&part) || replace(&mapping);
+    suspect();
+    mended
+}
+
+/// Maps zeros over a part of a mapping that is watched.
+fn replace(part: &Range<usize>) -> bool {
+    let (at, len) = (part.start as *mut libc::c_void, part.len());
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    const NO_FILE: RawFd = -1;
+    // SAFETY: the part lies in a mapping of shared memory that the faulting thread uses, so nobody unmaps it meanwhile
+    // (`Watch` goes first); its contents are the front end's to change at any time, also to zeros.
+    let mapped = unsafe { libc::mmap(at, len, protection, flags, NO_FILE, 0) };
+    mapped != libc::MAP_FAILED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: usize = 4096;
+
+    #[test]
+    fn a_fault_outside_of_what_is_watched_is_not_mended() {
+        let place = 0;
+        assert!(!mend(&raw const place as usize));
+        assert!(!mend(0));
+    }
+
+    #[test]
+    fn pages_are_replaced_one_by_one_until_that_would_be_too_many_mappings() {
+        let slot = Slot::new();
+        let mapping = 0x1000_0000..0x3000_0000;
+        slot.set(&mapping, PAGE);
+        assert_eq!(slot.mapping(), Some((mapping.clone(), PAGE)));
+        let part = |address| slot.part(&mapping, PAGE, address);
+        // A sweep is one run, however long.
+        for nth in 0..2 * MAX_RUNS {
+            let page = mapping.start + nth * PAGE;
+            assert_eq!(part(page + 7), page..page + PAGE);
+        }
+        for nth in 1..MAX_RUNS {
+            let page = mapping.start + 2 * nth * PAGE;
+            assert_eq!(part(page + PAGE - 1), page..page + PAGE);
+        }
+        assert_eq!(part(0x2fff_f000), mapping);
+        // Whoever takes the slot next begins anew.
+        slot.set(&mapping, PAGE);
+        assert_eq!(part(0x2fff_f000), 0x2fff_f000..mapping.end);
+        slot.set(&(0..0), 1);
+    }
+
+    #[test]
+    fn huge_pages_are_replaced_whole() {
+        const HUGE: usize = 2 << 20;
+        let slot = Slot::new();
+        let mapping = 3 * HUGE..5 * HUGE;
+        assert_eq!(slot.part(&mapping, HUGE, 3 * HUGE + 5), 3 * HUGE..4 * HUGE);
+        assert_eq!(slot.part(&mapping, HUGE, 5 * HUGE - 1), 4 * HUGE..5 * HUGE);
+        slot.set(&(0..0), 1);
+    }
+
+    #[test]
+    fn a_slot_that_changes_is_no_mapping() {
+        let slot = Slot::new();
+        slot.set(&(PAGE..2 * PAGE), PAGE);
+        slot.version.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(slot.mapping(), None);
+    }
+
+    #[test]
+    fn slots_are_taken_once_and_given_back() {
+        // No address of any mapping.
+        let place = usize::MAX - PAGE..usize::MAX;
+        let watch = Watch::over(place.clone(), PAGE).unwrap();
+        let other = Watch::over(place.clone(), PAGE).unwrap();
+        assert_ne!(watch.0, other.0);
+        let index = watch.0;
+        drop(watch);
+        let is_there = |slot: &Slot| slot.mapping().is_some_and(|(mapping, _)| mapping == place);
+        assert!(!is_there(&SLOTS[index]));
+        assert!(is_there(&SLOTS[other.0]));
+    }
+}

@@ -1,0 +1,66 @@
+//! The pages in `docs` stay true: what they quote is what the programs say.
+
+#![expect(clippy::unwrap_used, reason = "a test says by a panic what is wrong")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn top() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The text of all sources below, with strings that go on in the next line joined.
+fn sources(below: &Path) -> String {
+    let mut text = String::new();
+    for entry in fs::read_dir(below).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            text += &sources(&path);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            text += &fs::read_to_string(&path).unwrap();
+        }
+    }
+    let mut pieces = text.split("\\\n");
+    let first = pieces.next().unwrap().to_owned();
+    pieces.fold(first, |joined, piece| joined + piece.trim_start())
+}
+
+#[test]
+fn every_message_in_the_troubleshooting_page_is_one_that_is_said() {
+    let page = fs::read_to_string(top().join("docs/troubleshooting.md")).unwrap();
+    let said: String = ["vdi-core", "vdi-vhost", "vdi-cli"]
+        .map(|name| sources(&top().join("crates").join(name).join("src")))
+        .concat();
+    let quoted: Vec<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`'))
+        .collect();
+    assert!(quoted.len() > 15, "{quoted:?}");
+    for message in quoted {
+        assert!(said.contains(message), "nobody says {message:?}");
+    }
+}
+
+/// The path of each link to a file of this repository.
+fn links(page: &str) -> impl Iterator<Item = &str> {
+    let targets = page.split("](").skip(1);
+    let targets = targets.filter_map(|rest| rest.split_once(')').map(|(target, _)| target));
+    targets.filter(|target| !target.contains("://") && !target.starts_with('#'))
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    let mut found = 0;
+    for page in ["README.md", "docs/troubleshooting.md", "docs/fleet.md"] {
+        let path = top().join(page);
+        for target in links(&fs::read_to_string(&path).unwrap()) {
+            let target = target.split('#').next().unwrap();
+            assert!(
+                path.parent().unwrap().join(target).exists(),
+                "{page} links to {target}"
+            );
+            found += 1;
+        }
+    }
+    assert!(found > 3, "{found}");
+}
