@@ -22,7 +22,7 @@ use vhost::vhost_user::message::{VhostUserLog, VhostUserMemoryRegion};
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryAtomic;
-use vmm_sys_util::eventfd::{self, EFD_CLOEXEC, EFD_NONBLOCK};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::args::Args;
 use crate::backend::Backend;
@@ -288,7 +288,7 @@ impl Bench {
 }
 
 fn eventfd() -> EventFd {
-    eventfd::EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).expect("descriptors are left")
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).expect("descriptors are left")
 }
 
 fn copy(eventfd: &EventFd) -> File {
