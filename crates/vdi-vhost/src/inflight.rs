@@ -140,7 +140,7 @@ impl Failure {
         let why = crate::chain_of(self);
         match self {
             Self::Data(_) | Self::Image(_) => {
-                complaints.error(format_args!("a request failed: {why}"))
+                complaints.error(format_args!("a request failed: {why}"));
             }
             Self::Memory(_) => complaints.warn(format_args!("a request failed: {why}")),
         }

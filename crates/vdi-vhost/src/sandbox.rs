@@ -18,7 +18,10 @@
 //!
 //! What this cannot do: threads share their memory, so who runs code in one can have the others make their calls for him. And
 //! io_uring does what it is told behind a filter's back. A worker's ring can only move data (`ring`), and workers cannot make another; but the
-//! control thread could (unless `--engine sync` is said), and there landlock alone guards files and TCP, and nothing other sockets.
+//! control thread could (unless `--engine sync` is said), and there landlock alone guards files and TCP, and nothing other sockets. It is
+//! allowed to because workers inherit its filter and make their rings when they start, which is when the first queue starts, again in every turn
+//! with the image. A filter sees the flags of a new ring no more than its restrictions: both are behind pointers. Rings would have to be made before the
+//! sandbox is entered and be handed from one worker's life to the next, with nothing of the last one's left in them.
 //! RLIMIT_NPROC is left as it is: it counts all of
 //! a user's threads, those by which the kernel serves io_uring too.
 //!

@@ -38,7 +38,12 @@ impl Queue {
 
     /// Shows the device one head twice at once, and kicks.
     pub fn offer_twice(&mut self, head: u16) {
-        for _ in 0..2 {
+        self.offer_both(head, head);
+    }
+
+    /// Shows the device two heads at once, and kicks.
+    pub fn offer_both(&mut self, first: u16, second: u16) {
+        for head in [first, second] {
             self.offered.push(head);
             self.ring.set_available(self.available, head);
             self.available = self.available.wrapping_add(1);
