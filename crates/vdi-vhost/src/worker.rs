@@ -473,7 +473,7 @@ fn take_from(
 ) -> Result<(), Broken> {
     let memory = &guest.memory;
     let heads = queue.take_heads(memory)?;
-    debug_assert!(heads.len() <= BURST);
+    debug_assert!(heads.len() <= usize::from(BURST));
     for head in heads {
         let chain = queue.walk(memory, head);
         let parsed = chain.map(|chain| request::parse(guest, chain, head, &context.device));
@@ -482,6 +482,10 @@ fn take_from(
         }
         match parsed? {
             Ok((reply, request)) => {
+                if let Some(bytes) = context.at_once(&request) {
+                    queue.give_back(reply.send(memory, Status::Ok, bytes));
+                    continue;
+                }
                 let key = Key { queue: index, head };
                 let (active, next) = Active::start(key, reply, request, context);
                 match next {
