@@ -32,6 +32,7 @@ mod image_file;
 mod inflight;
 mod log;
 mod memory;
+mod patience;
 mod queue;
 mod request;
 mod ring;

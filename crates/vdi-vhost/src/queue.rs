@@ -206,6 +206,15 @@ impl Queue {
         Ok(!self.awake)
     }
 
+    /// Whether there are chains to take. A ring that cannot be read counts: taking from it says why.
+    pub(crate) fn has_chains(&self, memory: &Memory) -> bool {
+        let state = self.vring.get_ref();
+        let queue = state.get_queue();
+        let index = part_of(queue.avail_ring(), 2).ok();
+        let index = index.and_then(|at| memory.load::<u16>(at, Ordering::Acquire).ok());
+        !self.left_behind.is_empty() || index.map(u16::from_le) != Some(queue.next_avail())
+    }
+
     /// Takes up to [`BURST`] heads; none are left if there are fewer.
     pub(crate) fn take_heads(&mut self, memory: &Memory) -> Result<Heads, Broken> {
         if !self.left_behind.is_empty() {

@@ -429,6 +429,17 @@ impl Ring {
         }
     }
 
+    /// Whether a turn would have something to report without waiting.
+    pub(crate) fn has_news(&mut self) -> bool {
+        let reported = !self.finished.is_empty() || !self.fired.is_empty();
+        reported || !self.reaped.is_empty() || !self.uring.completion().is_empty()
+    }
+
+    /// Whether the next turn submits something.
+    pub(crate) fn has_unsubmitted(&mut self) -> bool {
+        !self.uring.submission().is_empty()
+    }
+
     /// The next transfer that is over.
     pub(crate) fn next_finished(&mut self) -> Option<Finished> {
         self.finished.pop_front()
