@@ -24,7 +24,7 @@ use crate::writer::Writer;
 
 pub use crate::image::ModifiedParent;
 pub use crate::release::Zeroing;
-pub use crate::reservation::{Fill, Flush, Reservation, Reserve, WriteExtent};
+pub use crate::reservation::{Fill, Flush, InPlace, Reservation, Reserve, WriteExtent};
 pub use crate::writer::WriteError;
 
 /// An open disk: a top image and the parents that show through it.

@@ -55,8 +55,8 @@ pub use chain::{ChainError, ChainOptions, find_chain, find_parent};
 pub use create::{CreateError, CreateOptions, NewKind, create, create_child};
 pub use crew::Threads;
 pub use disk::{
-    Disk, Extent, Extents, Fill, Flush, ModifiedParent, ReadError, Reservation, Reserve, Source,
-    WriteError, WriteExtent, Zeroing,
+    Disk, Extent, Extents, Fill, Flush, InPlace, ModifiedParent, ReadError, Reservation, Reserve,
+    Source, WriteError, WriteExtent, Zeroing,
 };
 pub use header::{Header, HeaderError, ImageKind, ParentLink, Warning};
 pub use image::{Image, OpenError};

@@ -31,6 +31,22 @@ pub struct Reservation {
     pub(crate) _visit: Visit,
 }
 
+/// What a write holds that changes no entry. Dropping it leaves everything as it is.
+#[derive(Debug)]
+#[must_use = "a write in place is over when it is committed"]
+pub struct InPlace {
+    pub(crate) extents: WriteExtents,
+    /// W4, as in [`Reservation`].
+    pub(crate) _visit: Visit,
+}
+
+impl InPlace {
+    /// Where the data go, in the order of the disk, neighbours merged.
+    pub fn extents(&self) -> &[WriteExtent] {
+        &self.extents
+    }
+}
+
 /// When the entries of a reservation may be written (W2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Publish {

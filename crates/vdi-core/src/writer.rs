@@ -30,7 +30,8 @@ use crate::disk::{Disk, Source};
 use crate::image::{Image, OpenError, Place};
 use crate::release::Released;
 use crate::reservation::{
-    Changes, Fill, Flush, Publish, Reservation, Reserve, WriteExtent, WriteExtents, push_merged,
+    Changes, Fill, Flush, InPlace, Publish, Reservation, Reserve, WriteExtent, WriteExtents,
+    push_merged,
 };
 use crate::room::{Counts, Room};
 use crate::units::{DiskBlock, FileOffset, SectorRange, Span};
@@ -206,6 +207,32 @@ impl Disk {
             }
             None => self.reserve_blocks(writer, range, visit, waker),
         }
+    }
+
+    /// Places for a write that changes no entry, because each of its blocks is allocated. `None` if anything else has to be
+    /// thought of first: then [`Disk::reserve`] is to be asked.
+    pub fn reserve_in_place(&self, range: SectorRange, lane: &Lane) -> Option<InPlace> {
+        let writer = self.writer.as_ref()?;
+        if writer.check_status().is_err() || !writer.marked.load(Ordering::Acquire) {
+            return None;
+        }
+        let visit = lane.enter();
+        let extents = self.extents_in_place(range)?;
+        Some(InPlace {
+            extents,
+            _visit: visit,
+        })
+    }
+
+    /// What [`Disk::commit`] is for a write in place whose data are written.
+    ///
+    /// # Errors
+    /// If writing has ended meanwhile (W5).
+    #[expect(clippy::needless_pass_by_value, reason = "a write ends once")]
+    pub fn commit_in_place(&self, _written: InPlace) -> Result<(), WriteError> {
+        let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
+        writer.written.fetch_add(1, Ordering::AcqRel);
+        writer.check_status()
     }
 
     /// The extents of a range of which every block is allocated.

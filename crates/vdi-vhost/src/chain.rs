@@ -11,8 +11,9 @@
 
 use smallvec::SmallVec;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::{Address, GuestAddress};
 
+use crate::access;
 use crate::memory::Memory;
 
 /// Most descriptors of one chain: the kernel's UIO_MAXIOV and QEMU's limit; without it a guest could have us
@@ -32,7 +33,7 @@ pub(crate) struct Piece {
 }
 
 /// Runs of guest memory in the driver's order.
-pub(crate) type Pieces = SmallVec<[Piece; 8]>;
+pub(crate) type Pieces = SmallVec<[Piece; 4]>;
 
 /// What a chain offers: bytes to read, then bytes to write.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -134,7 +135,7 @@ impl Table {
         }
         let offset = u64::from(index) * DESCRIPTOR_BYTES;
         let at = self.at.checked_add(offset);
-        at.and_then(|at| memory.read_obj(at).ok())
+        at.and_then(|at| access::read(memory, at).ok())
             .ok_or(ChainError::Unreadable {
                 at: self.at.0.wrapping_add(offset),
             })
@@ -166,6 +167,7 @@ pub(crate) mod tests {
     use std::sync::Arc;
 
     use vhost::vhost_user::message::VhostUserMemoryRegion;
+    use vm_memory::Bytes;
 
     use super::*;
     use crate::memory::{Region, from_regions};

@@ -103,6 +103,22 @@ impl Engine {
         }
     }
 
+    /// Whether a turn would have something to report without waiting, as far as that can be seen without a system call.
+    pub(crate) fn has_news(&mut self) -> bool {
+        match self {
+            Self::Ring(ring) => ring.has_news(),
+            Self::Sync(sync) => !sync.finished.is_empty() || !sync.fired.is_empty(),
+        }
+    }
+
+    /// Whether something was started that the next turn submits.
+    pub(crate) fn has_unsubmitted(&mut self) -> bool {
+        match self {
+            Self::Ring(ring) => ring.has_unsubmitted(),
+            Self::Sync(_) => false,
+        }
+    }
+
     /// The next transfer that is over.
     pub(crate) fn next_finished(&mut self) -> Option<Finished> {
         match self {

@@ -23,7 +23,9 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use vdi_core::units::DataArea;
 use vdi_core::{Access, FileOffset, HostFile};
 
-use crate::ring::{DirectAlignment, can_read_cached, direct_alignment};
+use crate::ring::{
+    DirectAlignment, GuestBuffer, can_read_cached, direct_alignment, read_now, write_now,
+};
 
 /// The page cache's unit.
 const PAGE: u64 = 4096;
@@ -66,8 +68,6 @@ pub(crate) struct Route {
     pub(crate) len_bytes: u64,
     /// What O_DIRECT asks of buffers; `None` for the page cache.
     pub(crate) alignment: Option<usize>,
-    /// How it is read.
-    pub(crate) reads: Reads,
 }
 
 /// Why `--cache direct` cannot be had.
@@ -146,21 +146,28 @@ impl ImageFile {
                 file: Arc::clone(&self.buffered),
                 len_bytes,
                 alignment: None,
-                reads: self.reads,
             },
             Some(direct) if at.0 >= direct.floor => Route {
                 file: Arc::clone(&direct.file),
                 len_bytes,
                 alignment: Some(direct.memory_alignment),
-                reads: self.reads,
             },
             Some(direct) => Route {
                 file: Arc::clone(&self.buffered),
                 len_bytes: len_bytes.min(direct.floor - at.0),
                 alignment: None,
-                reads: self.reads,
             },
         }
+    }
+
+    /// Fills `into` from `at` on if the bytes can be had without waiting for storage; false if not.
+    pub(crate) fn read_now(&self, at: FileOffset, into: &GuestBuffer) -> bool {
+        read_now(&self.buffered, self.reads, at.0, into)
+    }
+
+    /// Writes all of `from` to the page cache; false if it goes another way, or did not go well.
+    pub(crate) fn write_now(&self, at: FileOffset, from: &GuestBuffer) -> bool {
+        self.direct.is_none() && write_now(&self.buffered, at.0, from)
     }
 
     /// The descriptor for what is not data: clearing ranges.

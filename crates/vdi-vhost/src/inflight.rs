@@ -29,7 +29,7 @@ use crate::engine::Engine;
 use crate::fault;
 use crate::image_file::ImageFile;
 use crate::request::{Reply, Request, Segment, Segments, Status};
-use crate::ring::{GuestBuffer, read_now};
+use crate::ring::GuestBuffer;
 use crate::transfer::{Operation, Transfer};
 
 /// Sectors of a request that are mapped, reserved or zeroed in one step: 16 MiB, four times what Linux sends at most
@@ -42,7 +42,8 @@ const ZEROS_WINDOW_SECTORS: u64 = (1 << 30) / 512;
 /// Transfers of one request at a time: enough to keep storage busy, and a bound on what one request can hold.
 const TRANSFERS_PER_REQUEST: u32 = 16;
 
-/// Bytes that are read inline in one turn, so that no answer waits long for the copying of others: a tenth of a millisecond or two.
+/// Bytes that are moved at once in one turn, so that no answer waits long for the copying of others: a tenth of a
+/// millisecond or two.
 pub(crate) const INLINE_BYTES: u64 = 1 << 20;
 
 /// A request: its queue and the head of its chain.
@@ -82,7 +83,7 @@ pub(crate) struct Context {
     pub(crate) device: Arc<Device>,
     /// Moves the data.
     pub(crate) engine: Engine,
-    /// Bytes that may still be read in this turn without the engine.
+    /// Bytes that may still be moved at once in this turn.
     pub(crate) inline_left: u64,
     /// Says what is wrong.
     pub(crate) complaints: Arc<Complaints>,
@@ -558,6 +559,53 @@ impl Part {
 }
 
 impl Context {
+    /// Does all of a request if that takes no waiting: bytes that the host has in memory, and writes in place. How many
+    /// bytes of data were written to its buffers; `None` if it has to go the long way, from its beginning.
+    pub(crate) fn at_once(&mut self, request: &Request) -> Option<u64> {
+        match request {
+            Request::Read { range, into } => self.read_at_once(*range, into).then_some(into.len()),
+            Request::Write { range, from } => self.write_at_once(*range, from).then_some(0),
+            Request::Zero { .. } | Request::Flush | Request::GetId { .. } => None,
+        }
+    }
+
+    fn read_at_once(&mut self, range: SectorRange, into: &GuestBuffer) -> bool {
+        let len = into.len();
+        if len > self.inline_left {
+            return false;
+        }
+        let visit = self.lane.enter();
+        let mut extents = self.disk.map(range, &visit);
+        let (Some(extent), None) = (extents.next(), extents.next()) else {
+            return false;
+        };
+        match extent.source {
+            Source::Unallocated | Source::Zero { .. } => into.fill_with_zeros(),
+            Source::Stored { depth, at } if self.images[depth].read_now(at, into) => {}
+            Source::Stored { .. } => return false,
+        }
+        self.inline_left -= len;
+        true
+    }
+
+    fn write_at_once(&mut self, range: SectorRange, from: &GuestBuffer) -> bool {
+        let len = from.len();
+        let is_plain = len <= self.inline_left
+            && !self.device.is_write_through()
+            && self.device.zeroing_of(from).is_none();
+        let in_place = is_plain.then(|| self.disk.reserve_in_place(range, &self.lane));
+        let Some(Some(in_place)) = in_place else {
+            return false;
+        };
+        let [extent] = in_place.extents() else {
+            return false;
+        };
+        let done = self.images[0].write_now(extent.at, from)
+            && self.disk.commit_in_place(in_place).is_ok();
+        self.inline_left -= if done { len } else { 0 };
+        done
+    }
+
     /// The data of a window are written: it can be committed, or synced before.
     fn written(&mut self, key: Key, reservation: Reservation) {
         if reservation.needs_sync() {
@@ -580,16 +628,14 @@ impl Context {
         let mut count = 0;
         while buffer.len() > 0 {
             let route = self.images[depth].route(at, buffer.len());
-            let mut part = buffer.split_front(route.len_bytes);
-            let mut start = at;
+            let part = buffer.split_front(route.len_bytes);
+            let start = at;
             at = at.plus(route.len_bytes);
-            if operation == Operation::Read && part.len() <= self.inline_left {
-                read_now(&route.file, route.reads, start.0, &mut part);
-                let done = route.len_bytes - part.len();
-                self.inline_left -= done;
-                start = start.plus(done);
-            }
-            if part.len() == 0 {
+            if operation == Operation::Read
+                && part.len() <= self.inline_left
+                && self.images[depth].read_now(start, &part)
+            {
+                self.inline_left -= part.len();
                 continue;
             }
             // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost

@@ -12,6 +12,7 @@
 //! This file opens the image, puts the parts together and takes them apart again in order: queues are drained, then the
 //! image is closed, then the socket goes away.
 
+mod access;
 mod args;
 mod backend;
 mod chain;
@@ -31,6 +32,7 @@ mod image_file;
 mod inflight;
 mod log;
 mod memory;
+mod patience;
 mod queue;
 mod request;
 mod ring;

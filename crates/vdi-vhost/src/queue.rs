@@ -1,5 +1,8 @@
 //! One virtqueue as its worker sees it: heads come out, used entries go in, and nobody is notified in vain.
 //!
+//! Indices, layout and the guest's kicks are `virtio-queue`'s. Elements are read and written here, because it looks for each
+//! of them in the memory's regions, and shows the used index again for each.
+//!
 //! Not here: what the chains mean (`chain`, `request`) and what becomes of them (`inflight`, `worker`).
 //!
 //! - **R2** A slot per head: a chain is in flight at most once, and leaves its slot only when it is answered.
@@ -12,15 +15,16 @@
 
 use std::io::Write;
 use std::num::Wrapping;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use smallvec::SmallVec;
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::{Error, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
 
+use crate::access;
 use crate::chain::{self, Chain, ChainError};
 use crate::command::Setup;
 use crate::complaints::Complaints;
@@ -37,8 +41,17 @@ pub(crate) type Vring = VringMutex<GuestMemoryAtomic<Memory>>;
 /// The err eventfd of a ring, if the front end gave one. (`VringState` keeps its own without a way to it.)
 pub(crate) type ErrorFd = Arc<Mutex<Option<std::fs::File>>>;
 
+/// Bytes of a ring before its elements: flags and index.
+const AVAILABLE_HEADER_BYTES: u64 = 4;
+
+/// The same of the used ring.
+const USED_HEADER_BYTES: u64 = 4;
+
+/// Bytes of an element of the used ring: the chain's head and the bytes written, 32 bits each.
+const USED_ELEMENT_BYTES: u64 = 8;
+
 /// Chains taken in one go, so that answers to the first do not wait for the last.
-pub(crate) const BURST: usize = 32;
+pub(crate) const BURST: u16 = 32;
 
 /// What the worker does with a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +81,6 @@ pub(crate) struct Queue {
     used: Vec<Used>,
     size: u16,
     table: GuestAddress,
-    event_idx: bool,
     tracker: Option<Tracker>,
     /// What an earlier daemon had in flight. It comes before anything new.
     left_behind: Vec<u16>,
@@ -105,7 +117,7 @@ pub(crate) enum Broken {
 }
 
 /// Heads that were taken.
-pub(crate) type Heads = SmallVec<[u16; BURST]>;
+pub(crate) type Heads = SmallVec<[u16; BURST as usize]>;
 
 impl Queue {
     /// A queue whose kicks are heard by `watch`, if there are any.
@@ -118,14 +130,10 @@ impl Queue {
             tracker,
             left_behind,
         } = setup;
-        let (size, table, event_idx) = {
+        let (size, table) = {
             let state = vring.get_ref();
             let queue = state.get_queue();
-            (
-                queue.size(),
-                GuestAddress(queue.desc_table()),
-                queue.event_idx_enabled(),
-            )
+            (queue.size(), GuestAddress(queue.desc_table()))
         };
         Self {
             vring,
@@ -140,7 +148,6 @@ impl Queue {
             used: Vec::new(),
             size,
             table,
-            event_idx,
             tracker,
             left_behind,
         }
@@ -199,15 +206,22 @@ impl Queue {
         Ok(!self.awake)
     }
 
+    /// Whether there are chains to take. A ring that cannot be read counts: taking from it says why.
+    pub(crate) fn has_chains(&self, memory: &Memory) -> bool {
+        let state = self.vring.get_ref();
+        let queue = state.get_queue();
+        let index = part_of(queue.avail_ring(), 2).ok();
+        let index = index.and_then(|at| memory.load::<u16>(at, Ordering::Acquire).ok());
+        !self.left_behind.is_empty() || index.map(u16::from_le) != Some(queue.next_avail())
+    }
+
     /// Takes up to [`BURST`] heads; none are left if there are fewer.
     pub(crate) fn take_heads(&mut self, memory: &Memory) -> Result<Heads, Broken> {
         if !self.left_behind.is_empty() {
-            let count = self.left_behind.len().min(BURST);
+            let count = self.left_behind.len().min(usize::from(BURST));
             return Ok(self.left_behind.drain(..count).collect());
         }
-        let mut state = self.vring.get_mut();
-        let chains = state.get_queue_mut().iter(memory)?;
-        let heads: Heads = chains.take(BURST).map(|chain| chain.head_index()).collect();
+        let heads = available_heads(self.vring.get_mut().get_queue_mut(), memory)?;
         if let Some(tracker) = &mut self.tracker {
             // T1; a head that no descriptor has breaks the ring as soon as it is followed.
             for head in heads.iter().filter(|head| **head < self.size) {
@@ -264,27 +278,24 @@ impl Queue {
         let memory = &*guest.memory;
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
+        let before = queue.next_used();
         for used in self.used.drain(..) {
-            if let Some(tracker) = &mut self.tracker {
-                tracker.giving_back(used.head)?;
-            }
-            queue.add_used(memory, used.head, used.len)?;
-            if let Some(tracker) = &mut self.tracker {
-                tracker.given_back(used.head, queue.next_used())?;
-            }
+            let Some(tracker) = &mut self.tracker else {
+                add_used(queue, memory, used)?;
+                continue;
+            };
+            tracker.giving_back(used.head)?;
+            add_used(queue, memory, used)?;
+            show_used(queue, memory)?;
+            tracker.given_back(used.head, queue.next_used())?;
+        }
+        if self.tracker.is_none() {
+            show_used(queue, memory)?;
         }
         if let Some(log) = &guest.log {
             mark_used_ring(log, queue);
         }
-        let mut call = queue.needs_notification(memory)?;
-        if call && !self.event_idx {
-            // `needs_notification` looks at `used_event` only; this is the other way to decline.
-            let flags: u16 = memory
-                .load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)
-                .map_err(virtio_queue::Error::GuestMemory)?;
-            call = u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
-        }
-        if call {
+        if wants_call(queue, memory, before)? {
             call_guest(&state);
         }
         Ok(())
@@ -307,6 +318,69 @@ impl Queue {
             let _ = fd.write(&1_u64.to_ne_bytes());
         }
     }
+}
+
+/// Takes up to [`BURST`] heads from the available ring.
+fn available_heads(queue: &mut virtio_queue::Queue, memory: &Memory) -> Result<Heads, Error> {
+    let (first, size) = (queue.next_avail(), queue.size());
+    let available = queue.avail_idx(memory, Ordering::Acquire)? - Wrapping(first);
+    if available.0 > size {
+        return Err(Error::InvalidAvailRingIndex);
+    }
+    let mut heads = Heads::new();
+    for nth in 0..available.0.min(BURST) {
+        let element = u64::from(first.wrapping_add(nth) % size);
+        let at = part_of(queue.avail_ring(), AVAILABLE_HEADER_BYTES + 2 * element)?;
+        let head = access::read(memory, at).map_err(Error::GuestMemory)?;
+        heads.push(u16::from_le(head));
+    }
+    queue.set_next_avail(first.wrapping_add(available.0.min(BURST)));
+    Ok(heads)
+}
+
+/// Puts an element into the used ring, where the guest does not see it yet.
+fn add_used(queue: &mut virtio_queue::Queue, memory: &Memory, used: Used) -> Result<(), Error> {
+    let element = u64::from(queue.next_used() % queue.size());
+    let at = part_of(
+        queue.used_ring(),
+        USED_HEADER_BYTES + USED_ELEMENT_BYTES * element,
+    )?;
+    let id_and_len = u64::from(used.len) << 32 | u64::from(used.head);
+    access::write(memory, at, id_and_len.to_le()).map_err(Error::GuestMemory)?;
+    queue.set_next_used(queue.next_used().wrapping_add(1));
+    Ok(())
+}
+
+/// Lets the guest see all elements of the used ring.
+fn show_used(queue: &virtio_queue::Queue, memory: &Memory) -> Result<(), Error> {
+    let at = part_of(queue.used_ring(), 2)?;
+    let index = queue.next_used().to_le();
+    memory
+        .store(index, at, Ordering::Release)
+        .map_err(Error::GuestMemory)
+}
+
+/// Whether the guest wants to be called for what it sees in the used ring since `before` (virtio 1.2 section 2.7.7.2).
+fn wants_call(queue: &virtio_queue::Queue, memory: &Memory, before: u16) -> Result<bool, Error> {
+    // It must see the elements before its wish is read.
+    fence(Ordering::SeqCst);
+    let read = |offset| {
+        let at = part_of(queue.avail_ring(), offset)?;
+        access::read::<u16>(memory, at).map_err(Error::GuestMemory)
+    };
+    if !queue.event_idx_enabled() {
+        let flags = read(0)?;
+        return Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+    }
+    let used_event = read(AVAILABLE_HEADER_BYTES + 2 * u64::from(queue.size()))?;
+    let (used_event, now) = (u16::from_le(used_event), queue.next_used());
+    Ok(now.wrapping_sub(used_event).wrapping_sub(1) < now.wrapping_sub(before))
+}
+
+/// An address within a ring.
+fn part_of(ring: u64, offset: u64) -> Result<GuestAddress, Error> {
+    let at = ring.checked_add(offset).map(GuestAddress);
+    at.ok_or(Error::AddressOverflow)
 }
 
 /// Calls the guest, if the front end gave a descriptor for it.

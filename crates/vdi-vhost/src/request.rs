@@ -17,6 +17,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::access;
 use crate::chain::{Chain, Piece, Pieces};
 use crate::device::Device;
 use crate::dirty::{Dirty, Guest};
@@ -89,7 +90,7 @@ impl Reply {
     pub(crate) fn send(self, memory: &Memory, status: Status, data_bytes: u64) -> Used {
         // It was part of the guest's memory when the chain was parsed. If the front end has taken it away since,
         // there is no one to tell.
-        let _ = memory.write_obj(status.byte(), self.status_at);
+        let _ = access::write(memory, self.status_at, status.byte());
         if let Some(dirty) = &self.dirty {
             dirty.mark(); // D1
         }
@@ -158,7 +159,7 @@ pub(crate) fn parse(
     let memory = &guest.memory;
     let dirty = guest.dirty(&writable).map(Box::new);
     let status_at = take_last_byte(&mut writable)
-        .filter(|at| memory.check_range(*at, 1))
+        .filter(|at| memory.address_in_range(*at))
         .ok_or(Refused::Unanswerable)?;
     let reply = Reply {
         head,
@@ -215,7 +216,10 @@ fn take_header(memory: &Memory, readable: &mut Pieces) -> Option<Header> {
     for piece in readable.iter_mut() {
         let count = missing.len().min(usize::try_from(piece.len).ok()?);
         let (now, later) = missing.split_at_mut(count);
-        memory.read_slice(now, piece.at).ok()?;
+        match now.first_chunk_mut::<HEADER_BYTES>() {
+            Some(whole) => *whole = access::read(memory, piece.at).ok()?,
+            None => memory.read_slice(now, piece.at).ok()?,
+        }
         missing = later;
         let count = u32::try_from(count).ok()?;
         piece.at = piece.at.checked_add(u64::from(count))?;

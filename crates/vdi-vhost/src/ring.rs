@@ -25,7 +25,8 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use smallvec::SmallVec;
-use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::BS;
+use vm_memory::{GuestMemoryBackend, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Piece;
@@ -68,7 +69,7 @@ pub(crate) struct GuestBuffer {
     /// Keeps what `iovecs` point to mapped.
     memory: Arc<Memory>,
     /// Never empty ones.
-    iovecs: SmallVec<[libc::iovec; 8]>,
+    iovecs: SmallVec<[libc::iovec; 2]>,
     /// How many of `iovecs` are used up.
     used: usize,
     /// Bytes in the iovecs that are left.
@@ -80,13 +81,19 @@ impl GuestBuffer {
     pub(crate) fn new(memory: &Arc<Memory>, pieces: &[Piece]) -> Option<Self> {
         let mut iovecs = SmallVec::new();
         let mut len = 0;
+        let iovec = |slice: &VolatileSlice<'_, BS<'_, ()>>| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        };
         for piece in pieces {
-            for slice in memory.get_slices(piece.at, usize::try_from(piece.len).ok()?) {
-                let slice = slice.ok()?;
-                iovecs.push(libc::iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
+            let piece_len = usize::try_from(piece.len).ok()?;
+            // Nearly always in one region.
+            if let Ok(slice) = memory.get_slice(piece.at, piece_len) {
+                iovecs.push(iovec(&slice));
+            } else {
+                for slice in memory.get_slices(piece.at, piece_len) {
+                    iovecs.push(iovec(&slice.ok()?));
+                }
             }
             len += u64::from(piece.len);
         }
@@ -258,22 +265,38 @@ pub(crate) fn run_round(transfer: &Transfer) -> i64 {
     }
 }
 
-/// Reads what of `into` can be had at once, without waiting for storage, and takes it off; whatever is left, or went
-/// wrong, is the engine's.
-pub(crate) fn read_now(file: &File, reads: Reads, at: u64, into: &mut GuestBuffer) {
+/// Fills `into` from `file` at `at` if that can be done without waiting for storage; false if not all of it was there, or
+/// something is wrong: then it is for the engine to find out.
+pub(crate) fn read_now(file: &File, reads: Reads, at: u64, into: &GuestBuffer) -> bool {
     let flags = match reads {
         Reads::Now => 0,
         Reads::IfCached => libc::RWF_NOWAIT,
-        Reads::Queued => return,
+        Reads::Queued => return false,
     };
-    let iovecs = into.left();
-    let count = libc::c_int::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
-    let (fd, at, first) = (file.as_raw_fd(), at.cast_signed(), iovecs.as_ptr());
+    let Some(count) = iovec_count(into) else {
+        return false;
+    };
+    let (fd, at, first) = (file.as_raw_fd(), at.cast_signed(), into.left().as_ptr());
     // SAFETY: R1: `into` keeps the memory that the iovecs name mapped, for longer than the call.
     let result = unsafe { libc::preadv2(fd, first, count, at, flags) };
-    if let Ok(done) = u64::try_from(result) {
-        into.consume(done);
-    }
+    u64::try_from(result) == Ok(into.len())
+}
+
+/// Writes all of `from` to `file` at `at`; false if it was cut short or failed.
+pub(crate) fn write_now(file: &File, at: u64, from: &GuestBuffer) -> bool {
+    let Some(count) = iovec_count(from) else {
+        return false;
+    };
+    let (fd, at, first) = (file.as_raw_fd(), at.cast_signed(), from.left().as_ptr());
+    // SAFETY: R1: `from` keeps the memory that the iovecs name mapped, for longer than the call.
+    let result = unsafe { libc::pwritev(fd, first, count, at) };
+    u64::try_from(result) == Ok(from.len())
+}
+
+/// How many iovecs a buffer has, if one call can take them.
+fn iovec_count(buffer: &GuestBuffer) -> Option<libc::c_int> {
+    let count = buffer.left().len();
+    (count <= MAX_IOVECS).then_some(libc::c_int::try_from(count).ok()?)
 }
 
 /// Whether the file system can say that it would have to wait for storage.
@@ -404,6 +427,17 @@ impl Ring {
                 self.transfer_reported(user_data, result);
             }
         }
+    }
+
+    /// Whether a turn would have something to report without waiting.
+    pub(crate) fn has_news(&mut self) -> bool {
+        let reported = !self.finished.is_empty() || !self.fired.is_empty();
+        reported || !self.reaped.is_empty() || !self.uring.completion().is_empty()
+    }
+
+    /// Whether the next turn submits something.
+    pub(crate) fn has_unsubmitted(&mut self) -> bool {
+        !self.uring.submission().is_empty()
     }
 
     /// The next transfer that is over.

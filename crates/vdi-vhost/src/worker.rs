@@ -5,8 +5,9 @@
 //! ```
 //!
 //! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
-//! - While there is work, kicks stay suppressed; nothing ticks and nothing spins, unless a front end gives a ring without
-//!   a kick descriptor: such a ring is looked at every [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
+//! - While there is work, kicks stay suppressed; nothing ticks, and before it sleeps a worker looks for more work for a moment
+//!   at most, and only where that is worth it (`patience`). But a ring without a kick descriptor is looked at every
+//!   [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
 //!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile.
 //! - **F2** As soon as memory of the front end's is gone, no more chains are taken, no data become visible in the image and no answers
@@ -20,7 +21,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::task::Waker;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vdi_core::{Flush, Reservation};
 
@@ -30,6 +31,7 @@ use crate::dirty::Guest;
 use crate::engine::{Engine, Wait};
 use crate::inflight::{Active, Context, INLINE_BYTES, Key, Next};
 use crate::memory::{self, Memory};
+use crate::patience::{LOOK, Patience};
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Status};
 use crate::ring::{Fired, WatchKey};
@@ -48,6 +50,9 @@ const SHORTEST_NAP: Duration = Duration::from_micros(50);
 
 /// How late such a ring is looked at after a long time without chains: what a guest may wait for an idle disk.
 const LONGEST_NAP: Duration = Duration::from_millis(1);
+
+/// Looks for more work between two at the clock.
+const LOOKS_PER_CLOCK: u32 = 16;
 
 /// The watch of the doorbell; queues have higher keys.
 const DOORBELL: WatchKey = WatchKey(0);
@@ -88,6 +93,7 @@ pub(crate) struct Worker {
     next_watch: u32,
     /// How long to sleep next while a ring is polled.
     nap: Duration,
+    patience: Patience,
 }
 
 impl Worker {
@@ -128,6 +134,7 @@ impl Worker {
             pending: None,
             next_watch,
             nap: SHORTEST_NAP,
+            patience: Patience::default(),
         })
     }
 
@@ -160,6 +167,10 @@ impl Worker {
         if self.is_full() || self.is_closed() {
             return Wait::Forever;
         }
+        if self.finds_more() {
+            self.nap = SHORTEST_NAP;
+            return Wait::No;
+        }
         let mut sleep = true;
         for (index, queue) in &mut self.queues {
             if queue.is_awake() {
@@ -181,6 +192,37 @@ impl Worker {
             }
             true => Wait::Forever,
         }
+    }
+
+    /// Whether there is more to do before guests are asked to kick. Looks for a while if that was worth it lately.
+    fn finds_more(&mut self) -> bool {
+        if !self.queues.values().any(Queue::is_awake) {
+            return false;
+        }
+        if self.has_more() {
+            return true;
+        }
+        // What was started goes to the kernel by the call that waits.
+        if self.context.engine.has_unsubmitted() || !self.patience.looks() {
+            return false;
+        }
+        let start = Instant::now();
+        while start.elapsed() < LOOK {
+            for _ in 0..LOOKS_PER_CLOCK {
+                if self.has_more() {
+                    self.patience.found();
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+        }
+        self.patience.missed();
+        false
+    }
+
+    fn has_more(&mut self) -> bool {
+        let has_chains = |queue: &Queue| queue.is_awake() && queue.has_chains(&self.guest.memory);
+        self.queues.values().any(has_chains) || self.context.engine.has_news()
     }
 
     /// Whether so much is in flight that no more chains are taken.
@@ -473,7 +515,7 @@ fn take_from(
 ) -> Result<(), Broken> {
     let memory = &guest.memory;
     let heads = queue.take_heads(memory)?;
-    debug_assert!(heads.len() <= BURST);
+    debug_assert!(heads.len() <= usize::from(BURST));
     for head in heads {
         let chain = queue.walk(memory, head);
         let parsed = chain.map(|chain| request::parse(guest, chain, head, &context.device));
@@ -482,6 +524,10 @@ fn take_from(
         }
         match parsed? {
             Ok((reply, request)) => {
+                if let Some(bytes) = context.at_once(&request) {
+                    queue.give_back(reply.send(memory, Status::Ok, bytes));
+                    continue;
+                }
                 let key = Key { queue: index, head };
                 let (active, next) = Active::start(key, reply, request, context);
                 match next {
