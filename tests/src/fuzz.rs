@@ -14,7 +14,9 @@ pub mod image;
 mod image_input;
 mod mutation;
 mod reference;
+pub mod request;
 mod seeds;
+pub mod session;
 
 use crate::random::Random;
 
@@ -32,12 +34,26 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 1] = [Target {
-    name: "image",
-    run: image::run,
-    mutate: mutation::mutate,
-    seeds: seeds::seeds,
-}];
+pub const TARGETS: [Target; 3] = [
+    Target {
+        name: "image",
+        run: image::run,
+        mutate: mutation::mutate,
+        seeds: seeds::seeds,
+    },
+    Target {
+        name: "request",
+        run: request::run,
+        mutate: request::mutate,
+        seeds: request::seeds,
+    },
+    Target {
+        name: "session",
+        run: session::run,
+        mutate: session::mutate,
+        seeds: session::seeds,
+    },
+];
 
 /// The target of this name.
 ///

@@ -24,6 +24,8 @@ mod device_state;
 mod dirty;
 mod engine;
 mod fault;
+#[doc(hidden)]
+pub mod fuzzing;
 mod housekeeper;
 mod image_file;
 mod inflight;

@@ -76,14 +76,14 @@ pub(crate) struct Ears<'a> {
 
 /// What was said of front ends: those that come and go do not silence what is wrong with others.
 #[derive(Default)]
-struct Said {
+pub(crate) struct Said {
     comings: Complaints,
     refusals: Complaints,
 }
 
 /// What ended a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Heard {
+pub(crate) enum Heard {
     Signal,
     Fault,
     Peer,
@@ -124,7 +124,11 @@ pub(crate) fn serve(door: Door, ears: &Ears<'_>) -> Result<(), ServeError> {
 }
 
 /// Serves one front end until it goes away or a signal comes, and answers what it left in flight.
-fn converse(stream: UnixStream, ears: &Ears<'_>, said: &Said) -> Result<Heard, ServeError> {
+pub(crate) fn converse(
+    stream: UnixStream,
+    ears: &Ears<'_>,
+    said: &Said,
+) -> Result<Heard, ServeError> {
     said.comings.info(format_args!("a front end is connected"));
     let ended = converse_until_end(stream, ears, said);
     let mut backend = ears.backend.lock().unwrap_or_else(PoisonError::into_inner);

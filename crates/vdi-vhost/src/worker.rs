@@ -133,22 +133,23 @@ impl Worker {
 
     /// Serves until told to exit.
     pub(crate) fn run(mut self) {
-        loop {
-            let wait = self.may_wait();
-            self.context.engine.turn(wait);
-            self.context.inline_left = INLINE_BYTES;
-            self.hear();
-            self.reap();
-            self.retry();
-            self.take();
-            self.reap();
-            self.commit();
-            self.sync();
-            self.publish();
-            if self.acknowledge() {
-                return;
-            }
-        }
+        while self.turn() {}
+    }
+
+    /// Does what there is to do, or waits for it first; false if that was the last.
+    pub(crate) fn turn(&mut self) -> bool {
+        let wait = self.may_wait();
+        self.context.engine.turn(wait);
+        self.context.inline_left = INLINE_BYTES;
+        self.hear();
+        self.reap();
+        self.retry();
+        self.take();
+        self.reap();
+        self.commit();
+        self.sync();
+        self.publish();
+        !self.acknowledge()
     }
 
     /// How long there is nothing to do but wait. Asks all guests to kick before it says so.
