@@ -78,7 +78,7 @@ fn no_mutation_breaks_a_promise() {
     for target in TARGETS {
         let mut inputs = (target.seeds)();
         inputs.extend(kept(target).into_iter().map(|(_, bytes)| bytes));
-        for_each_seed(20, |mut random: Random| {
+        for_each_seed(target.hundreds, |mut random: Random| {
             for nth in 0..100 {
                 let mut bytes = random.pick(&inputs).clone();
                 for _ in 0..*random.pick(&[1, 1, 2, 4, 8]) {

@@ -31,6 +31,8 @@ pub struct Target {
     pub mutate: fn(&mut Vec<u8>, &mut Random),
     /// Inputs to begin with.
     pub seeds: fn() -> Vec<Vec<u8>>,
+    /// Hundreds of mutations that the short run tries, by what one costs.
+    pub hundreds: u64,
 }
 
 /// All targets.
@@ -40,18 +42,21 @@ pub const TARGETS: [Target; 3] = [
         run: image::run,
         mutate: mutation::mutate,
         seeds: seeds::seeds,
+        hundreds: 20,
     },
     Target {
         name: "request",
         run: request::run,
         mutate: request::mutate,
         seeds: request::seeds,
+        hundreds: 6,
     },
     Target {
         name: "session",
         run: session::run,
         mutate: session::mutate,
         seeds: session::seeds,
+        hundreds: 3,
     },
 ];
 

@@ -49,10 +49,11 @@ const QUEUE: u16 = 0;
 /// The largest ring.
 const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// Has all log lines made, and shown to nobody.
-fn log_to_nobody() {
+/// What a process does once: has all log lines made and shown to nobody, and catches faults, for which a descriptor stays open.
+pub fn prepare() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        fault::catch().expect("a signal is caught");
         let lines = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG);
         // Whoever listens already hears them.
         let _ = lines.with_writer(io::sink).try_init();
@@ -133,7 +134,7 @@ impl Bench {
         guest: &GuestMemory<'_>,
         wishes: &Wishes,
     ) -> Result<Self, OpenError> {
-        log_to_nobody();
+        prepare();
         let storage = |file: &Arc<HostFile>| Arc::clone(file) as Arc<dyn Storage>;
         let storages = images.iter().map(storage).collect();
         let disk = Disk::open_chain(storages, wishes.access, ModifiedParent::Allow)?;
@@ -349,7 +350,7 @@ impl Daemon {
     /// If the image cannot be served.
     #[must_use]
     pub fn new(image: &Path) -> Self {
-        log_to_nobody();
+        prepare();
         let words = "vdi-vhost --socket-path none --num-queues 4 --workers 1 --engine sync --sandbox off --blk-file";
         let words = words.split(' ').map(Into::into).chain([image.into()]);
         let args = Args::try_parse_from::<_, std::ffi::OsString>(words).expect("they are right");

@@ -26,7 +26,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use vdi_core::Access;
 use vdi_core::check::{Severity, check};
-use vdi_vhost::fuzzing::Daemon;
+use vdi_vhost::fuzzing::{self, Daemon};
 
 use self::input::{Kind, MEMORY, Message, SECOND};
 use super::request::Images;
@@ -53,6 +53,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
 /// # Panics
 /// If a promise is broken.
 pub fn run(bytes: &[u8]) {
+    fuzzing::prepare();
     let before = held();
     serve(&input::parse(bytes));
     assert_eq!(held(), before, "descriptors or mappings are left");
