@@ -228,10 +228,10 @@ impl Disk {
     ///
     /// # Errors
     /// If writing has ended meanwhile (W5).
-    #[expect(clippy::needless_pass_by_value, reason = "a write ends once")]
-    pub fn commit_in_place(&self, _written: InPlace) -> Result<(), WriteError> {
+    pub fn commit_in_place(&self, written: InPlace) -> Result<(), WriteError> {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
         writer.written.fetch_add(1, Ordering::AcqRel);
+        drop(written);
         writer.check_status()
     }
 

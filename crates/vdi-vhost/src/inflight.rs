@@ -592,7 +592,8 @@ impl Context {
         let len = from.len();
         let is_plain = len <= self.inline_left
             && !self.device.is_write_through()
-            && self.device.zeroing_of(from).is_none();
+            && self.device.zeroing_of(from).is_none()
+            && !from.is_lost(); // F2
         let in_place = is_plain.then(|| self.disk.reserve_in_place(range, &self.lane));
         let Some(Some(in_place)) = in_place else {
             return false;

@@ -525,6 +525,9 @@ fn take_from(
         match parsed? {
             Ok((reply, request)) => {
                 if let Some(bytes) = context.at_once(&request) {
+                    if memory::is_lost(memory) {
+                        return Ok(()); // F2
+                    }
                     queue.give_back(reply.send(memory, Status::Ok, bytes));
                     continue;
                 }

@@ -40,7 +40,7 @@ pub(super) use self::disk::Images;
 use self::disk::Model;
 use self::driver::{Driver, Ring};
 use self::input::{Input, Kind, Shape, Step};
-use self::memory::GuestMemory;
+use self::memory::{GuestMemory, REGION};
 use crate::driver::feature;
 use crate::random::Random;
 
@@ -49,9 +49,6 @@ const TURNS: usize = 400;
 
 /// Turns while somebody writes to the memory.
 const RACED_TURNS: usize = 8;
-
-/// Guest memory beyond this has no marks.
-const MOST_MARKED: u64 = 1 << 36;
 
 /// Changes an input a little.
 pub fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
@@ -99,13 +96,13 @@ impl Play {
     /// Opens the disk and starts the ring, if there can be such a one.
     fn begin(shape: Shape) -> Option<Self> {
         let images = Images::new(shape.has(Shape::PARENT));
-        let mut memory = GuestMemory::new(shape.memory());
+        let mut memory = GuestMemory::new(shape.memory(), shape.has(Shape::LOG));
         let access = if shape.has(Shape::READ_ONLY) {
             Access::ReadOnly
         } else {
             Access::Writable
         };
-        let log = (shape.has(Shape::LOG) && memory.end() < MOST_MARKED).then(|| {
+        let log = shape.has(Shape::LOG).then(|| {
             let file: File = memfd_create("log", MFdFlags::MFD_CLOEXEC)
                 .expect("there is memory")
                 .into();
@@ -415,22 +412,28 @@ impl Play {
         }
     }
 
-    /// Every page that changed is marked.
+    /// Every page that changed is marked. The marks are taken away.
     fn check_marks(&self, now: &[u8]) {
         let Some(log) = &self.log else {
             return;
         };
-        let mut marks = vec![0; usize::try_from(log_len(&self.memory)).expect("it is small")];
-        log.read_exact_at(&mut marks, 0).expect("there is memory");
         for &[at, len, place] in self.memory.regions() {
+            let first = at / 4096 / 8;
+            let mut marks = [0; REGION / 4096 / 8 + 2];
+            log.read_exact_at(&mut marks, first).expect("it covers all");
             let place = usize::try_from(place).expect("it is in the file");
             for nth in 0..usize::try_from(len).expect("it is in the file") {
                 if self.memory.all()[place + nth] != now[place + nth] {
                     let page = (at + nth as u64) / 4096;
-                    let byte = marks[usize::try_from(page / 8).expect("it is marked")];
-                    assert!(byte >> (page % 8) & 1 != 0, "page {page:#x} is not marked");
+                    let byte = usize::try_from(page / 8 - first).expect("few");
+                    let is_marked = marks[byte] >> (page % 8) & 1 != 0;
+                    assert!(is_marked, "page {page:#x} is not marked");
                 }
             }
+        }
+        for &[at, ..] in self.memory.regions() {
+            log.write_all_at(&[0; REGION / 4096 / 8 + 2], at / 4096 / 8)
+                .expect("it covers all");
         }
     }
 
@@ -503,7 +506,7 @@ fn features(shape: Shape) -> u64 {
 }
 
 fn log_len(memory: &GuestMemory) -> u64 {
-    (memory.end() / 4096 / 8 + 1).next_multiple_of(4096)
+    (memory.end() / 4096 / 8 + 16).next_multiple_of(4096)
 }
 
 /// Makes an empty ring.

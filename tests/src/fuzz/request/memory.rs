@@ -27,14 +27,15 @@ pub(super) struct GuestMemory {
 }
 
 impl GuestMemory {
-    pub(super) fn new(choice: u8) -> Self {
+    /// Regions as the input chooses; all of them low if a log must have a bit for every page.
+    pub(super) fn new(choice: u8, is_low: bool) -> Self {
         let file: File = memfd_create("guest", MFdFlags::MFD_CLOEXEC)
             .expect("there is memory")
             .into();
         file.set_len(ALL as u64).expect("there is memory");
         let len = REGION as u64;
-        let first = [0, 0x1000, 1 << 32, 1 << 47][usize::from(choice & 3)];
-        let gap = [0, 0x1000, 0x10, 1 << 40][usize::from(choice >> 2 & 3)];
+        let first = [0, 0x1000, 1 << 32, 1 << 33][usize::from(choice & 3)];
+        let gap = [0, 0x1000, 0x10, 1 << 32][usize::from(choice >> 2 & 3)];
         // Its end is a number, too, so the last byte of all cannot be had.
         let last = [
             0_u64.wrapping_sub(len),
@@ -46,7 +47,11 @@ impl GuestMemory {
             first,
             first + len,
             first + 2 * len + gap,
-            last[usize::from(choice >> 4 & 3)],
+            if is_low {
+                1 << 34
+            } else {
+                last[usize::from(choice >> 4 & 3)]
+            },
         ];
         // Neighbours for the guest are none in the file.
         let order = [0, 2, 1, 3].map(|nth: u64| nth * len);
