@@ -10,7 +10,8 @@ use vm_memory::{Bytes, VolatileSlice};
 use crate::client::{ClientError, PATIENCE, Queue};
 use crate::contents::{Contents, PAGE, SECTOR, mix};
 use crate::latency::Latencies;
-use crate::workload::{Operation, Order, Waiting};
+use crate::plan::{Places, Plan, Span};
+use crate::workload::{Operation, Waiting};
 
 /// One of so many reads is checked. Checking all would make the client the slower end.
 const SAMPLE: u64 = 16;
@@ -36,104 +37,6 @@ pub(crate) enum LaneError {
         found: u64,
         expected: u64,
     },
-}
-
-/// What is to be done, and where.
-#[derive(Debug, Clone)]
-pub(crate) struct Plan {
-    pub(crate) operation: Operation,
-    pub(crate) bytes: usize,
-    pub(crate) places: Places,
-    /// Check every read, not only samples.
-    pub(crate) check_all: bool,
-}
-
-/// The offsets of requests, one after the other.
-#[derive(Debug, Clone)]
-pub(crate) enum Places {
-    /// Anywhere; each slot has places of its own, so that no two requests in flight meet.
-    Random {
-        seed: u64,
-        slots: u64,
-        first_slot: u64,
-    },
-    /// From `next` to `end`, then from `start` again.
-    Around { next: u64, start: u64, end: u64 },
-    /// From `next` to `end` in steps.
-    Once { next: u64, step: u64, end: u64 },
-    /// These.
-    Listed(Vec<u64>),
-}
-
-impl Places {
-    /// The places of one queue of several, for requests in an order.
-    pub(crate) fn new(
-        order: Order,
-        disk: u64,
-        block: u64,
-        lane: (u64, u64),
-        depth: u64,
-        seed: u64,
-    ) -> Self {
-        let (nth, lanes) = lane;
-        let share = disk / lanes / block * block;
-        match order {
-            Order::Random => Self::Random {
-                seed: mix(seed ^ nth),
-                slots: lanes * depth,
-                first_slot: nth * depth,
-            },
-            Order::Sequential => Self::Around {
-                next: nth * share,
-                start: nth * share,
-                end: (nth + 1) * share,
-            },
-            Order::OnceEachBlock => Self::Once {
-                next: nth * share,
-                step: block,
-                end: (nth + 1) * share,
-            },
-        }
-    }
-
-    fn next(&mut self, slot: u16, disk: u64, bytes: u64) -> Option<u64> {
-        match self {
-            Self::Random {
-                seed,
-                slots,
-                first_slot,
-            } => {
-                *seed = seed.wrapping_add(1);
-                let own = disk / bytes / *slots;
-                let nth = (u128::from(mix(*seed)) * u128::from(own)) >> 64;
-                let nth = u64::try_from(nth).expect("less than a u64 by construction");
-                Some((nth * *slots + *first_slot + u64::from(slot)) * bytes)
-            }
-            Self::Around { next, start, end } => {
-                let at = *next;
-                *next = if at + 2 * bytes > *end {
-                    *start
-                } else {
-                    at + bytes
-                };
-                Some(at)
-            }
-            Self::Once { next, step, end } => {
-                let at = *next;
-                *next += *step;
-                (at < *end).then_some(at)
-            }
-            Self::Listed(places) => places.pop(),
-        }
-    }
-}
-
-/// When a load ends, if its places do not run out before.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Span {
-    /// Requests answered before are not counted.
-    pub(crate) warm_up: Duration,
-    pub(crate) measured: Duration,
 }
 
 /// What was counted.

@@ -16,6 +16,7 @@ mod lane;
 mod latency;
 mod machine;
 mod medium;
+mod plan;
 mod record;
 mod report;
 mod results;
