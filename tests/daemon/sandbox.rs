@@ -430,6 +430,33 @@ mod intruder {
     }
 
     #[test]
+    fn a_parent_that_is_named_can_only_be_read_and_its_neighbours_not_even_that() {
+        if !is_root() {
+            return;
+        }
+        let (elsewhere, here) = (scratch(), scratch());
+        let (parent, child) = (
+            elsewhere.path().join("parent.vdi"),
+            here.path().join("child.vdi"),
+        );
+        qemu::create(&parent, "16M");
+        let neighbour = elsewhere.path().join("neighbour");
+        fs::write(&neighbour, "secret").unwrap();
+        let made = vdi_tests::tool::vdi(vdi_tests::words!["snapshot", parent, child]);
+        made.expect_code(0);
+        let launch = Launch::image(&child).args(["--parent"]).arg(&parent);
+        let server = launch.start();
+        use_twice(&server);
+        let control = Puppet::seize(&server, "vdi-vhost");
+        assert!(worked(&control.open(&parent, libc::O_RDONLY)));
+        assert_eq!(control.open(&parent, libc::O_RDWR), failed(libc::EACCES));
+        let opened = control.open(&neighbour, libc::O_RDONLY);
+        assert_eq!(opened, failed(libc::EACCES));
+        control.release();
+        assert_eq!(server.terminate().code, Some(0));
+    }
+
+    #[test]
     fn nothing_is_made_executable_and_workers_make_no_rings_in_the_running_daemon() {
         if !is_root() {
             return;

@@ -608,4 +608,29 @@ mod tests {
             6 << 20
         );
     }
+
+    /// A request asks for room, finds some of its blocks written by another when it asks again, and needs less.
+    #[test]
+    fn that_there_was_no_room_for_one_is_not_told_to_another_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = open(&image(dir.path(), "a.vdi", NewKind::Dynamic));
+        let block = |nth: u64| disk.capacity().range(Sector(nth * 2048), 2048).unwrap();
+        let data = vec![1; 1 << 20];
+        disk.write_at(block(0), &data).unwrap();
+        let state = || crate::writer::lock(&disk.writer.as_ref().unwrap().state);
+        state().wants_blocks = 4;
+        assert!(disk.do_chores().unwrap(), "three are left");
+        assert!(state().no_room.is_some());
+        for nth in 1..4 {
+            disk.write_at(block(nth), &data).unwrap();
+        }
+        let lane = disk.lane();
+        let visit = lane.enter();
+        disk.zero_at(block(3), Zeroing::Discard).unwrap();
+        while disk.do_chores().unwrap() {}
+        let asked = disk.reserve(block(3), &lane, Waker::noop());
+        assert!(matches!(asked, Ok(Reserve::Parked)), "{asked:?}");
+        drop(visit);
+        disk.write_at(block(3), &data).unwrap();
+    }
 }

@@ -108,6 +108,7 @@ impl Drop for Reservation {
             state.in_transition.remove(&disk_block);
             if let BlockMapEntry::Allocated(file_block) = entry {
                 state.room.give_back(file_block);
+                state.forget_that_it_is_full();
             }
         }
         wake(&mut state.parked);

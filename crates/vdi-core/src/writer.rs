@@ -302,6 +302,7 @@ impl Disk {
         reservation: &mut Reservation,
     ) -> FileOffset {
         let file_block = state.room.take().expect("the room was counted");
+        state.forget_that_it_is_full();
         state.in_transition.insert(span.block);
         let change = (span.block, BlockMapEntry::Allocated(file_block));
         reservation.changes.push(change);
@@ -398,6 +399,7 @@ impl Disk {
             state.in_transition.remove(&disk_block);
             if let BlockMapEntry::Allocated(file_block) = before {
                 state.released.add(file_block);
+                state.forget_that_it_is_full();
             }
         }
         if state.released.is_punch_due() {
@@ -486,6 +488,14 @@ impl State {
         if self.room.is_low() && !self.wants_more {
             self.wants_more = true;
             self.call_housekeeper();
+        }
+    }
+
+    /// There was no room for somebody who has not asked again yet. Since then a block was taken, maybe by just that request, or came
+    /// back, so whoever asks next is to be looked at anew.
+    pub(crate) fn forget_that_it_is_full(&mut self) {
+        if matches!(self.no_room, Some(NoRoom::Full)) {
+            self.no_room = None;
         }
     }
 

@@ -24,6 +24,7 @@ use vm_memory::{
 };
 
 use crate::command::{Command, Setup, Takeover};
+use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::dirty::{DirtyLog, Guest};
 use crate::memory::{self, Memory};
@@ -43,6 +44,8 @@ pub(crate) struct Rings {
     rings: Vec<Ring>,
     /// Where chains in flight are recorded, if the front end wants that.
     tracking: Option<Arc<Tracking>>,
+    /// What was said of rings that start.
+    said: Arc<Complaints>,
 }
 
 struct Ring {
@@ -174,6 +177,7 @@ impl Rings {
             log: None,
             rings,
             tracking: None,
+            said: Arc::default(),
         })
     }
 
@@ -448,6 +452,7 @@ impl Rings {
         let memory = self.memory();
         let small = self.check(index)?;
         let (tracking, log) = (self.tracking.clone(), self.log.clone());
+        let said = Arc::clone(&self.said);
         let tracking = tracking.as_ref();
         let ring = self.ring(index)?;
         let ready = ring
@@ -467,14 +472,14 @@ impl Rings {
             && let Some((tracker, recovered)) =
                 Tracker::recover(tracking, small, ready.size, ready.used).map_err(failed)?
         {
-            tell_of_recovery(index, &recovered);
+            tell_of_recovery(index, &recovered, &said);
             ring.vring.set_queue_next_avail(recovered.next_available);
             setup.tracker = Some(tracker);
             setup.left_behind = recovered.heads;
             knows_guest |= recovered.was_tracked;
         }
         if ready.used != 0 && !knows_guest && device.doubt_writeback() {
-            tell_of_doubt();
+            tell_of_doubt(&said);
             if let Some(tracking) = tracking {
                 let unknown = device.writeback_choice();
                 tracking.set_writeback(unknown).map_err(failed)?;
@@ -560,23 +565,23 @@ struct Ready {
     used: u16,
 }
 
-fn tell_of_doubt() {
-    tracing::warn!(
+fn tell_of_doubt(said: &Complaints) {
+    said.warn(format_args!(
         "the guest used this disk before it came here, and its cache mode is not known: until it is set, every write is \
          made durable before it is answered"
-    );
+    ));
 }
 
-fn tell_of_recovery(index: u32, recovered: &Recovered) {
+fn tell_of_recovery(index: u32, recovered: &Recovered, said: &Complaints) {
     if recovered.was_stale {
-        tracing::warn!(
+        said.warn(format_args!(
             "queue {index}: the record of requests in flight is about another ring and is ignored"
-        );
+        ));
     } else if !recovered.heads.is_empty() {
-        tracing::info!(
+        said.info(format_args!(
             "queue {index}: {} requests were in flight and are started again",
             recovered.heads.len()
-        );
+        ));
     }
 }
 
