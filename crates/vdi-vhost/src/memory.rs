@@ -5,7 +5,7 @@
 //!
 //! Invariants of a [`Memory`]:
 //!
-//! - **M1** Regions do not overlap, neither in guest-physical nor in front-end addresses, and no region's
+//! - **M1** Regions are not empty and do not overlap, neither in guest-physical nor in front-end addresses, and no region's
 //!   end overflows.
 //! - **M2** A region's file was large enough for it when it was mapped. A front end that shrinks the file later ends its
 //!   own session, and nothing else (`fault`): a region that is lost ([`Region::is_lost`]) may read as zeros.
@@ -61,6 +61,9 @@ pub(crate) enum MemoryError {
     /// M1.
     #[error("the memory region of {len:#x} bytes at {base:#x} wraps around or is too large to map")]
     Overflow { base: u64, len: u64 },
+    /// Nothing could be said of its last byte.
+    #[error("the memory region at {base:#x} is empty")]
+    Empty { base: u64 },
     /// M1.
     #[error("the memory region of {len:#x} bytes at {base:#x} overlaps another one")]
     Overlap { base: u64, len: u64 },
@@ -102,6 +105,10 @@ impl Region {
             base: guest_phys_addr,
             len: memory_size,
         };
+        if memory_size == 0 {
+            let base = guest_phys_addr;
+            return Err(MemoryError::Empty { base });
+        }
         let ends = [guest_phys_addr, user_addr, mmap_offset].map(|at| at.checked_add(memory_size));
         let ([Some(_), Some(_), Some(end)], Ok(len)) = (ends, usize::try_from(memory_size)) else {
             return Err(overflow);
@@ -331,6 +338,13 @@ mod tests {
         assert!(matches!(refused, Err(MemoryError::FileTooShort { .. })));
         let refused = Region::map(&region(0, 0x1000, 0, 1), file(0x1000));
         assert!(matches!(refused, Err(MemoryError::FileTooShort { .. })));
+    }
+
+    #[test]
+    fn an_empty_region_is_refused() {
+        // Its mapping is not empty, since it begins within a page.
+        let refused = Region::map(&region(0, 0, 0, 1), file(0x1000));
+        assert!(matches!(refused, Err(MemoryError::Empty { .. })));
     }
 
     #[test]

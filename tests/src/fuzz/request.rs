@@ -267,6 +267,13 @@ impl Play {
         // It may have more to say, and must fall asleep.
         (0..2).for_each(|_| self.bench.turn());
         assert_eq!(self.bench.has_broken(), plan.breaks, "{plan:x?}");
+        if plan.breaks {
+            // Nothing makes it go on.
+            assert!(self.bench.settles(TURNS), "requests do not end");
+            self.bench.kick();
+            self.bench.turn();
+            assert!(!self.bench.has_broken(), "a broken ring is used again");
+        }
         self.check_calls(first, count);
         let now = self.memory.look();
         self.check_answers(plan, first, &now);

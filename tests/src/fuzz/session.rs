@@ -61,10 +61,14 @@ pub fn run(bytes: &[u8]) {
 
 /// How many descriptors and how many mappings of front ends' files this process has.
 fn held() -> (usize, usize) {
-    let maps = std::fs::read_to_string("/proc/self/maps").expect("this is Linux");
-    let shared = maps.lines().filter(|line| line.contains("/memfd:"));
     let open = std::fs::read_dir("/proc/self/fd").expect("this is Linux");
-    (open.count(), shared.count())
+    (open.count(), shared())
+}
+
+/// How many mappings of front ends' files there are.
+fn shared() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("this is Linux");
+    maps.lines().filter(|line| line.contains("/memfd:")).count()
 }
 
 fn serve(messages: &[Message]) {
@@ -74,6 +78,11 @@ fn serve(messages: &[Message]) {
     send_all(&ours, messages);
     // All is said before anybody listens, so nothing depends on time.
     daemon.converse(theirs);
+    assert_eq!(
+        shared(),
+        0,
+        "the memory of a front end that is gone is mapped"
+    );
     check_answers(&ours, messages);
     behave(&daemon);
     daemon.close().expect("nothing fails");
@@ -183,9 +192,26 @@ fn own_answer(message: &Message) -> Option<&'static [usize]> {
         1 | 11 | 15 | 17 | 36 | 42 | 43 => Some(&[8]),
         6 => Some(&[16]),
         31 => Some(&[24, 20]),
+        // See `config_len`.
         24 => Some(&[]),
         _ => None,
     }
+}
+
+/// How long the answer to a question about the configuration space is, if nothing is wrong with it.
+fn config_len(message: &Message) -> Option<usize> {
+    let words: Vec<u32> = message
+        .payload
+        .chunks(4)
+        .take(3)
+        .map_while(|bytes| bytes.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes)))
+        .collect();
+    let &[offset, size, 0] = &words[..] else {
+        return None;
+    };
+    let len = 12 + usize::try_from(size).ok()?;
+    let is_right = (1..=256).contains(&size) && offset <= 0x200 && message.payload.len() == len;
+    is_right.then_some(len)
 }
 
 /// Compares the answers with what was to be answered, as long as that is certain.
@@ -221,6 +247,10 @@ fn check_answers(mut socket: &UnixStream, messages: &[Message]) {
             };
             assert_eq!(code, message.code, "the answer to {message:?}");
             let right = own.unwrap_or(&[8]);
+            let is_config = message.code == 24 && message.is_framed;
+            if let Some(right) = config_len(message).filter(|_| is_config) {
+                assert_eq!(len, right, "{message:?}");
+            }
             assert!(
                 right.is_empty() || right.contains(&len),
                 "{len} bytes: {message:?}"

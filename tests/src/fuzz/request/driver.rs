@@ -151,7 +151,11 @@ impl Driver {
         let mut pieces = self.request(memory, step);
         cut(&mut pieces, step.byte(5) & 7, step.byte(7));
         self.damage(memory, &mut pieces, step);
-        pieces.truncate(MOST_PIECES);
+        if pieces.len() > MOST_PIECES {
+            let last = pieces.split_off(pieces.len() - 1);
+            pieces.truncate(MOST_PIECES - 1);
+            pieces.extend(last);
+        }
         let direct = match step.byte(5) >> 3 & 3 {
             0 => pieces.len(),
             1 => 0,
@@ -164,7 +168,12 @@ impl Driver {
         } else {
             direct.min(pieces.len())
         };
-        let indirect = pieces.split_off(direct);
+        let mut indirect = pieces.split_off(direct);
+        if step.byte(6) % 32 == 9 && indirect.len() > 1 {
+            // A table in a table.
+            let inner = indirect.split_off(indirect.len() / 2);
+            indirect.push(self.table(memory, &inner, step));
+        }
         if !indirect.is_empty() {
             pieces.push(self.table(memory, &indirect, step));
         }

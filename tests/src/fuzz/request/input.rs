@@ -172,6 +172,16 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
         bytes.extend(run());
         seeds.push(bytes);
     }
+    // Chains about as long as they may be, and a table in a table.
+    for more in 1000..1030_u16 {
+        let mut step = [0; STEP];
+        (step[1], step[4], step[5], step[6], step[7]) = (1, 1, 8, 21, 1);
+        step[8..10].copy_from_slice(&more.to_le_bytes());
+        seeds.push([[0; STEP], step, run()].concat());
+    }
+    let mut step = [0; STEP];
+    (step[1], step[4], step[5], step[6]) = (1, 1, 8, 9);
+    seeds.push([[0; STEP], step, run()].concat());
     seeds
 }
 
