@@ -13,7 +13,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vdi_tests::driver::{Driver, Options};
+use vdi_tests::driver::{Driver, Options, PATIENCE};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::qemu;
 use vdi_tests::server::{Launch, Server, scratch};
@@ -231,6 +231,7 @@ mod intruder {
     use std::fs::File;
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::FileExt;
+    use std::time::{Duration, Instant};
 
     use nix::libc;
     use nix::sys::ptrace;
@@ -258,25 +259,33 @@ mod intruder {
     }
 
     impl Puppet {
-        /// Stops an idle thread.
+        /// Stops a thread when it is idle, or about to be.
         fn seize(server: &Server, name: &str) -> Self {
+            const SYSCALL: [u8; 2] = [0x0f, 0x05];
             let thread = statuses(server)[name]["Pid"].parse().unwrap();
             let thread = Pid::from_raw(thread);
-            ptrace::attach(thread).unwrap();
-            let stopped = waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
-            assert_eq!(stopped, WaitStatus::Stopped(thread, Signal::SIGSTOP));
             let path = format!("/proc/{}/task/{thread}/mem", server.pid());
             let memory = File::options().read(true).write(true).open(path).unwrap();
-            let found = ptrace::getregs(thread).unwrap();
-            let mut instruction = [0; 2];
-            memory
-                .read_exact_at(&mut instruction, found.rip - 2)
-                .unwrap();
-            assert_eq!(instruction, [0x0f, 0x05], "{name} is not in a system call");
-            Self {
-                thread,
-                memory,
-                found,
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                ptrace::attach(thread).unwrap();
+                let stopped = waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+                assert_eq!(stopped, WaitStatus::Stopped(thread, Signal::SIGSTOP));
+                let found = ptrace::getregs(thread).unwrap();
+                let mut instruction = [0; 2];
+                memory
+                    .read_exact_at(&mut instruction, found.rip - 2)
+                    .unwrap();
+                if instruction == SYSCALL {
+                    return Self {
+                        thread,
+                        memory,
+                        found,
+                    };
+                }
+                assert!(Instant::now() < deadline, "{name} is in no system call");
+                ptrace::detach(thread, None).unwrap();
+                std::thread::sleep(Duration::from_millis(5));
             }
         }
 
