@@ -5,7 +5,7 @@
 //!                        └──────────► Reference    what must come out
 //! ```
 //!
-//! A target takes any bytes and returns; a broken promise is a panic. `ci/fuzz` lets libFuzzer look for such bytes;
+//! So it is for images; `request` and `session` say the same of theirs. A target takes any bytes and returns; a broken promise is a panic. `ci/fuzz` lets libFuzzer look for such bytes;
 //! `fuzz.rs` in the test command replays what it kept in `fuzz/corpus` and adds some random mutations of it.
 //! Nothing here depends on a fuzzer.
 
@@ -31,8 +31,8 @@ pub struct Target {
     pub mutate: fn(&mut Vec<u8>, &mut Random),
     /// Inputs to begin with.
     pub seeds: fn() -> Vec<Vec<u8>>,
-    /// Hundreds of mutations that the short run tries, by what one costs.
-    pub hundreds: u64,
+    /// Mutations in each round of the short run, which must not take long.
+    pub mutations: u64,
 }
 
 /// All targets.
@@ -42,21 +42,21 @@ pub const TARGETS: [Target; 3] = [
         run: image::run,
         mutate: mutation::mutate,
         seeds: seeds::seeds,
-        hundreds: 20,
+        mutations: 100,
     },
     Target {
         name: "request",
         run: request::run,
         mutate: request::mutate,
         seeds: request::seeds,
-        hundreds: 6,
+        mutations: 10,
     },
     Target {
         name: "session",
         run: session::run,
         mutate: session::mutate,
         seeds: session::seeds,
-        hundreds: 3,
+        mutations: 20,
     },
 ];
 
