@@ -106,6 +106,8 @@ fn data_status_and_used_ring_are_marked_while_the_log_is_on_and_nothing_else() {
             (Request::read(16_384, 64 << 10), Layout::framed().indirect()),
             (Request::get_id(), Layout::framed()),
             (Request::of_kind(77), Layout::framed()),
+            // Refused: 32 pages that nobody writes.
+            (Request::read(DISK / 512, 128 << 10), Layout::framed()),
             (Request::write(2048, vec![3; 4096]), Layout::whole()),
             (Request::flush(), Layout::framed()),
         ];

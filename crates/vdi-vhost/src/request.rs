@@ -86,6 +86,17 @@ pub(crate) struct Used {
 }
 
 impl Reply {
+    /// The same for a request that writes nothing but its status: what else the chain names, up to terabytes of the same memory, is
+    /// not marked.
+    fn without_data(mut self, guest: &Guest) -> Self {
+        if self.dirty.is_some() {
+            let (at, len) = (self.status_at, 1);
+            let status = Pieces::from_iter([Piece { at, len }]);
+            self.dirty = guest.dirty(&status).map(Box::new);
+        }
+        self
+    }
+
     /// Writes the status, after `data_bytes` of data were written.
     pub(crate) fn send(self, memory: &Memory, status: Status, data_bytes: u64) -> Used {
         // It was part of the guest's memory when the chain was parsed. If the front end has taken it away since,
@@ -172,7 +183,10 @@ pub(crate) fn parse(
         take_header(memory, &mut readable)
     };
     let Some(header) = header else {
-        return Err(Refused::WithStatus(reply, Status::IoError));
+        return Err(Refused::WithStatus(
+            reply.without_data(guest),
+            Status::IoError,
+        ));
     };
     let data = |pieces: &Pieces| GuestBuffer::new(memory, pieces).ok_or(Status::IoError);
     let request = match header.kind {
@@ -198,7 +212,7 @@ pub(crate) fn parse(
     };
     match request {
         Ok(request) => Ok((reply, request)),
-        Err(status) => Err(Refused::WithStatus(reply, status)),
+        Err(status) => Err(Refused::WithStatus(reply.without_data(guest), status)),
     }
 }
 
