@@ -214,10 +214,10 @@ fn status(server: &Server, name: &str) -> u64 {
 fn as_many_queues_as_any_machine_asks_for_are_offered_and_cost_nothing_until_they_are_used() {
     let image = Image::by_qemu(8 * MIB);
     let other = Image::by_qemu(8 * MIB);
-    let server = Launch::image(image.path()).start();
-    let modest = Launch::image(other.path())
-        .args(["--num-queues", "1"])
-        .start();
+    // No more threads than queues are started, so as many as the modest one has.
+    let launch = |image: &Image| Launch::image(image.path()).args(["--workers", "1"]);
+    let server = launch(&image).start();
+    let modest = launch(&other).args(["--num-queues", "1"]).start();
     assert_eq!(server.control(&Options::new()).queues_offered(), 256);
     let _one = modest.control(&Options::new());
     assert_eq!(status(&server, "Threads"), status(&modest, "Threads"));

@@ -28,11 +28,10 @@ use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
-use crate::engine::EngineChoice;
 use crate::fault;
+use crate::housekeeper::Housekeepers;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
-use crate::sandbox::Sandbox;
 use crate::tracking::{Tracking, TrackingError};
 use crate::turn::{GrowError, Opened, Turn, TurnError};
 use crate::workers::{Served, Workers};
@@ -41,8 +40,7 @@ use crate::workers::{Served, Workers};
 pub(crate) struct Backend {
     device: Arc<Device>,
     turn: Turn,
-    engine: EngineChoice,
-    sandbox: Sandbox,
+    housekeepers: Arc<Housekeepers>,
     complaints: Arc<Complaints>,
     rings: Rings,
     /// Faults in shared memory before this session.
@@ -128,16 +126,14 @@ impl Backend {
     pub(crate) fn new(
         device: Arc<Device>,
         turn: Turn,
-        engine: EngineChoice,
         workers: Workers,
-        sandbox: Sandbox,
+        housekeepers: Arc<Housekeepers>,
     ) -> std::result::Result<Self, virtio_queue::Error> {
         let rings = Rings::new(device.num_queues(), workers)?;
         Ok(Self {
             device,
             turn,
-            engine,
-            sandbox,
+            housekeepers,
             complaints: Arc::default(),
             rings,
             faults: fault::count(),
@@ -158,22 +154,20 @@ impl Backend {
             self.turn.end();
             return Err(Refusal::Access { served, found }.into());
         }
-        Ok(self.serve(opened).map_err(Refusal::from)?)
+        self.serve(opened);
+        Ok(())
     }
 
     /// Has the workers serve an image that was opened.
-    pub(crate) fn serve(&mut self, opened: Opened) -> std::result::Result<(), TurnError> {
-        self.turn.keep_house(&self.sandbox)?;
+    pub(crate) fn serve(&mut self, opened: Opened) {
+        self.turn.keep_house(&self.housekeepers);
         self.device.set_capacity(opened.disk.capacity());
         self.rings.employ(Served {
             disk: opened.disk,
             images: opened.images,
             device: Arc::clone(&self.device),
             complaints: Arc::clone(&self.complaints),
-            engine: self.engine,
-            sandbox: self.sandbox.clone(),
         });
-        Ok(())
     }
 
     /// Makes the disk larger, while its guest runs: requests wait meanwhile, and the guest is told.
@@ -184,7 +178,7 @@ impl Backend {
         }
         let running = self.rings.suspend()?;
         let (opened, grown) = self.turn.grow(to)?;
-        self.serve(opened)?;
+        self.serve(opened);
         self.rings.resume(&running, &self.device)?;
         if !was_held && self.rings.dismiss_if_idle() {
             self.turn.end();

@@ -26,12 +26,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::args::Args;
 use crate::backend::Backend;
-use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
+use crate::command::{Ack, Command, Doorbell, Order, SeatNumber, Setup, Takeover};
 use crate::complaints::Complaints;
+use crate::crew::Crew;
 use crate::device::{DetectZeroes, Device, Discard, Serial, Zeros};
 use crate::dirty::{DirtyLog, Guest};
 use crate::engine::EngineChoice;
 use crate::fault;
+use crate::housekeeper::Housekeepers;
 use crate::image_file::ImageFile;
 use crate::memory::{self, Memory, Region};
 use crate::queue::{ErrorFd, Mode, Vring};
@@ -45,6 +47,9 @@ use crate::workers::{Served, Workers};
 
 /// The queue of a [`Bench`].
 const QUEUE: u16 = 0;
+
+/// Its disk's seat.
+const SEAT: SeatNumber = 0;
 
 /// The largest ring.
 const MAX_QUEUE_SIZE: u16 = 1024;
@@ -103,7 +108,7 @@ pub struct Wishes {
 pub struct Bench {
     worker: Worker,
     doorbell: Arc<Doorbell>,
-    commands: Sender<(Command, Ack)>,
+    orders: Sender<Order>,
     disk: Arc<Disk>,
     device: Arc<Device>,
     guest: Guest,
@@ -115,7 +120,7 @@ pub struct Bench {
 }
 
 /// A housekeeper that comes anyway.
-struct NoBell;
+pub(crate) struct NoBell;
 
 impl Wake for NoBell {
     fn wake(self: Arc<Self>) {}
@@ -149,20 +154,18 @@ impl Bench {
             images: data.expect("descriptors are left").into(),
             device: Arc::clone(&device),
             complaints: Arc::new(Complaints::default()),
-            engine: EngineChoice::Sync,
-            sandbox: Sandbox::off(),
         };
-        let (commands, inbox) = mpsc::channel();
-        let worker = Worker::new(&served, Arc::clone(&doorbell), inbox).expect("an epoll");
+        let (orders, inbox) = mpsc::channel();
+        let worker = Worker::new(EngineChoice::Sync, Arc::clone(&doorbell), inbox);
         let guest = map(guest);
         let shared = GuestMemoryAtomic::new(Memory::clone(&guest.memory));
         let [kick, call, error] = std::array::from_fn(|_| eventfd());
         let vring = Vring::new(shared, MAX_QUEUE_SIZE).expect("it is a power of two");
         vring.set_call(Some(copy(&call)));
-        Ok(Self {
-            worker,
+        let mut bench = Self {
+            worker: worker.expect("an epoll"),
             doorbell,
-            commands,
+            orders,
             disk,
             device,
             guest,
@@ -171,7 +174,10 @@ impl Bench {
             call,
             error_fd: Arc::new(Mutex::new(Some(copy(&error)))),
             error,
-        })
+        };
+        let sync_file = served.images[0].file_for_syncs();
+        bench.obeyed(Command::Sit(Box::new(served), sync_file), 1);
+        Ok(bench)
     }
 
     /// Starts the queue; false if there can be no such ring.
@@ -271,10 +277,12 @@ impl Bench {
 
     fn obeyed(&mut self, command: Command, turns: usize) -> bool {
         let (ack, acknowledged): (Ack, Receiver<_>) = mpsc::channel();
-        assert!(
-            self.commands.send((command, ack)).is_ok(),
-            "the worker is here"
-        );
+        let order = Order {
+            seat: SEAT,
+            command,
+            ack,
+        };
+        assert!(self.orders.send(order).is_ok(), "the worker is here");
         (0..turns).any(|_| {
             self.turn();
             match acknowledged.try_recv() {
@@ -288,15 +296,15 @@ impl Bench {
     }
 }
 
-fn eventfd() -> EventFd {
+pub(crate) fn eventfd() -> EventFd {
     EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).expect("descriptors are left")
 }
 
-fn copy(eventfd: &EventFd) -> File {
+pub(crate) fn copy(eventfd: &EventFd) -> File {
     File::from(owned(eventfd.try_clone().expect("descriptors are left")))
 }
 
-fn device(disk: &Disk, wishes: &Wishes) -> Device {
+pub(crate) fn device(disk: &Disk, wishes: &Wishes) -> Device {
     let zeros = Zeros {
         discard: if wishes.discards {
             Discard::Unmap
@@ -314,7 +322,7 @@ fn device(disk: &Disk, wishes: &Wishes) -> Device {
     Device::new(disk.capacity(), wishes.access, 1, serial, zeros)
 }
 
-fn map(guest: &GuestMemory<'_>) -> Guest {
+pub(crate) fn map(guest: &GuestMemory<'_>) -> Guest {
     let copy = || guest.file.try_clone().expect("descriptors are left");
     let region = |&[at, len, offset]: &[u64; 3]| {
         let message = VhostUserMemoryRegion::new(at, len, at, offset);
@@ -361,10 +369,13 @@ impl Daemon {
             &opened.disk,
             opened.disk.access(),
         ));
-        let workers = Workers::new(crate::worker_count(&args));
-        let backend = Backend::new(device, turn, args.engine, workers, Sandbox::off());
+        let sandbox = Sandbox::off();
+        let crew = Crew::start(crate::worker_count(&args), args.engine, &sandbox);
+        let workers = Workers::new(&crew.expect("threads are left"));
+        let housekeepers = Housekeepers::start(&sandbox).expect("threads are left");
+        let backend = Backend::new(device, turn, workers, housekeepers);
         let mut backend = backend.expect("the queues are few");
-        backend.serve(opened).expect("threads are left");
+        backend.serve(opened);
         let (signals, silent) = UnixStream::pair().expect("sockets");
         Self {
             backend: Arc::new(Mutex::new(backend)),

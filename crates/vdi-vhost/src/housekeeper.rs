@@ -1,86 +1,239 @@
-//! The thread that does what must not happen on a request's path: lengthening the file ahead of need (W1), marking
+//! The threads that do for all disks what must not happen on a request's path: lengthening the file ahead of need (W1), marking
 //! the image before its first change (W6).
 //!
-//! It sleeps until the disk wakes it; nothing ticks.
+//! They sleep until a disk wakes them; nothing ticks. A disk that has chores waits in a list; whoever is free does one step of them, and
+//! puts it back at the end if there may be more. So one disk's slow storage delays the others' chores by one step, and nobody's requests.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
-use std::thread::{self, JoinHandle, Thread};
+use std::thread::{self, JoinHandle};
 
-use vdi_core::Disk;
+use vdi_core::{Disk, WriteError};
 
 use crate::sandbox::{Role, Sandbox};
 
-/// The running thread; dropping it ends and joins it.
+/// Two: while one waits for a slow disk's storage, the other does what is due for the rest.
+const THREADS: usize = 2;
+
+/// The running threads; dropping it ends and joins them.
 #[derive(Debug)]
-pub(crate) struct Housekeeper {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+pub(crate) struct Housekeepers {
+    rounds: Arc<Rounds>,
+    threads: Vec<JoinHandle<()>>,
 }
 
-/// Wakes the thread. A wake-up before it sleeps is not lost: `unpark` leaves a token.
-struct Bell(Thread);
+/// A disk that is looked after as long as this exists; dropping it waits until no thread is at work with it.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    /// So that the threads are there.
+    housekeepers: Arc<Housekeepers>,
+    key: u64,
+}
+
+/// Which disks have chores.
+#[derive(Debug, Default)]
+struct Rounds {
+    state: Mutex<State>,
+    /// There is one more in the list, or all is over.
+    work: Condvar,
+    /// A step is done.
+    done: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    houses: BTreeMap<u64, House>,
+    next_key: u64,
+    waiting: VecDeque<u64>,
+    is_over: bool,
+}
+
+#[derive(Debug)]
+struct House {
+    disk: Arc<Disk>,
+    phase: Phase,
+    /// It could not be done lately, which was said.
+    is_failing: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    Waiting,
+    AtWork,
+    /// It was woken meanwhile.
+    WokenAtWork,
+}
+
+/// How a disk calls for its housekeeper.
+struct Bell {
+    rounds: Arc<Rounds>,
+    key: u64,
+}
 
 impl Wake for Bell {
     fn wake(self: Arc<Self>) {
-        self.0.unpark();
+        self.rounds.call(self.key);
     }
 }
 
-impl Housekeeper {
-    /// Starts the thread and tells the disk about it.
-    pub(crate) fn start(disk: &Arc<Disk>, sandbox: &Sandbox) -> io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (its_disk, its_stop) = (Arc::clone(disk), Arc::clone(&stop));
-        let (sandbox, (started, ready)) = (sandbox.clone(), mpsc::channel());
-        let thread = thread::Builder::new()
-            .name("housekeeper".to_owned())
-            .spawn(move || {
-                let confined = sandbox.confine(Role::Housekeeper);
-                let serves = confined.is_ok();
-                let _ = started.send(confined);
-                if serves {
-                    keep_house(&its_disk, &its_stop);
-                }
-            })?;
-        ready.recv().map_err(io::Error::other)??;
-        disk.set_housekeeper(Waker::from(Arc::new(Bell(thread.thread().clone()))));
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+impl Housekeepers {
+    /// Starts the threads and confines them.
+    pub(crate) fn start(sandbox: &Sandbox) -> io::Result<Arc<Self>> {
+        let mut all = Self {
+            rounds: Arc::default(),
+            threads: Vec::new(),
+        };
+        for nth in 0..THREADS {
+            let (rounds, sandbox) = (Arc::clone(&all.rounds), sandbox.clone());
+            let (started, ready) = mpsc::channel();
+            let thread = thread::Builder::new()
+                .name(format!("housekeeper-{nth}"))
+                .spawn(move || {
+                    let confined = sandbox.confine(Role::Housekeeper);
+                    let serves = confined.is_ok();
+                    let _ = started.send(confined);
+                    if serves {
+                        rounds.go();
+                    }
+                })?;
+            all.threads.push(thread);
+            ready.recv().map_err(io::Error::other)??;
+        }
+        Ok(Arc::new(all))
+    }
+
+    /// Looks after a disk from now on.
+    pub(crate) fn keep(self: &Arc<Self>, disk: &Arc<Disk>) -> Kept {
+        let key = {
+            let mut state = self.rounds.lock();
+            let key = state.next_key;
+            state.next_key += 1;
+            let house = House {
+                disk: Arc::clone(disk),
+                phase: Phase::Idle,
+                is_failing: false,
+            };
+            state.houses.insert(key, house);
+            key
+        };
+        let rounds = Arc::clone(&self.rounds);
+        disk.set_housekeeper(Waker::from(Arc::new(Bell { rounds, key })));
+        // There may have been nobody to call before.
+        self.rounds.call(key);
+        Kept {
+            housekeepers: Arc::clone(self),
+            key,
+        }
     }
 }
 
-impl Drop for Housekeeper {
+impl Drop for Kept {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
+        let rounds = &self.housekeepers.rounds;
+        let mut state = rounds.lock();
+        while state.houses.get(&self.key).is_some_and(House::is_at_work) {
+            state = rounds.wait(&rounds.done, state);
+        }
+        state.waiting.retain(|key| *key != self.key);
+        let gone = state.houses.remove(&self.key);
+        // What the disk does when it goes away may take time.
+        drop(state);
+        drop(gone);
+    }
+}
+
+impl Drop for Housekeepers {
+    fn drop(&mut self) {
+        self.rounds.lock().is_over = true;
+        self.rounds.work.notify_all();
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
 }
 
-fn keep_house(disk: &Disk, stop: &AtomicBool) {
-    let mut failing = false;
-    while !stop.load(Ordering::Acquire) {
-        match disk.do_chores() {
-            Ok(true) => failing = false,
-            Ok(false) => thread::park(),
-            Err(error) => {
-                // One line per spell of trouble: a guest can bring it about again and again (disk full).
-                if !std::mem::replace(&mut failing, true) {
-                    tracing::error!(
-                        "the image cannot take new data: {}",
-                        crate::chain_of(&error)
-                    );
-                }
-                thread::park();
+impl House {
+    fn is_at_work(&self) -> bool {
+        matches!(self.phase, Phase::AtWork | Phase::WokenAtWork)
+    }
+}
+
+impl Rounds {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, what: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        what.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A disk has chores. Disks call with locks of theirs held, so nothing of a disk is touched under ours.
+    fn call(&self, key: u64) {
+        let mut state = self.lock();
+        let Some(house) = state.houses.get_mut(&key) else {
+            return;
+        };
+        match house.phase {
+            Phase::Waiting | Phase::WokenAtWork => {}
+            Phase::AtWork => house.phase = Phase::WokenAtWork,
+            Phase::Idle => {
+                house.phase = Phase::Waiting;
+                state.waiting.push_back(key);
+                self.work.notify_one();
             }
         }
+    }
+
+    /// Does chores until all is over.
+    fn go(&self) {
+        let mut state = self.lock();
+        while !state.is_over {
+            let Some(key) = state.waiting.pop_front() else {
+                state = self.wait(&self.work, state);
+                continue;
+            };
+            let Some(house) = state.houses.get_mut(&key) else {
+                continue;
+            };
+            house.phase = Phase::AtWork;
+            let disk = Arc::clone(&house.disk);
+            drop(state);
+            let result = disk.do_chores();
+            drop(disk);
+            state = self.lock();
+            self.step_is_done(&mut state, key, &result);
+        }
+    }
+
+    fn step_is_done(&self, state: &mut State, key: u64, result: &Result<bool, WriteError>) {
+        // It stays while it is at work.
+        let Some(house) = state.houses.get_mut(&key) else {
+            return;
+        };
+        let was_woken = house.phase == Phase::WokenAtWork;
+        let more = match result {
+            Ok(true) => {
+                house.is_failing = false;
+                true
+            }
+            Ok(false) => was_woken,
+            Err(error) => {
+                // One line per spell of trouble: a guest can bring it about again and again (disk full).
+                if !std::mem::replace(&mut house.is_failing, true) {
+                    tracing::error!("the image cannot take new data: {}", crate::chain_of(error));
+                }
+                was_woken
+            }
+        };
+        house.phase = if more { Phase::Waiting } else { Phase::Idle };
+        if more {
+            state.waiting.push_back(key);
+            self.work.notify_one();
+        }
+        self.done.notify_all();
     }
 }

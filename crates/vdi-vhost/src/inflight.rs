@@ -11,10 +11,12 @@
 //! A change is a write, a discard or a write-zeroes. A request may be larger than anything (1024 descriptors of 4 GiB),
 //! so it is worked on in windows, with at most [`TRANSFERS_PER_REQUEST`] transfers at a time (R5).
 //!
-//! Not here: queues and threads (`queue`, `worker`). Rules: W2 and W3 (when an entry may be written, and an answer
+//! Not here: queues, seats and threads (`queue`, `seat`, `worker`). Rules: W2 and W3 (when an entry may be written, and an answer
 //! given), W4 (visits), W7 (parked, not blocked), R2.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Waker;
 
@@ -23,14 +25,16 @@ use vdi_core::{
     Visit, WriteError, Zeroing,
 };
 
+use crate::command::SeatNumber;
 use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::engine::Engine;
 use crate::fault;
 use crate::image_file::ImageFile;
 use crate::request::{Reply, Request, Segment, Segments, Status};
-use crate::ring::GuestBuffer;
+use crate::ring::{GuestBuffer, WatchKey};
 use crate::transfer::{Operation, Transfer};
+use crate::worker::DOORBELL;
 
 /// Sectors of a request that are mapped, reserved or zeroed in one step: 16 MiB, four times what Linux sends at most
 /// by default. Bounds the size of a reservation and the time of a step.
@@ -46,9 +50,15 @@ const TRANSFERS_PER_REQUEST: u32 = 16;
 /// millisecond or two.
 pub(crate) const INLINE_BYTES: u64 = 1 << 20;
 
-/// A request: its queue and the head of its chain.
+/// Transfers of one worker beyond which it takes no more chains: far more than storage profits from, and a bound on
+/// the kernel memory that guests can bind.
+pub(crate) const MAX_TRANSFERS: usize = 4096;
+
+/// A request: its disk's seat, its queue and the head of its chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Key {
+    /// The disk's seat.
+    pub(crate) seat: SeatNumber,
     /// The queue.
     pub(crate) queue: u16,
     /// The first descriptor.
@@ -56,35 +66,114 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// The sync of a seat, which is no request's: there are no such queues and heads.
+    pub(crate) fn sync(seat: SeatNumber) -> Self {
+        let (queue, head) = (u16::MAX, u16::MAX);
+        Self { seat, queue, head }
+    }
+
+    /// Whether it is a seat's sync.
+    pub(crate) fn is_sync(self) -> bool {
+        self.queue == u16::MAX
+    }
+
     /// As one number, for the engine.
     pub(crate) fn token(self) -> u64 {
-        u64::from(self.queue) << 16 | u64::from(self.head)
+        u64::from(self.seat) << 32 | u64::from(self.queue) << 16 | u64::from(self.head)
     }
 
     /// The request that a token stands for.
     pub(crate) fn from_token(token: u64) -> Self {
-        let [head_low, head_high, queue_low, queue_high, ..] = token.to_le_bytes();
+        let [h0, h1, q0, q1, s0, s1, s2, s3] = token.to_le_bytes();
         Self {
-            queue: u16::from_le_bytes([queue_low, queue_high]),
-            head: u16::from_le_bytes([head_low, head_high]),
+            seat: SeatNumber::from_le_bytes([s0, s1, s2, s3]),
+            queue: u16::from_le_bytes([q0, q1]),
+            head: u16::from_le_bytes([h0, h1]),
         }
     }
 }
 
-/// What requests need from their worker.
-pub(crate) struct Context {
+/// What a worker has for all its seats.
+pub(crate) struct Tools {
+    /// Moves the data.
+    pub(crate) engine: Engine,
+    /// Bytes that may still be moved at once in this turn.
+    pub(crate) inline_left: u64,
+    /// Transfers of one seat beyond which it takes no more chains.
+    pub(crate) share: usize,
+    /// Whose kicks are watched.
+    watches: BTreeMap<WatchKey, (SeatNumber, u16)>,
+    last_watch: u32,
+}
+
+impl Tools {
+    /// Those of a worker that has no seats.
+    pub(crate) fn new(engine: Engine) -> Self {
+        Self {
+            engine,
+            inline_left: INLINE_BYTES,
+            share: MAX_TRANSFERS,
+            watches: BTreeMap::new(),
+            last_watch: DOORBELL.0,
+        }
+    }
+
+    /// Whether so much is in flight that no more chains are taken.
+    pub(crate) fn is_full(&self) -> bool {
+        self.engine.in_flight() >= MAX_TRANSFERS
+    }
+
+    /// Hears the kicks of a seat's queue.
+    pub(crate) fn watch(
+        &mut self,
+        whose: (SeatNumber, u16),
+        kick: OwnedFd,
+    ) -> io::Result<WatchKey> {
+        // Not one that was used lately: the kernel may still have something to tell of it.
+        let free = |key: &WatchKey| *key != DOORBELL && !self.watches.contains_key(key);
+        let after = (1..=u32::MAX).map(|step| WatchKey(self.last_watch.wrapping_add(step)));
+        let key = after
+            .into_iter()
+            .find(free)
+            .expect("there are fewer descriptors than keys");
+        self.engine.watch(key, kick)?;
+        self.last_watch = key.0;
+        self.watches.insert(key, whose);
+        Ok(key)
+    }
+
+    /// Ends that.
+    pub(crate) fn unwatch(&mut self, key: WatchKey) {
+        self.watches.remove(&key);
+        self.engine.unwatch(key);
+    }
+
+    /// Whose kicks a watch hears.
+    pub(crate) fn watched(&self, key: WatchKey) -> Option<(SeatNumber, u16)> {
+        self.watches.get(&key).copied()
+    }
+}
+
+/// What requests need: what is their seat's, and what is their worker's.
+pub(crate) struct Context<'a> {
+    /// The seat's.
+    pub(crate) desk: &'a mut Desk,
+    /// The worker's.
+    pub(crate) tools: &'a mut Tools,
+}
+
+/// What requests need from their seat.
+pub(crate) struct Desk {
     /// The disk that is served.
     pub(crate) disk: Arc<Disk>,
-    /// The worker's way into it.
+    /// The seat's way into it.
     pub(crate) lane: Lane,
     /// The files of its images, the top one's first.
     pub(crate) images: Arc<[ImageFile]>,
     /// What was negotiated.
     pub(crate) device: Arc<Device>,
-    /// Moves the data.
-    pub(crate) engine: Engine,
-    /// Bytes that may still be moved at once in this turn.
-    pub(crate) inline_left: u64,
+    /// Transfers that are not over.
+    pub(crate) transfers: usize,
     /// Says what is wrong.
     pub(crate) complaints: Arc<Complaints>,
     /// Wakes the worker when parked requests should be tried again.
@@ -173,7 +262,7 @@ enum Work {
         change: Change,
         window: Window,
     },
-    /// Waits for the worker's next sync.
+    /// Waits for the seat's next sync.
     Sync,
     Nothing,
 }
@@ -241,7 +330,7 @@ impl Active {
         key: Key,
         reply: Reply,
         request: Request,
-        context: &mut Context,
+        context: &mut Context<'_>,
     ) -> (Self, Next) {
         let mut active = Self {
             key,
@@ -262,7 +351,7 @@ impl Active {
                 active.go_on(context)
             }
             Request::Write { range, from } => {
-                let how = context.device.zeroing_of(&from);
+                let how = context.desk.device.zeroing_of(&from);
                 if from.is_lost() {
                     return (active, Next::Answer(Status::IoError, 0)); // F2
                 }
@@ -277,23 +366,23 @@ impl Active {
             Request::Zero { segments } => active.begin(Change::Zeros { rest: segments }, context),
             Request::Flush => active.make_durable(context),
             Request::GetId { into } => {
-                let written = into.fill_from(context.device.serial().bytes());
+                let written = into.fill_from(context.desk.device.serial().bytes());
                 Next::Answer(Status::Ok, written as u64)
             }
         };
         (active, next)
     }
 
-    fn begin(&mut self, mut change: Change, context: &mut Context) -> Next {
+    fn begin(&mut self, mut change: Change, context: &mut Context<'_>) -> Next {
         // Skips segments of nothing.
-        change.advance(context.device.capacity(), 0);
+        change.advance(context.desk.device.capacity(), 0);
         let window = Window::None;
         self.work = Work::Change { change, window };
         self.go_on(context)
     }
 
     /// Starts the next window, or tries again after having been parked.
-    pub(crate) fn go_on(&mut self, context: &mut Context) -> Next {
+    pub(crate) fn go_on(&mut self, context: &mut Context<'_>) -> Next {
         match &self.work {
             Work::Read { .. } => self.read_window(context),
             Work::Change { .. } => self.reserve_window(context),
@@ -302,7 +391,11 @@ impl Active {
     }
 
     /// A transfer of this request is over.
-    pub(crate) fn transferred(&mut self, result: io::Result<()>, context: &mut Context) -> Next {
+    pub(crate) fn transferred(
+        &mut self,
+        result: io::Result<()>,
+        context: &mut Context<'_>,
+    ) -> Next {
         self.outstanding -= 1;
         if let Err(error) = result {
             self.failure.get_or_insert(Failure::of_transfer(error));
@@ -323,7 +416,7 @@ impl Active {
     pub(crate) fn committed(
         &mut self,
         result: Result<(), &Arc<WriteError>>,
-        context: &mut Context,
+        context: &mut Context<'_>,
     ) -> Next {
         if let Err(error) = result {
             self.failure = Some(Failure::Image(Arc::clone(error)));
@@ -333,12 +426,12 @@ impl Active {
             return Next::Wait;
         };
         if let Window::Written { sectors } = std::mem::replace(window, Window::None)
-            && change.advance(context.device.capacity(), sectors)
+            && change.advance(context.desk.device.capacity(), sectors)
         {
-            context.continuing.push(self.key);
+            context.desk.continuing.push(self.key);
             return Next::Wait;
         }
-        if context.device.is_write_through() {
+        if context.desk.device.is_write_through() {
             return self.make_durable(context);
         }
         Next::Answer(Status::Ok, 0)
@@ -354,7 +447,7 @@ impl Active {
         (self.reply, self.failure)
     }
 
-    fn read_window(&mut self, context: &mut Context) -> Next {
+    fn read_window(&mut self, context: &mut Context<'_>) -> Next {
         let Work::Read {
             rest,
             into,
@@ -367,10 +460,10 @@ impl Active {
         if rest.is_empty() {
             return Next::Answer(Status::Ok, *total_bytes);
         }
-        let capacity = context.device.capacity();
+        let capacity = context.desk.device.capacity();
         let (window, _) = split(capacity, *rest, WINDOW_SECTORS);
-        let disk = Arc::clone(&context.disk);
-        let visit = visit.insert(context.lane.enter());
+        let disk = Arc::clone(&context.desk.disk);
+        let visit = visit.insert(context.desk.lane.enter());
         let mut mapped_bytes = 0;
         for extent in disk.map(window, visit) {
             let part = into.split_front(extent.len_bytes);
@@ -390,21 +483,21 @@ impl Active {
         match (self.outstanding, rest.is_empty()) {
             (0, true) => Next::Answer(Status::Ok, *total_bytes),
             (0, false) => {
-                context.continuing.push(self.key);
+                context.desk.continuing.push(self.key);
                 Next::Wait
             }
             _ => Next::Wait,
         }
     }
 
-    fn reserve_window(&mut self, context: &mut Context) -> Next {
+    fn reserve_window(&mut self, context: &mut Context<'_>) -> Next {
         let Work::Change { change, window } = &mut self.work else {
             return Next::Wait;
         };
-        let Some(range) = change.window(context.device.capacity()) else {
+        let Some(range) = change.window(context.desk.device.capacity()) else {
             return Next::Answer(Status::Ok, 0);
         };
-        let (disk, lane, waker) = (&context.disk, &context.lane, &context.waker);
+        let (disk, lane, waker) = (&context.desk.disk, &context.desk.lane, &context.desk.waker);
         let reserved = match change {
             Change::Data { .. } => disk.reserve(range, lane, waker),
             Change::Zeros { rest } => {
@@ -422,7 +515,7 @@ impl Active {
                 self.start_parts(context)
             }
             Ok(Reserve::Parked) => {
-                context.parked.push(self.key);
+                context.desk.parked.push(self.key);
                 Next::Wait
             }
             Err(error) => {
@@ -433,7 +526,7 @@ impl Active {
     }
 
     /// Starts what can be started of the window; all of it done, it goes on to the sync or the commit.
-    fn start_parts(&mut self, context: &mut Context) -> Next {
+    fn start_parts(&mut self, context: &mut Context<'_>) -> Next {
         let Work::Change { change, window } = &mut self.work else {
             return Next::Wait;
         };
@@ -463,12 +556,12 @@ impl Active {
     }
 
     /// What was written so far becomes durable, then the request is answered.
-    fn make_durable(&mut self, context: &mut Context) -> Next {
-        match context.disk.begin_flush() {
+    fn make_durable(&mut self, context: &mut Context<'_>) -> Next {
+        match context.desk.disk.begin_flush() {
             Ok(None) => Next::Answer(Status::Ok, 0),
             Ok(Some(_)) => {
                 self.work = Work::Sync;
-                context.unflushed.push(self.key);
+                context.desk.unflushed.push(self.key);
                 Next::Wait
             }
             Err(error) => {
@@ -532,7 +625,7 @@ impl Part {
     }
 
     /// Starts its transfers; how many they are.
-    fn start(self, key: Key, change: &mut Change, context: &mut Context) -> u32 {
+    fn start(self, key: Key, change: &mut Change, context: &mut Context<'_>) -> u32 {
         match (self, change) {
             (Self::Data { at, len_bytes }, Change::Data { from, .. }) => {
                 let part = from.split_front(len_bytes);
@@ -547,9 +640,9 @@ impl Part {
                 _,
             ) => {
                 // The file's pages are cleared whichever way its data go.
-                let file = context.images[0].buffered_file();
+                let file = context.desk.images[0].buffered_file();
                 let clear = Transfer::clear(key.token(), operation, file, at.0, len_bytes);
-                context.engine.start(clear, false);
+                context.start(clear, false);
                 1
             }
             (Self::Fill(fill), _) => context.fill(key, fill),
@@ -558,7 +651,7 @@ impl Part {
     }
 }
 
-impl Context {
+impl Context<'_> {
     /// Does all of a request if that takes no waiting: bytes that the host has in memory, and writes in place. How many
     /// bytes of data were written to its buffers; `None` if it has to go the long way, from its beginning.
     pub(crate) fn at_once(&mut self, request: &Request) -> Option<u64> {
@@ -571,49 +664,55 @@ impl Context {
 
     fn read_at_once(&mut self, range: SectorRange, into: &GuestBuffer) -> bool {
         let len = into.len();
-        if len > self.inline_left {
+        if len > self.tools.inline_left {
             return false;
         }
-        let visit = self.lane.enter();
-        let mut extents = self.disk.map(range, &visit);
+        let visit = self.desk.lane.enter();
+        let mut extents = self.desk.disk.map(range, &visit);
         let (Some(extent), None) = (extents.next(), extents.next()) else {
             return false;
         };
         match extent.source {
             Source::Unallocated | Source::Zero { .. } => into.fill_with_zeros(),
-            Source::Stored { depth, at } if self.images[depth].read_now(at, into) => {}
+            Source::Stored { depth, at } if self.desk.images[depth].read_now(at, into) => {}
             Source::Stored { .. } => return false,
         }
-        self.inline_left -= len;
+        self.tools.inline_left -= len;
         true
     }
 
     fn write_at_once(&mut self, range: SectorRange, from: &GuestBuffer) -> bool {
         let len = from.len();
-        let is_plain = len <= self.inline_left
-            && !self.device.is_write_through()
-            && self.device.zeroing_of(from).is_none()
+        let is_plain = len <= self.tools.inline_left
+            && !self.desk.device.is_write_through()
+            && self.desk.device.zeroing_of(from).is_none()
             && !from.is_lost(); // F2
-        let in_place = is_plain.then(|| self.disk.reserve_in_place(range, &self.lane));
+        let in_place = is_plain.then(|| self.desk.disk.reserve_in_place(range, &self.desk.lane));
         let Some(Some(in_place)) = in_place else {
             return false;
         };
         let [extent] = in_place.extents() else {
             return false;
         };
-        let done = self.images[0].write_now(extent.at, from)
-            && self.disk.commit_in_place(in_place).is_ok();
-        self.inline_left -= if done { len } else { 0 };
+        let done = self.desk.images[0].write_now(extent.at, from)
+            && self.desk.disk.commit_in_place(in_place).is_ok();
+        self.tools.inline_left -= if done { len } else { 0 };
         done
+    }
+
+    /// Starts a transfer, on this thread's own time if `inline`.
+    pub(crate) fn start(&mut self, transfer: Transfer, inline: bool) {
+        self.desk.transfers += 1;
+        self.tools.engine.start(transfer, inline);
     }
 
     /// The data of a window are written: it can be committed, or synced before.
     fn written(&mut self, key: Key, reservation: Reservation) {
         if reservation.needs_sync() {
-            self.unsynced.push((key, reservation));
+            self.desk.unsynced.push((key, reservation));
         } else {
-            self.written.push(key);
-            self.reservations.push(reservation);
+            self.desk.written.push(key);
+            self.desk.reservations.push(reservation);
         }
     }
 
@@ -628,15 +727,15 @@ impl Context {
     ) -> u32 {
         let mut count = 0;
         while buffer.len() > 0 {
-            let route = self.images[depth].route(at, buffer.len());
+            let route = self.desk.images[depth].route(at, buffer.len());
             let part = buffer.split_front(route.len_bytes);
             let start = at;
             at = at.plus(route.len_bytes);
             if operation == Operation::Read
-                && part.len() <= self.inline_left
-                && self.images[depth].read_now(start, &part)
+                && part.len() <= self.tools.inline_left
+                && self.desk.images[depth].read_now(start, &part)
             {
-                self.inline_left -= part.len();
+                self.tools.inline_left -= part.len();
                 continue;
             }
             // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost
@@ -644,7 +743,7 @@ impl Context {
             let inline = operation == Operation::Write && route.alignment.is_none();
             let (token, align) = (key.token(), route.alignment);
             let transfer = Transfer::data(token, operation, route.file, start.0, part, align);
-            self.engine.start(transfer, inline);
+            self.start(transfer, inline);
             count += 1;
         }
         count
@@ -655,12 +754,11 @@ impl Context {
         let (mut done, mut count) = (0, 0);
         while done < fill.len_bytes {
             let (from, to) = (fill.from.plus(done), fill.to.plus(done));
-            let source = self.images[fill.depth].route(from, fill.len_bytes - done);
-            let target = self.images[0].route(to, source.len_bytes);
+            let source = self.desk.images[fill.depth].route(from, fill.len_bytes - done);
+            let target = self.desk.images[0].route(to, source.len_bytes);
             let len = target.len_bytes;
             let (source, target) = ((source.file, from.0), (target.file, to.0));
-            self.engine
-                .start(Transfer::copy(key.token(), source, target, len), false);
+            self.start(Transfer::copy(key.token(), source, target, len), false);
             done += len;
             count += 1;
         }
@@ -687,10 +785,13 @@ mod tests {
     #[test]
     fn a_key_survives_as_a_token() {
         let key = Key {
+            seat: 0x8765_4321,
             queue: 255,
             head: 1023,
         };
         assert_eq!(Key::from_token(key.token()), key);
+        let sync = Key::sync(7);
+        assert!(Key::from_token(sync.token()).is_sync() && !key.is_sync());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! `vdi-vhost`: a vhost-user-blk back end that serves VirtualBox VDI images.
 //!
 //! ```text
-//! session ─► backend ─► rings ─► workers ─► worker ─► queue ─► chain ─► request
-//!  (one control thread)                    (a thread each)                 │
+//! session ─► backend ─► rings ─► workers ─► crew ─► worker ─► seat ─► queue ─► chain ─► request
+//!  (one control thread)                           (a thread each)                         │
 //!                                  inflight ◄──────────────────────────────┘
 //!                                     │ image_file
 //!                                     ▼
@@ -20,6 +20,7 @@ mod channel;
 mod command;
 mod complaints;
 mod control;
+mod crew;
 mod device;
 mod device_state;
 mod dirty;
@@ -38,6 +39,7 @@ mod request;
 mod ring;
 mod rings;
 mod sandbox;
+mod seat;
 mod service;
 mod session;
 mod socket;
@@ -61,7 +63,9 @@ use vdi_core::{Access, Disk, WriteError};
 use crate::args::{Args, Asked, Sandboxing};
 use crate::backend::Backend;
 use crate::control::ControlSocket;
+use crate::crew::Crew;
 use crate::device::{Device, Serial, Zeros};
+use crate::housekeeper::Housekeepers;
 use crate::sandbox::{Reach, Sandbox, SandboxError};
 use crate::service::{ActivationError, Handed, Manager};
 use crate::session::{Door, Ears, ServeError};
@@ -96,6 +100,8 @@ enum Fatal {
     Signals(#[source] io::Error),
     #[error("cannot catch faults in the guest's memory")]
     Faults(#[source] io::Error),
+    #[error("cannot start the threads that serve queues")]
+    Crew(#[source] io::Error),
     #[error("cannot make queues")]
     Queues(#[from] virtio_queue::Error),
     #[error(transparent)]
@@ -153,7 +159,6 @@ fn run(args: &Args) -> Result<(), Fatal> {
         }
     };
     let device = Arc::new(device);
-    let workers = Workers::new(worker_count(args));
     let control = open_control(args, handed.control)?;
     let (socket_file, door) = open_door(args, inherited, handed.door)?;
     let what = format!(
@@ -172,9 +177,13 @@ fn run(args: &Args) -> Result<(), Fatal> {
         Sandboxing::Off => Sandbox::off(),
         Sandboxing::On => Sandbox::enter(&reach(args)?, args.engine)?,
     };
-    let mut backend = Backend::new(Arc::clone(&device), turn, args.engine, workers, sandbox)?;
+    let crew = Crew::start(worker_count(args), args.engine, &sandbox).map_err(Fatal::Crew)?;
+    let housekeepers = Housekeepers::start(&sandbox).map_err(Fatal::Crew)?;
+    sandbox.seal()?;
+    let workers = Workers::new(&crew);
+    let mut backend = Backend::new(Arc::clone(&device), turn, workers, housekeepers)?;
     if let Some(opened) = opened {
-        backend.serve(opened)?;
+        backend.serve(opened);
     }
     let backend = Arc::new(Mutex::new(backend));
     let ears = Ears {

@@ -3,8 +3,10 @@
 //!
 //! Not here: which system calls each thread may make (`filters`), and what guests and front ends may do at all.
 //!
-//! The control thread enters it alone, when images and sockets are open and before any other thread is started; threads inherit
-//! it, and then narrow their own filter ([`Sandbox::confine`]). In this order, since each step takes away what the one before needs:
+//! The control thread enters it alone ([`Sandbox::enter`], steps 1 to 3), when images and sockets are open and before any other thread is
+//! started; threads inherit that. Workers and housekeepers start then, make what they need and narrow what they may do
+//! ([`Sandbox::confine`]); after that the control thread does ([`Sandbox::seal`], step 4). In this order, since each step takes away
+//! what the one before needs:
 //!
 //! 1. No core dumps, no debugger of the same user: guest memory stays here (RLIMIT_CORE, PR_SET_DUMPABLE). A process may open
 //!    `/proc/self/fd/N` all the same, as itself.
@@ -17,11 +19,8 @@
 //! 4. The control thread's filter of system calls.
 //!
 //! What this cannot do: threads share their memory, so who runs code in one can have the others make their calls for him. And
-//! io_uring does what it is told behind a filter's back. A worker's ring can only move data (`ring`), and workers cannot make another; but the
-//! control thread could (unless `--engine sync` is said), and there landlock alone guards files and TCP, and nothing other sockets. It is
-//! allowed to because workers inherit its filter and make their rings when they start, which is when the first queue starts, again in every turn
-//! with the image. A filter sees the flags of a new ring no more than its restrictions: both are behind pointers. Rings would have to be made before the
-//! sandbox is entered and be handed from one worker's life to the next, with nothing of the last one's left in them.
+//! io_uring does what it is told behind a filter's back. So the rings of the workers can only move data (`ring`), and once the sandbox is
+//! sealed no thread can make another one.
 //! RLIMIT_NPROC is left as it is: it counts all of
 //! a user's threads, those by which the kernel serves io_uring too.
 //!
@@ -100,7 +99,8 @@ impl Sandbox {
         Self(None)
     }
 
-    /// Puts this thread, and all that it will start, into the sandbox. There must be no other yet.
+    /// Puts this thread, and all that it will start, into the sandbox, but for the filters of system calls. There must be no other
+    /// thread yet.
     pub(crate) fn enter(reach: &Reach, engine: EngineChoice) -> Result<Self, SandboxError> {
         setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
         prctl::set_dumpable(false)?;
@@ -114,9 +114,12 @@ impl Sandbox {
         } else {
             tracing::debug!("landlock: {:?}", status.landlock);
         }
-        let sandbox = Self(Some(Arc::new(Filters::new(engine)?)));
-        sandbox.filter(Role::Control)?;
-        Ok(sandbox)
+        Ok(Self(Some(Arc::new(Filters::new(engine)?))))
+    }
+
+    /// Filters the control thread's calls, when the threads that need others have started.
+    pub(crate) fn seal(&self) -> Result<(), SandboxError> {
+        Ok(self.filter(Role::Control)?)
     }
 
     /// Narrows what this thread may do to its role, for good. Called when the thread has what it needs.

@@ -30,9 +30,8 @@ use vdi_core::{
 };
 
 use crate::args::{Args, Cache};
-use crate::housekeeper::Housekeeper;
+use crate::housekeeper::{Housekeepers, Kept};
 use crate::image_file::{DirectError, ImageFile};
-use crate::sandbox::Sandbox;
 
 /// How often an image that another daemon writes is looked at, until its header and map fit together.
 const LOOKS: u32 = 20;
@@ -76,7 +75,7 @@ struct Held {
     /// The locked files of its images, the top one's first.
     files: Vec<Arc<HostFile>>,
     /// None before the daemon is in its sandbox.
-    housekeeper: Option<Housekeeper>,
+    housekeeper: Option<Kept>,
 }
 
 /// Why an image cannot be served.
@@ -98,9 +97,6 @@ pub(crate) enum TurnError {
     /// Out of descriptors.
     #[error("cannot duplicate the image's descriptor")]
     Duplicate(#[source] io::Error),
-    /// Out of threads.
-    #[error("cannot start a thread")]
-    Thread(#[source] io::Error),
     /// Another daemon has it, or nobody.
     #[error("the image is not open here")]
     NotHeld,
@@ -264,13 +260,11 @@ impl Turn {
         Ok(opened)
     }
 
-    /// Starts the thread that looks after the disk that is held.
-    pub(crate) fn keep_house(&mut self, sandbox: &Sandbox) -> Result<(), TurnError> {
+    /// Has the disk that is held looked after.
+    pub(crate) fn keep_house(&mut self, housekeepers: &Arc<Housekeepers>) {
         if let Some(held) = &mut self.held {
-            let housekeeper = Housekeeper::start(&held.disk, sandbox);
-            held.housekeeper = Some(housekeeper.map_err(TurnError::Thread)?);
+            held.housekeeper = Some(housekeepers.keep(&held.disk));
         }
-        Ok(())
     }
 
     /// Makes the disk larger. It must be held, and nobody may be at work with it; the locks stay. What is returned is

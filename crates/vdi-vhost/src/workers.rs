@@ -1,24 +1,20 @@
-//! The workers from outside: who serves which queue, and commands to them.
+//! The workers as one disk has them: who serves which of its queues, and commands to them.
 //!
-//! Queue `i` is served by worker `i % count`. A thread is started when its first queue starts, and then stays for later
-//! connections.
+//! The threads are the crew's and serve other disks too. Queue `i` of disk `n` is served by thread `(n + i) % threads`, so that disks with few
+//! queues do not meet at one thread. The disk has a seat at a thread from when the first queue there starts until it is dismissed.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::{self, JoinHandle};
 
 use vdi_core::Disk;
 
-use crate::command::{Ack, Command, Doorbell, Setup, Takeover};
+use crate::command::{Command, SeatNumber, Setup, Takeover};
 use crate::complaints::Complaints;
+use crate::crew::{Crew, done};
 use crate::device::Device;
 use crate::dirty::Guest;
-use crate::engine::EngineChoice;
 use crate::image_file::ImageFile;
-use crate::sandbox::{Role, Sandbox};
-use crate::worker::Worker;
 
 /// What all workers serve.
 #[derive(Debug, Clone)]
@@ -31,34 +27,27 @@ pub(crate) struct Served {
     pub(crate) device: Arc<Device>,
     /// What is said about wrong requests.
     pub(crate) complaints: Arc<Complaints>,
-    /// How data is moved.
-    pub(crate) engine: EngineChoice,
-    /// What the threads are confined by.
-    pub(crate) sandbox: Sandbox,
 }
 
-/// All workers, running or not; dropping it ends them, after what is in flight.
+/// The crew, for one disk; dropping it ends all service to that, after what is in flight.
 #[derive(Debug)]
 pub(crate) struct Workers {
+    crew: Arc<Crew>,
+    number: SeatNumber,
     /// What they serve, if there is something now.
     served: Option<Served>,
-    handles: Vec<Option<Handle>>,
-}
-
-#[derive(Debug)]
-struct Handle {
-    commands: Sender<(Command, Ack)>,
-    doorbell: Arc<Doorbell>,
-    thread: Option<JoinHandle<()>>,
+    /// Which threads have a seat for it.
+    seated: Vec<bool>,
 }
 
 impl Workers {
-    /// `count` workers, none of which runs or has anything to serve yet.
-    pub(crate) fn new(count: usize) -> Self {
-        let handles = std::iter::repeat_with(|| None).take(count.max(1)).collect();
+    /// Workers that have nothing to serve yet.
+    pub(crate) fn new(crew: &Arc<Crew>) -> Self {
         Self {
+            crew: Arc::clone(crew),
+            number: crew.take_number(),
             served: None,
-            handles,
+            seated: vec![false; crew.len()],
         }
     }
 
@@ -67,9 +56,17 @@ impl Workers {
         self.served = Some(served);
     }
 
-    /// Ends all threads and forgets what they served. No queue may be started.
+    /// Takes all seats away and forgets what was served; waits until no thread has anything of it.
     pub(crate) fn dismiss(&mut self) {
-        self.handles.iter_mut().for_each(|handle| *handle = None);
+        let left: Vec<_> = self
+            .seats()
+            .map(|thread| self.crew.send(thread, self.number, Command::Leave))
+            .collect();
+        for acknowledged in &left {
+            // A thread that has died has nothing of it either.
+            let _ = done(acknowledged);
+        }
+        self.seated.fill(false);
         self.served = None;
     }
 
@@ -80,87 +77,53 @@ impl Workers {
         kick: Option<OwnedFd>,
         guest: Guest,
     ) -> io::Result<()> {
-        let index = setup.index;
-        let slot = self.slot(index);
-        if self.handles[slot].is_none() {
-            let served = self.served.as_ref();
+        let (index, thread) = (setup.index, self.thread_of(setup.index));
+        if !self.seated[thread] {
+            let served = self.served.clone();
             let served = served.ok_or_else(|| io::Error::other("there is nothing to serve"))?;
-            self.handles[slot] = Some(Handle::spawn(served, slot)?);
+            // Workers open no files.
+            let sync_file = served.images[0].file_for_syncs();
+            let sit = Command::Sit(Box::new(served), sync_file);
+            done(&self.crew.send(thread, self.number, sit))?;
+            self.seated[thread] = true;
         }
         self.tell(index, Command::Start(Box::new(setup), kick, guest))
     }
 
-    /// Has a queue's worker do something, and waits until it is done. Nothing happens if it does not run.
+    /// Has a queue's worker do something, and waits until it is done. Nothing happens if it does not serve the disk.
     pub(crate) fn tell(&self, index: u16, command: Command) -> io::Result<()> {
-        match &self.handles[self.slot(index)] {
-            Some(handle) => done(&handle.send(command)),
-            None => Ok(()),
+        let thread = self.thread_of(index);
+        if self.seated[thread] {
+            done(&self.crew.send(thread, self.number, command))
+        } else {
+            Ok(())
         }
     }
 
     /// Tells all workers of a change in the guest, and waits until they heed it.
     pub(crate) fn set_guest(&self, guest: &Guest, takeover: Takeover) -> io::Result<()> {
-        let running = self.handles.iter().flatten();
-        let sent: Vec<_> = running
-            .map(|handle| handle.send(Command::Guest(guest.clone(), takeover)))
+        let command = || Command::Guest(guest.clone(), takeover);
+        let sent: Vec<_> = self
+            .seats()
+            .map(|thread| self.crew.send(thread, self.number, command()))
             .collect();
         sent.iter().try_for_each(done)
     }
 
-    fn slot(&self, index: u16) -> usize {
-        usize::from(index) % self.handles.len()
+    /// The threads that have a seat for the disk.
+    fn seats(&self) -> impl Iterator<Item = usize> {
+        let seated = self.seated.iter().enumerate();
+        seated.filter_map(|(thread, seated)| seated.then_some(thread))
+    }
+
+    fn thread_of(&self, index: u16) -> usize {
+        (self.number as usize + usize::from(index)) % self.seated.len()
     }
 }
 
-impl Handle {
-    fn spawn(served: &Served, slot: usize) -> io::Result<Self> {
-        let (commands, inbox) = mpsc::channel();
-        let doorbell = Arc::new(Doorbell::new()?);
-        let (served, its_doorbell) = (served.clone(), Arc::clone(&doorbell));
-        let (started, ready) = mpsc::channel();
-        let thread = thread::Builder::new()
-            .name(format!("worker-{slot}"))
-            .spawn(move || {
-                match Worker::new(&served, its_doorbell, inbox)
-                    .and_then(|worker| served.sandbox.confine(Role::Worker).map(|()| worker))
-                {
-                    Ok(worker) => {
-                        let _ = started.send(Ok(()));
-                        worker.run();
-                    }
-                    Err(error) => {
-                        let _ = started.send(Err(error));
-                    }
-                }
-            })?;
-        done(&ready)?;
-        Ok(Self {
-            commands,
-            doorbell,
-            thread: Some(thread),
-        })
-    }
-
-    fn send(&self, command: Command) -> Receiver<io::Result<()>> {
-        let (ack, acknowledged) = mpsc::channel();
-        // If the worker is gone, the acknowledgement fails.
-        let _ = self.commands.send((command, ack));
-        self.doorbell.ring();
-        acknowledged
-    }
-}
-
-impl Drop for Handle {
+impl Drop for Workers {
     fn drop(&mut self) {
-        let _ = done(&self.send(Command::Exit));
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.dismiss();
+        self.crew.give_back(self.number);
     }
-}
-
-/// Waits for an acknowledgement.
-fn done(acknowledged: &Receiver<io::Result<()>>) -> io::Result<()> {
-    let died = || Err(io::Error::other("the worker thread has died"));
-    acknowledged.recv().unwrap_or_else(|_| died())
 }

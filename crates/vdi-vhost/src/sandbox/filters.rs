@@ -100,10 +100,7 @@ const WAITS: &[i64] = &[
     libc::SYS_epoll_ctl,
 ];
 
-/// How a ring is made, and told what it may do.
-const RING: &[i64] = &[libc::SYS_io_uring_setup, libc::SYS_io_uring_register];
-
-/// What the control thread does beyond what the others do; and what they do at their start, before they are confined.
+/// What the control thread does beyond what the others do.
 const CONTROL: &[i64] = &[
     // Front ends: connections, messages, the signals' pipe.
     libc::SYS_accept4,
@@ -133,8 +130,6 @@ const CONTROL: &[i64] = &[
     // Threads start.
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
-    // A worker's epoll.
-    libc::SYS_epoll_create1,
 ];
 
 /// What nothing here ever calls. `clone3` is not among them: its flags are out of a filter's sight, so it must seem not to
@@ -223,7 +218,7 @@ impl Filters {
         )?;
         Ok(Self {
             deadly,
-            control: listed(control(engine)?)?,
+            control: listed(control()?)?,
             worker: listed(worker(engine)?)?,
             housekeeper: listed(housekeeper()?)?,
         })
@@ -231,14 +226,12 @@ impl Filters {
 
     /// Filters this thread's calls from now on, and those of all that it starts.
     pub(crate) fn apply(&self, role: Role) -> Result<(), Error> {
-        match role {
-            Role::Control => {
-                apply_filter(&self.deadly)?;
-                apply_filter(&self.control)
-            }
-            Role::Worker => apply_filter(&self.worker),
-            Role::Housekeeper => apply_filter(&self.housekeeper),
-        }
+        apply_filter(&self.deadly)?;
+        apply_filter(match role {
+            Role::Control => &self.control,
+            Role::Worker => &self.worker,
+            Role::Housekeeper => &self.housekeeper,
+        })
     }
 }
 
@@ -295,13 +288,9 @@ fn worker(engine: EngineChoice) -> Result<Rules, Error> {
     Ok(rules)
 }
 
-fn control(engine: EngineChoice) -> Result<Rules, Error> {
-    let mut rules = worker(engine)?;
-    rules.append(&mut plain(&[CONTROL]));
-    if engine != EngineChoice::Sync {
-        // By a worker, before it is confined.
-        rules.append(&mut plain(&[RING]));
-    }
+fn control() -> Result<Rules, Error> {
+    let mut rules = housekeeper()?;
+    rules.append(&mut plain(&[WAITS, CONTROL]));
     // Existing files are opened, none is made or emptied.
     let existing = without_bits(2, libc::O_CREAT | libc::O_TRUNC)?;
     rules.insert(libc::SYS_openat, vec![existing]);
@@ -354,20 +343,20 @@ fn without_bits(argument: u8, bits: i32) -> Result<SeccompRule, Error> {
 mod tests {
     use super::*;
 
+    const RING: [i64; 3] = [
+        libc::SYS_io_uring_setup,
+        libc::SYS_io_uring_register,
+        libc::SYS_io_uring_enter,
+    ];
+
     #[test]
     fn a_call_is_listed_once_and_never_both_needed_and_deadly() {
-        for engine in [
-            EngineChoice::Auto,
-            EngineChoice::IoUring,
-            EngineChoice::Sync,
-        ] {
-            let control = control(engine).unwrap();
-            assert!(DEADLY.iter().all(|call| !control.contains_key(call)));
-            for narrower in [worker(engine).unwrap(), housekeeper().unwrap()] {
-                assert!(narrower.keys().all(|call| control.contains_key(call)));
-            }
+        let auto = EngineChoice::Auto;
+        for needed in [control(), worker(auto), housekeeper()] {
+            let needed = needed.unwrap();
+            assert!(DEADLY.iter().all(|call| !needed.contains_key(call)));
         }
-        let mut all = [COMMON, IMAGES, WAITS, RING, CONTROL, DEADLY].concat();
+        let mut all = [COMMON, IMAGES, WAITS, CONTROL, DEADLY].concat();
         let count = all.len();
         all.sort_unstable();
         all.dedup();
@@ -375,9 +364,14 @@ mod tests {
     }
 
     #[test]
-    fn without_io_uring_nothing_about_it_is_allowed() {
-        let rules = control(EngineChoice::Sync).unwrap();
-        assert!(RING.iter().all(|call| !rules.contains_key(call)));
-        assert!(!rules.contains_key(&libc::SYS_io_uring_enter));
+    fn rings_are_made_by_nobody_and_used_by_workers_alone() {
+        let (sync, auto) = (EngineChoice::Sync, EngineChoice::Auto);
+        for rules in [control(), worker(sync), housekeeper()] {
+            let rules = rules.unwrap();
+            assert!(RING.iter().all(|call| !rules.contains_key(call)));
+        }
+        let rules = worker(auto).unwrap();
+        let allowed = RING.map(|call| rules.contains_key(&call));
+        assert_eq!(allowed, [false, false, true]);
     }
 }

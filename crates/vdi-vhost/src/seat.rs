@@ -1,0 +1,555 @@
+//! A disk's seat at a worker: the queues of one disk that one thread serves, and all that is between a chain and its answer.
+//!
+//! The thread and its engine are the worker's and serve other seats too (`worker`); nothing of one seat is another's. What a seat
+//! does in a turn:
+//!
+//! ```text
+//! obey ─► (reap) ─► retry ─► take, parse, start ─► (reap) ─► commit ─► sync ─► publish, call ─► acknowledge
+//! ```
+//!
+//! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
+//! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
+//!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile, and other seats' in any case.
+//! - **F2** As soon as memory of the front end's is gone, no more chains are taken, no data become visible in the image and no answers
+//!   are given: the control thread is about to end the session.
+//! - Requests never wait for each other while holding something (W7), so draining always ends.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::task::Waker;
+
+use smallvec::SmallVec;
+use vdi_core::{Flush, Reservation};
+
+use crate::command::{Ack, Command, Doorbell, SeatBell, SeatNumber, Setup, Takeover};
+use crate::complaints::Complaints;
+use crate::dirty::Guest;
+use crate::inflight::{Active, Context, Desk, Key, Next, Tools};
+use crate::memory::{self, Memory};
+use crate::queue::{BURST, Broken, Mode, Queue};
+use crate::request::{self, Refused, Status};
+use crate::ring::Fired;
+use crate::transfer::{Finished, Transfer};
+use crate::workers::Served;
+
+/// A command that waits for something in flight.
+enum Pending {
+    Pause(u16),
+    Stop(u16),
+    Guest(Guest),
+    Leave,
+}
+
+/// One sync for all who wait for one.
+struct Sync {
+    flush: Flush,
+    /// Requests that are committed after it (W2).
+    data: Vec<Key>,
+    /// What makes their data visible.
+    reservations: Vec<Reservation>,
+    /// Requests that are answered after it.
+    flushes: Vec<Key>,
+}
+
+/// One disk at one thread.
+pub(crate) struct Seat {
+    number: SeatNumber,
+    desk: Desk,
+    queues: BTreeMap<u16, Queue>,
+    guest: Guest,
+    bell: Arc<SeatBell>,
+    /// Syncs go through a descriptor of the seat's own, one at a time: the kernel tells of a lost write once per
+    /// descriptor, to whoever syncs first.
+    sync_file: Arc<File>,
+    /// The sync that is under way.
+    syncing: Option<Sync>,
+    /// Commands that were not looked at.
+    inbox: VecDeque<(Command, Ack)>,
+    /// One at a time: the control thread waits for it.
+    pending: Option<(Pending, Ack)>,
+    /// The queue that is the first to take chains: the one that could not, since there was too much in flight.
+    first: u16,
+    /// Whether the worker looks at this seat in every turn.
+    pub(crate) is_active: bool,
+    /// Whether the worker counts it among those that have queues.
+    pub(crate) is_counted: bool,
+}
+
+impl Seat {
+    /// A seat for a disk, without queues.
+    pub(crate) fn new(
+        number: SeatNumber,
+        served: Served,
+        sync_file: Arc<File>,
+        doorbell: &Arc<Doorbell>,
+    ) -> Self {
+        let bell = Arc::new(SeatBell::new(Arc::clone(doorbell), number));
+        let desk = Desk {
+            lane: served.disk.lane(),
+            disk: served.disk,
+            images: served.images,
+            device: served.device,
+            complaints: served.complaints,
+            waker: Waker::from(Arc::clone(&bell)),
+            transfers: 0,
+            parked: Vec::new(),
+            continuing: Vec::new(),
+            written: Vec::new(),
+            reservations: Vec::new(),
+            unsynced: Vec::new(),
+            unflushed: Vec::new(),
+        };
+        Self {
+            number,
+            desk,
+            queues: BTreeMap::new(),
+            guest: Guest::none(),
+            bell,
+            sync_file,
+            syncing: None,
+            inbox: VecDeque::new(),
+            pending: None,
+            first: 0,
+            is_active: false,
+            is_counted: false,
+        }
+    }
+
+    /// Its number.
+    pub(crate) fn number(&self) -> SeatNumber {
+        self.number
+    }
+
+    /// Whether it has queues, and so may have transfers.
+    pub(crate) fn has_queues(&self) -> bool {
+        !self.queues.is_empty()
+    }
+
+    /// Whether there is something to do in the next turn, whatever is heard till then.
+    pub(crate) fn is_due(&self) -> bool {
+        !self.desk.continuing.is_empty() || (self.pending.is_none() && !self.inbox.is_empty())
+    }
+
+    /// Whether there may be chains to take.
+    pub(crate) fn is_awake(&self) -> bool {
+        self.queues.values().any(Queue::is_awake)
+    }
+
+    /// Whether queues may take chains now.
+    pub(crate) fn is_open(&self, tools: &Tools) -> bool {
+        !self.is_closed() && self.desk.transfers < tools.share
+    }
+
+    /// Whether there are chains to take.
+    pub(crate) fn has_chains(&self) -> bool {
+        let has_chains = |queue: &Queue| queue.is_awake() && queue.has_chains(&self.guest.memory);
+        self.queues.values().any(has_chains)
+    }
+
+    /// Whether nobody will say that there are chains to take.
+    pub(crate) fn is_polled(&self) -> bool {
+        self.queues.values().any(Queue::is_polled)
+    }
+
+    /// Asks the guest to kick; true if nothing came in meanwhile.
+    pub(crate) fn sleep(&mut self) -> bool {
+        let mut sleep = true;
+        for (index, queue) in &mut self.queues {
+            if queue.is_awake() {
+                match queue.sleep(&self.guest) {
+                    Ok(asleep) => sleep &= asleep,
+                    Err(why) => {
+                        break_ring(*index, queue, &self.guest, &why, &self.desk.complaints);
+                    }
+                }
+            }
+        }
+        sleep
+    }
+
+    /// Hears a kick.
+    pub(crate) fn hear(&mut self, index: u16, fired: Fired) {
+        let Some(queue) = self.queues.get_mut(&index) else {
+            return;
+        };
+        match fired {
+            Fired::Ready => queue.wake(&self.guest),
+            Fired::Dead => queue.break_ring(index, &Broken::Kick, &self.desk.complaints),
+        }
+    }
+
+    /// Takes a command, to be obeyed by [`Seat::obey`].
+    pub(crate) fn receive(&mut self, command: Command, ack: Ack) {
+        self.inbox.push_back((command, ack));
+    }
+
+    /// Does what it was told, as far as that needs no waiting.
+    pub(crate) fn obey(&mut self, tools: &mut Tools) {
+        while self.pending.is_none()
+            && let Some((command, ack)) = self.inbox.pop_front()
+        {
+            self.do_command(command, ack, tools);
+        }
+    }
+
+    fn do_command(&mut self, command: Command, ack: Ack, tools: &mut Tools) {
+        let mut result = Ok(());
+        match command {
+            // It has one.
+            Command::Sit(..) => {}
+            Command::Start(setup, kick, guest) => result = self.start(*setup, kick, guest, tools),
+            Command::Rekick(index, kick) => result = self.rekick(index, kick, tools),
+            Command::Guest(guest, Takeover::Now) => self.guest = guest,
+            Command::Resume(index) => {
+                if let Some(queue) = self.queues.get_mut(&index) {
+                    queue.resume();
+                }
+            }
+            Command::Pause(index) => return self.pause(index, Pending::Pause(index), ack),
+            Command::Stop(index) => return self.pause(index, Pending::Stop(index), ack),
+            Command::Guest(guest, Takeover::WhenIdle) => {
+                self.pending = Some((Pending::Guest(guest), ack));
+                return;
+            }
+            Command::Leave => {
+                self.pending = Some((Pending::Leave, ack));
+                return;
+            }
+        }
+        // The control thread waits for it, or has died, and then nobody does.
+        let _ = ack.send(result);
+    }
+
+    fn start(
+        &mut self,
+        setup: Setup,
+        kick: Option<OwnedFd>,
+        guest: Guest,
+        tools: &mut Tools,
+    ) -> io::Result<()> {
+        let whose = (self.number, setup.index);
+        let watch = kick.map(|kick| tools.watch(whose, kick)).transpose()?;
+        self.guest = guest;
+        self.queues.insert(setup.index, Queue::new(setup, watch));
+        Ok(())
+    }
+
+    fn rekick(&mut self, index: u16, kick: Option<OwnedFd>, tools: &mut Tools) -> io::Result<()> {
+        let whose = (self.number, index);
+        let watch = kick.map(|kick| tools.watch(whose, kick)).transpose()?;
+        if let Some(queue) = self.queues.get_mut(&index) {
+            if let Some(before) = std::mem::replace(&mut queue.watch, watch) {
+                tools.unwatch(before);
+            }
+            queue.wake(&self.guest);
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self, index: u16, then: Pending, ack: Ack) {
+        if let Some(queue) = self.queues.get_mut(&index)
+            && queue.mode == Mode::Running
+        {
+            queue.mode = Mode::Paused;
+        }
+        self.pending = Some((then, ack));
+    }
+
+    /// Whether no queue may take chains, because the memory is about to change, or gone.
+    fn is_closed(&self) -> bool {
+        self.is_lost() || matches!(self.pending, Some((Pending::Guest(_) | Pending::Leave, _)))
+    }
+
+    /// Whether the front end took back memory that is in use (F2).
+    fn is_lost(&self) -> bool {
+        memory::is_lost(&self.guest.memory)
+    }
+
+    /// Takes the result of a transfer to its request.
+    pub(crate) fn finished(&mut self, key: Key, finished: Finished, tools: &mut Tools) {
+        self.desk.transfers -= 1;
+        if key.is_sync() {
+            self.synced(finished.result, tools);
+        } else {
+            self.step(key, tools, |active, context| {
+                active.transferred(finished.result, context)
+            });
+        }
+    }
+
+    /// Goes on with large requests, and tries parked ones again if something changed for them.
+    pub(crate) fn retry(&mut self, tools: &mut Tools) {
+        for key in std::mem::take(&mut self.desk.continuing) {
+            self.step(key, tools, Active::go_on);
+        }
+        if self.bell.wants_retry() {
+            for key in std::mem::take(&mut self.desk.parked) {
+                self.step(key, tools, Active::go_on);
+            }
+        }
+    }
+
+    /// Does one step of a request and answers it if that was the last.
+    fn step(
+        &mut self,
+        key: Key,
+        tools: &mut Tools,
+        step: impl FnOnce(&mut Active, &mut Context<'_>) -> Next,
+    ) {
+        let Some(queue) = self.queues.get_mut(&key.queue) else {
+            return;
+        };
+        let Some(active) = queue.active(key.head) else {
+            return;
+        };
+        let desk = &mut self.desk;
+        let mut context = Context { desk, tools };
+        if let Next::Answer(status, data_bytes) = step(active, &mut context)
+            && let Some(active) = queue.release(key.head)
+        {
+            answer(
+                queue,
+                &self.guest.memory,
+                active,
+                status,
+                data_bytes,
+                &self.desk.complaints,
+            );
+        }
+    }
+
+    /// Takes chains from all queues that may have some, and starts their requests.
+    pub(crate) fn take(&mut self, tools: &mut Tools) {
+        if self.is_closed() {
+            return;
+        }
+        let awake = self.queues.iter().filter(|(_, queue)| queue.is_awake());
+        let mut awake: SmallVec<[u16; 8]> = awake.map(|(index, _)| *index).collect();
+        let first = std::mem::take(&mut self.first);
+        let before = awake.partition_point(|index| *index < first);
+        awake.rotate_left(before);
+        for index in awake {
+            if tools.is_full() || self.desk.transfers >= tools.share {
+                self.first = index;
+                return;
+            }
+            let Some(queue) = self.queues.get_mut(&index) else {
+                continue;
+            };
+            let desk = &mut self.desk;
+            let mut context = Context { desk, tools };
+            let whose = (self.number, index);
+            if let Err(why) = take_from(whose, queue, &self.guest, &mut context) {
+                break_ring(index, queue, &self.guest, &why, &self.desk.complaints);
+            }
+        }
+    }
+
+    /// Ends the turn: what was written becomes visible, what is over is answered, a command that is done is acknowledged. What to
+    /// acknowledge when the seat is gone, if it has to go.
+    pub(crate) fn settle(&mut self, tools: &mut Tools) -> Option<Ack> {
+        self.commit(tools);
+        self.sync(tools);
+        self.publish();
+        self.acknowledge(tools)
+    }
+
+    /// Starts one sync for all who wait for one, unless one is under way.
+    fn sync(&mut self, tools: &mut Tools) {
+        let desk = &mut self.desk;
+        let nobody = desk.unsynced.is_empty() && desk.unflushed.is_empty();
+        if nobody || self.syncing.is_some() {
+            return;
+        }
+        let (data, reservations) = desk.unsynced.drain(..).unzip();
+        self.syncing = Some(Sync {
+            flush: desk.disk.begin_data_sync(),
+            data,
+            reservations,
+            flushes: std::mem::take(&mut desk.unflushed),
+        });
+        let token = Key::sync(self.number).token();
+        let sync = Transfer::sync(token, Arc::clone(&self.sync_file));
+        Context { desk, tools }.start(sync, false);
+    }
+
+    /// Answers who waited for the sync; data that did go into the turn's commit (W2).
+    fn synced(&mut self, result: io::Result<()>, tools: &mut Tools) {
+        let Some(mut sync) = self.syncing.take() else {
+            return;
+        };
+        let disk = &self.desk.disk;
+        let result = disk.end_data_sync(sync.flush, result, &mut sync.reservations);
+        let result = result.map_err(Arc::new);
+        let result = result.as_ref().copied();
+        for key in sync.flushes {
+            self.step(key, tools, |active, _| active.durable(result));
+        }
+        if result.is_ok() {
+            self.desk.written.append(&mut sync.data);
+            self.desk.reservations.append(&mut sync.reservations);
+            return;
+        }
+        drop(sync.reservations);
+        for key in sync.data {
+            self.step(key, tools, |active, context| {
+                active.committed(result, context)
+            });
+        }
+    }
+
+    /// Makes the turn's writes visible (W3), all in one.
+    fn commit(&mut self, tools: &mut Tools) {
+        if self.desk.written.is_empty() {
+            return;
+        }
+        let written = std::mem::take(&mut self.desk.written);
+        if self.is_lost() {
+            self.desk.reservations.clear();
+            for key in written {
+                self.step(key, tools, |active, _| active.abandon());
+            }
+            return;
+        }
+        let reservations = &mut self.desk.reservations;
+        let result = self.desk.disk.commit(reservations).map_err(Arc::new);
+        self.desk.reservations.clear();
+        for key in written {
+            self.step(key, tools, |active, context| {
+                active.committed(result.as_ref().copied(), context)
+            });
+        }
+    }
+
+    fn publish(&mut self) {
+        // All that was written of the guest's memory for these answers is written.
+        if self.is_lost() {
+            self.queues.values_mut().for_each(Queue::withhold);
+            return;
+        }
+        for (index, queue) in &mut self.queues {
+            if let Err(why) = queue.publish(&self.guest) {
+                break_ring(*index, queue, &self.guest, &why, &self.desk.complaints);
+            }
+        }
+    }
+
+    /// Acknowledges the pending command if what it waits for has happened; what to acknowledge when the seat is gone.
+    fn acknowledge(&mut self, tools: &mut Tools) -> Option<Ack> {
+        let busy = |queue: &Queue| queue.in_flight() > 0;
+        let wait = match &self.pending {
+            None => return None,
+            Some((Pending::Pause(index) | Pending::Stop(index), _)) => {
+                self.queues.get(index).is_some_and(busy)
+            }
+            Some((Pending::Guest(_) | Pending::Leave, _)) => self.queues.values().any(busy),
+        };
+        if wait {
+            return None;
+        }
+        let (pending, ack) = self.pending.take()?;
+        match pending {
+            Pending::Pause(_) => {}
+            Pending::Stop(index) => {
+                if let Some(watch) = self.queues.remove(&index).and_then(|queue| queue.watch) {
+                    tools.unwatch(watch);
+                }
+            }
+            Pending::Guest(guest) => self.guest = guest,
+            Pending::Leave => {
+                for queue in std::mem::take(&mut self.queues).into_values() {
+                    queue
+                        .watch
+                        .into_iter()
+                        .for_each(|watch| tools.unwatch(watch));
+                }
+                assert_eq!(self.desk.transfers, 0, "R1: what is in flight has an owner");
+                return Some(ack);
+            }
+        }
+        let _ = ack.send(Ok(()));
+        None
+    }
+}
+
+/// Takes one burst of chains from a queue.
+fn take_from(
+    (seat, index): (SeatNumber, u16),
+    queue: &mut Queue,
+    guest: &Guest,
+    context: &mut Context<'_>,
+) -> Result<(), Broken> {
+    let memory = &guest.memory;
+    let heads = queue.take_heads(memory)?;
+    debug_assert!(heads.len() <= usize::from(BURST));
+    for head in heads {
+        let chain = queue.walk(memory, head);
+        let device = &context.desk.device;
+        let parsed = chain.map(|chain| request::parse(guest, chain, head, device));
+        if memory::is_lost(memory) {
+            return Ok(()); // F2
+        }
+        match parsed? {
+            Ok((reply, request)) => {
+                if let Some(bytes) = context.at_once(&request) {
+                    if memory::is_lost(memory) {
+                        return Ok(()); // F2
+                    }
+                    queue.give_back(reply.send(memory, Status::Ok, bytes));
+                    continue;
+                }
+                let key = Key {
+                    seat,
+                    queue: index,
+                    head,
+                };
+                let (active, next) = Active::start(key, reply, request, context);
+                match next {
+                    Next::Wait => queue.keep(head, active),
+                    Next::Answer(status, bytes) => {
+                        let complaints = &context.desk.complaints;
+                        answer(queue, memory, active, status, bytes, complaints);
+                    }
+                }
+            }
+            Err(Refused::WithStatus(reply, status)) => {
+                if status == Status::IoError {
+                    let line = format_args!("queue {index}: the guest sent an impossible request");
+                    context.desk.complaints.warn(line);
+                }
+                queue.give_back(reply.send(memory, status, 0));
+            }
+            Err(Refused::Unanswerable) => return Err(Broken::Unanswerable { head }),
+        }
+    }
+    Ok(())
+}
+
+/// Leaves a ring alone that the guest broke, unless it was the front end that took it away.
+fn break_ring(index: u16, queue: &mut Queue, guest: &Guest, why: &Broken, complaints: &Complaints) {
+    if !memory::is_lost(&guest.memory) {
+        queue.break_ring(index, why, complaints);
+    }
+}
+
+/// Answers a request that is over (R2).
+fn answer(
+    queue: &mut Queue,
+    memory: &Memory,
+    active: Active,
+    status: Status,
+    data_bytes: u64,
+    complaints: &Complaints,
+) {
+    let (reply, failure) = active.finish();
+    if memory::is_lost(memory) {
+        return; // F2: the front end is about to hear that the session is over.
+    }
+    if let Some(failure) = failure {
+        failure.tell(complaints);
+    }
+    queue.give_back(reply.send(memory, status, data_bytes));
+}

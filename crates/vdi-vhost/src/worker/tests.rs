@@ -1,0 +1,296 @@
+//! Several disks at one worker, turn by turn. A write to a block for which nobody made room stays in flight until somebody does the
+//! disk's chores, so what waits for it can be seen to wait.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::task::Waker;
+
+use vdi_core::{
+    Access, CreateOptions, Disk, HostFile, Locking, ModifiedParent, NewKind, Storage, create,
+};
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+use vm_memory::GuestMemoryAtomic;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+use crate::command::{Ack, Setup};
+use crate::complaints::Complaints;
+use crate::dirty::Guest;
+use crate::fuzzing::{self, GuestMemory, Wishes};
+use crate::image_file::ImageFile;
+use crate::memory::Memory;
+use crate::queue::{Mode, Vring};
+use crate::workers::Served;
+
+/// Where a queue's parts are in its share of the memory.
+const SHARE: u64 = 0x8000;
+const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x2000;
+const HEADER: u64 = 0x3000;
+const STATUS: u64 = 0x4000;
+const DATA: u64 = 0x5000;
+const QUEUES: u64 = 2;
+const IN: u32 = 0;
+const OUT: u32 = 1;
+
+/// A worker and the way to it.
+struct Scene {
+    worker: Worker,
+    doorbell: Arc<Doorbell>,
+    orders: Sender<Order>,
+}
+
+/// A disk with a seat, its guest, and two queues.
+struct TestDisk {
+    number: SeatNumber,
+    disk: Arc<Disk>,
+    memory: File,
+    guest: Guest,
+    kicks: Vec<EventFd>,
+    taken: Vec<u16>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let (orders, inbox) = mpsc::channel();
+        let doorbell = Arc::new(Doorbell::new().unwrap());
+        let worker = Worker::new(EngineChoice::Sync, Arc::clone(&doorbell), inbox).unwrap();
+        Self {
+            worker,
+            doorbell,
+            orders,
+        }
+    }
+
+    fn turn(&mut self) {
+        self.doorbell.ring();
+        assert!(self.worker.turn());
+    }
+
+    fn tell(&mut self, seat: SeatNumber, command: Command) -> Receiver<io::Result<()>> {
+        let (ack, acknowledged): (Ack, _) = mpsc::channel();
+        self.orders.send(Order { seat, command, ack }).unwrap();
+        self.turn();
+        acknowledged
+    }
+
+    /// Does what is due for a disk, and what is due then.
+    fn do_chores(&mut self, disk: &TestDisk) {
+        for _ in 0..5 {
+            while disk.disk.do_chores().unwrap() {}
+            self.turn();
+        }
+    }
+
+    fn seat(&mut self, number: SeatNumber) -> TestDisk {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.vdi");
+        let options = CreateOptions {
+            capacity_bytes: 64 << 20,
+            block_size: 1 << 20,
+            kind: NewKind::Dynamic,
+            uuid: None,
+        };
+        create(&path, &options).unwrap();
+        let file = Arc::new(HostFile::open(&path, Access::Writable, Locking::Locked).unwrap());
+        let storage = Arc::clone(&file) as Arc<dyn Storage>;
+        let disk = Disk::open_chain(vec![storage], Access::Writable, ModifiedParent::Refuse);
+        let disk = Arc::new(disk.unwrap());
+        disk.set_housekeeper(Waker::from(Arc::new(fuzzing::NoBell)));
+        let wishes = Wishes {
+            features: 1 << 32 | 1 << 9,
+            access: Access::Writable,
+            discards: true,
+            detects_zeros: 0,
+        };
+        let device = fuzzing::device(&disk, &wishes);
+        device.ack_features(wishes.features);
+        let image = ImageFile::buffered(file.file().try_clone().unwrap());
+        let sync_file = image.file_for_syncs();
+        let served = Served {
+            disk: Arc::clone(&disk),
+            images: [image].into(),
+            device: Arc::new(device),
+            complaints: Arc::new(Complaints::default()),
+        };
+        let sit = Command::Sit(Box::new(served), sync_file);
+        assert!(self.tell(number, sit).try_recv().unwrap().is_ok());
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(QUEUES * SHARE).unwrap();
+        let guest = fuzzing::map(&GuestMemory {
+            file: &memory,
+            regions: &[[0, QUEUES * SHARE, 0]],
+            log: None,
+        });
+        let mut disk = TestDisk {
+            number,
+            disk,
+            memory,
+            guest,
+            kicks: Vec::new(),
+            taken: Vec::new(),
+        };
+        for index in 0..2 {
+            self.start(&mut disk, index);
+        }
+        disk
+    }
+
+    fn start(&mut self, disk: &mut TestDisk, index: u16) {
+        let shared = GuestMemoryAtomic::new(Memory::clone(&disk.guest.memory));
+        let vring = Vring::new(shared, 16).unwrap();
+        vring.set_queue_size(16);
+        let base = SHARE * u64::from(index);
+        let placed = vring.set_queue_info(base, base + AVAILABLE, base + USED);
+        placed.unwrap();
+        vring.get_mut().get_queue_mut().set_ready(true);
+        let setup = Setup {
+            index,
+            vring,
+            error_fd: Arc::new(Mutex::new(None)),
+            mode: Mode::Running,
+            tracker: None,
+            left_behind: Vec::new(),
+        };
+        let kick = fuzzing::eventfd();
+        let heard = fuzzing::copy(&kick).into();
+        let start = Command::Start(Box::new(setup), Some(heard), disk.guest.clone());
+        assert!(self.tell(disk.number, start).try_recv().unwrap().is_ok());
+        disk.kicks.push(kick);
+        disk.taken.push(0);
+    }
+}
+
+impl TestDisk {
+    fn put(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_all_at(bytes, at).unwrap();
+    }
+
+    /// Makes a request for the first 512 bytes of a block available.
+    fn offer(&mut self, queue: usize, kind: u32, block: u64) {
+        let base = SHARE * queue as u64;
+        let data_flags = if kind == IN { 3 } else { 1 };
+        let chain = [(HEADER, 16, 1_u64), (DATA, 512, data_flags), (STATUS, 1, 2)];
+        for (nth, (at, len, flags)) in (0_u64..).zip(chain) {
+            let rest = len | flags << 32 | (nth + 1) << 48;
+            self.put(base + 16 * nth, &(base + at).to_le_bytes());
+            self.put(base + 16 * nth + 8, &u64::to_le_bytes(rest));
+        }
+        let header = u128::from(kind) | u128::from(block * 2048) << 64;
+        self.put(base + HEADER, &header.to_le_bytes());
+        self.put(base + STATUS, &[0xff]);
+        self.taken[queue] += 1;
+        self.put(base + AVAILABLE + 2, &self.taken[queue].to_le_bytes());
+        self.kicks[queue].write(1).unwrap();
+    }
+
+    /// Whether all that was offered is answered, and well.
+    fn is_answered(&self, queue: usize) -> bool {
+        let base = SHARE * queue as u64;
+        let (mut used, mut status) = ([0; 2], [0]);
+        self.memory
+            .read_exact_at(&mut used, base + USED + 2)
+            .unwrap();
+        self.memory
+            .read_exact_at(&mut status, base + STATUS)
+            .unwrap();
+        let answered = u16::from_le_bytes(used) == self.taken[queue];
+        assert!(!answered || status == [0], "{status:?}");
+        answered
+    }
+}
+
+#[test]
+fn a_disk_that_has_to_wait_delays_no_other_disk_at_its_worker() {
+    let mut scene = Scene::new();
+    let (mut slow, mut other) = (scene.seat(0), scene.seat(5));
+    slow.offer(0, OUT, 3);
+    other.offer(0, IN, 3);
+    scene.turn();
+    assert!(!slow.is_answered(0) && other.is_answered(0));
+    // The slow one's drain and its next command wait for its write.
+    let stopped = scene.tell(0, Command::Stop(0));
+    let resumed = scene.tell(0, Command::Resume(1));
+    assert!(stopped.try_recv().is_err() && resumed.try_recv().is_err());
+    let paused = scene.tell(5, Command::Pause(1));
+    assert!(paused.try_recv().unwrap().is_ok());
+    other.offer(0, IN, 4);
+    scene.turn();
+    assert!(other.is_answered(0) && !slow.is_answered(0));
+    // The other one leaves, and nothing of it stays.
+    let left = scene.tell(5, Command::Leave);
+    assert!(left.try_recv().unwrap().is_ok());
+    assert_eq!(Arc::strong_count(&other.disk), 1);
+    assert!(stopped.try_recv().is_err());
+    scene.do_chores(&slow);
+    assert!(slow.is_answered(0));
+    assert!(stopped.try_recv().unwrap().is_ok() && resumed.try_recv().unwrap().is_ok());
+}
+
+#[test]
+fn a_disk_leaves_when_what_it_has_in_flight_is_answered() {
+    let mut scene = Scene::new();
+    let (mut leaving, mut other) = (scene.seat(0), scene.seat(1));
+    leaving.offer(0, OUT, 0);
+    scene.turn();
+    let left = scene.tell(0, Command::Leave);
+    other.offer(1, IN, 0);
+    scene.turn();
+    assert!(left.try_recv().is_err() && other.is_answered(1));
+    scene.do_chores(&leaving);
+    assert!(leaving.is_answered(0) && left.try_recv().unwrap().is_ok());
+    assert_eq!(Arc::strong_count(&leaving.disk), 1);
+    // Its number is another disk's now.
+    let mut next = scene.seat(0);
+    next.offer(0, IN, 0);
+    scene.turn();
+    assert!(next.is_answered(0));
+}
+
+#[test]
+fn a_seat_takes_no_more_chains_than_its_share_and_then_begins_with_the_queue_that_had_to_wait() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    assert_eq!(scene.worker.tools.share, MAX_TRANSFERS);
+    let _others: Vec<_> = (1..128).map(|number| scene.seat(number)).collect();
+    assert_eq!(scene.worker.tools.share, LEAST_SHARE);
+    // So that writes to fresh blocks need not wait.
+    disk.offer(0, OUT, 0);
+    scene.turn();
+    scene.do_chores(&disk);
+    assert!(disk.is_answered(0));
+    scene.worker.tools.share = 1;
+    let mut first = Vec::new();
+    for block in 1..4 {
+        disk.offer(0, OUT, 2 * block);
+        disk.offer(1, OUT, 2 * block + 1);
+        scene.turn();
+        first.push([disk.is_answered(0), disk.is_answered(1)]);
+        scene.turn();
+        assert!(disk.is_answered(0) && disk.is_answered(1));
+    }
+    assert_eq!(first, [[true, false]; 3]);
+    disk.offer(0, OUT, 10);
+    disk.offer(1, OUT, 11);
+    scene.turn();
+    disk.offer(0, OUT, 12);
+    scene.turn();
+    assert!(!disk.is_answered(0) && disk.is_answered(1));
+}
+
+#[test]
+fn idle_seats_are_not_looked_at() {
+    let mut scene = Scene::new();
+    let mut disks: Vec<_> = (0..8).map(|number| scene.seat(number)).collect();
+    for _ in 0..2 {
+        scene.turn();
+    }
+    assert!(scene.worker.seats.active.is_empty());
+    disks[6].offer(1, IN, 0);
+    scene.turn();
+    assert!(disks[6].is_answered(1));
+    assert_eq!(scene.worker.seats.active, [6]);
+}
