@@ -41,6 +41,11 @@ const MAX_BOUNCES: usize = 16;
 /// Entries of the submission queue: a turn's worth; a fuller one is submitted in between.
 const SUBMISSIONS: u32 = 256;
 
+/// Transfers that are handed over as soon as so many were started, so that storage does not stand still while the rest of a burst
+/// is parsed. Measured with O_DIRECT: all of a burst at once reached 0.7 of fio's rate, fours 0.91 to 0.95, twos no more at more
+/// CPU time, eights a little less.
+const EAGER: usize = 4;
+
 /// Entries of the completion queue. The kernel keeps what does not fit (IORING_FEAT_NODROP).
 const COMPLETIONS: u32 = 1024;
 
@@ -346,11 +351,8 @@ pub(crate) struct Ring {
 impl Ring {
     /// A ring of this thread; an error where the host forbids it.
     pub(crate) fn new() -> io::Result<Self> {
-        let uring = IoUring::builder()
-            .dontfork()
-            .setup_r_disabled()
-            .setup_cqsize(COMPLETIONS)
-            .build(SUBMISSIONS)?;
+        // Before Linux 5.19 there is only the other kind.
+        let uring = build(Completing::WhenAsked).or_else(|_| build(Completing::AtOnce))?;
         let mut allowed = OPERATIONS.map(Restriction::sqe_op);
         uring.submitter().register_restrictions(&mut allowed)?;
         uring.submitter().register_enable_rings()?;
@@ -390,7 +392,7 @@ impl Ring {
         drop(fd);
     }
 
-    /// Starts a transfer. It is submitted by the next [`Ring::turn`].
+    /// Starts a transfer. It is submitted by the next [`Ring::turn`] at the latest.
     pub(crate) fn start(&mut self, transfer: Transfer) {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.transfers.push(None);
@@ -399,6 +401,9 @@ impl Ring {
         self.transfers[slot] = Some(Box::new(transfer));
         self.in_flight += 1;
         self.submit(slot);
+        if self.uring.submission().len() >= EAGER {
+            self.enter(0);
+        }
     }
 
     /// Does a transfer at once, on this thread.
@@ -413,8 +418,12 @@ impl Ring {
         match wait {
             Wait::Forever if idle => self.enter(1),
             Wait::AtMost(time) if idle => self.nap(time),
-            Wait::No | Wait::Forever | Wait::AtMost(_) if self.uring.submission().is_empty() => {}
-            Wait::No | Wait::Forever | Wait::AtMost(_) => self.enter(0),
+            Wait::No | Wait::Forever | Wait::AtMost(_)
+                if self.has_unsubmitted() || self.is_owed_completions() =>
+            {
+                self.enter(0);
+            }
+            Wait::No | Wait::Forever | Wait::AtMost(_) => {}
         }
         self.collect();
         while let Some((user_data, result, flags)) = self.reaped.pop_front() {
@@ -432,7 +441,13 @@ impl Ring {
     /// Whether a turn would have something to report without waiting.
     pub(crate) fn has_news(&mut self) -> bool {
         let reported = !self.finished.is_empty() || !self.fired.is_empty();
-        reported || !self.reaped.is_empty() || !self.uring.completion().is_empty()
+        let reaped = !self.reaped.is_empty() || !self.uring.completion().is_empty();
+        reported || reaped || self.is_owed_completions()
+    }
+
+    /// Whether the kernel writes completions down as soon as it is called.
+    fn is_owed_completions(&mut self) -> bool {
+        self.uring.submission().taskrun()
     }
 
     /// Whether the next turn submits something.
@@ -586,6 +601,30 @@ impl Drop for Ring {
     }
 }
 
+/// When the kernel writes down what is over.
+#[derive(Debug, Clone, Copy)]
+enum Completing {
+    /// It interrupts the thread for it.
+    AtOnce,
+    /// With the thread's next call; a flag says that there is something.
+    WhenAsked,
+}
+
+fn build(completing: Completing) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder
+        .dontfork()
+        .setup_r_disabled()
+        .setup_cqsize(COMPLETIONS);
+    match completing {
+        Completing::AtOnce => {}
+        Completing::WhenAsked => {
+            builder.setup_coop_taskrun().setup_taskrun_flag();
+        }
+    }
+    builder.build(SUBMISSIONS)
+}
+
 fn poll(fd: RawFd, key: WatchKey) -> squeue::Entry {
     let events = u32::from(libc::POLLIN.cast_unsigned());
     opcode::PollAdd::new(types::Fd(fd), events)
@@ -669,5 +708,27 @@ mod tests {
         ring.collect();
         let results: Vec<_> = ring.reaped.iter().map(|(_, result, _)| *result).collect();
         assert_eq!(results, [-libc::EACCES]);
+    }
+
+    #[test]
+    fn a_burst_is_handed_over_before_its_end() {
+        let Ok(mut ring) = Ring::new() else {
+            eprintln!("this host forbids io_uring: not tested");
+            return;
+        };
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        for token in 1..EAGER as u64 {
+            ring.start(Transfer::sync(token, Arc::clone(&file)));
+        }
+        assert!(ring.has_unsubmitted());
+        ring.start(Transfer::sync(0, file));
+        assert!(!ring.has_unsubmitted());
+        let mut finished = Vec::new();
+        while ring.in_flight() > 0 {
+            ring.turn(Wait::Forever);
+            finished.extend(std::iter::from_fn(|| ring.next_finished()).map(|over| over.token));
+        }
+        finished.sort_unstable();
+        assert!(finished.into_iter().eq(0..EAGER as u64));
     }
 }
