@@ -173,6 +173,22 @@ fn a_flush_does_not_cover_what_was_written_while_it_ran() {
 }
 
 #[test]
+fn a_flush_tells_at_least_how_much_was_written_since_the_last_one() {
+    let bench = Bench::marked(4);
+    let unknown = open(&bench.file).begin_flush().unwrap().unwrap();
+    assert!(unknown.unsynced_bytes() > 1 << 30);
+    bench.disk.flush().unwrap();
+    // A block of its own, then in place.
+    for block in [2, 2] {
+        bench.write(block, 1).unwrap();
+        bench.write(block, 1).unwrap();
+        let flush = bench.disk.begin_flush().unwrap().unwrap();
+        assert_eq!(flush.unsynced_bytes(), 2 * 512, "block {block}");
+        bench.disk.end_flush(flush, Ok(())).unwrap();
+    }
+}
+
+#[test]
 fn the_first_flush_covers_what_was_written_before_a_kill() {
     let bench = Bench::marked(4);
     bench.write(1, 1).unwrap();

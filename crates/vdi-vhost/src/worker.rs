@@ -1,7 +1,7 @@
 //! A worker: one thread, one engine, the queues it serves. One loop that a reader can hold in mind:
 //!
 //! ```text
-//! wait ─► hear kicks and commands ─► reap ─► retry ─► take, parse, start ─► commit ─► sync ─► publish, call ─► acknowledge
+//! wait ─► hear kicks and commands ─► reap ─► retry ─► take, parse, start ─► commit ─► publish, call ─► sync ─► acknowledge
 //! ```
 //!
 //! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
@@ -32,6 +32,7 @@ use crate::engine::{Engine, Wait};
 use crate::inflight::{Active, Context, INLINE_BYTES, Key, Next};
 use crate::memory::{self, Memory};
 use crate::patience::{LOOK, Patience};
+use crate::promptness::Promptness;
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Status};
 use crate::ring::{Fired, WatchKey};
@@ -68,6 +69,7 @@ enum Pending {
 /// One sync for all who wait for one.
 struct Sync {
     flush: Flush,
+    started: Instant,
     /// Requests that are committed after it (W2).
     data: Vec<Key>,
     /// What makes their data visible.
@@ -94,6 +96,7 @@ pub(crate) struct Worker {
     /// How long to sleep next while a ring is polled.
     nap: Duration,
     patience: Patience,
+    promptness: Promptness,
 }
 
 impl Worker {
@@ -135,6 +138,7 @@ impl Worker {
             next_watch,
             nap: SHORTEST_NAP,
             patience: Patience::default(),
+            promptness: Promptness::default(),
         })
     }
 
@@ -154,8 +158,8 @@ impl Worker {
         self.take();
         self.reap();
         self.commit();
-        self.sync();
         self.publish();
+        self.sync();
         !self.acknowledge()
     }
 
@@ -395,20 +399,36 @@ impl Worker {
 
     /// Starts one sync for all who wait for one, unless one is under way.
     fn sync(&mut self) {
-        let context = &mut self.context;
-        let nobody = context.unsynced.is_empty() && context.unflushed.is_empty();
+        let nobody = self.context.unsynced.is_empty() && self.context.unflushed.is_empty();
         if nobody || self.syncing.is_some() {
             return;
         }
+        let flush = self.context.disk.begin_data_sync();
+        let inline = self.may_sync_inline(&flush);
+        let context = &mut self.context;
         let (data, reservations) = context.unsynced.drain(..).unzip();
         self.syncing = Some(Sync {
-            flush: context.disk.begin_data_sync(),
+            flush,
+            started: Instant::now(),
             data,
             reservations,
             flushes: std::mem::take(&mut context.unflushed),
         });
         let sync = Transfer::sync(SYNC, Arc::clone(&self.sync_file));
-        context.engine.start(sync, false);
+        context.engine.start(sync, inline);
+    }
+
+    /// Whether the next sync is done on this thread's time: a ring hands it to a helper thread of the kernel, which costs two
+    /// switches. Not if anybody is known who would wait for it, or if it may take long.
+    fn may_sync_inline(&mut self, flush: &Flush) -> bool {
+        if self.context.images[0].syncs_are_free() {
+            return true;
+        }
+        self.context.unsynced.is_empty()
+            && self.promptness.expects(flush.unsynced_bytes())
+            && self.context.engine.in_flight() == 0
+            && self.context.continuing.is_empty()
+            && !self.has_more()
     }
 
     /// Answers who waited for the sync; data that did go into the turn's commit (W2).
@@ -416,6 +436,7 @@ impl Worker {
         let Some(mut sync) = self.syncing.take() else {
             return;
         };
+        self.promptness.took(sync.started.elapsed());
         let disk = &self.context.disk;
         let result = disk.end_data_sync(sync.flush, result, &mut sync.reservations);
         let result = result.map_err(Arc::new);
