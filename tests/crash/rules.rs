@@ -116,7 +116,7 @@ fn open(file: &Arc<SimulatedFile>) -> Arc<Disk> {
 }
 
 fn syncs(done: &[Operation]) -> usize {
-    let is_sync = |operation: &&Operation| **operation == Operation::Sync;
+    let is_sync = |one: &&Operation| matches!(one, Operation::Sync | Operation::SyncOf(_));
     done.iter().filter(is_sync).count()
 }
 
