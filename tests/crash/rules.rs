@@ -116,7 +116,7 @@ fn open(file: &Arc<SimulatedFile>) -> Arc<Disk> {
 }
 
 fn syncs(done: &[Operation]) -> usize {
-    let is_sync = |operation: &&Operation| **operation == Operation::Sync;
+    let is_sync = |one: &&Operation| matches!(one, Operation::Sync | Operation::SyncOf(_));
     done.iter().filter(is_sync).count()
 }
 
@@ -170,6 +170,22 @@ fn a_flush_does_not_cover_what_was_written_while_it_ran() {
     bench.write(2, 1).unwrap();
     bench.disk.end_flush(flush, Ok(())).unwrap();
     assert!(bench.disk.begin_flush().unwrap().is_some());
+}
+
+#[test]
+fn a_flush_tells_at_least_how_much_was_written_since_the_last_one() {
+    let bench = Bench::marked(4);
+    let unknown = open(&bench.file).begin_flush().unwrap().unwrap();
+    assert!(unknown.unsynced_bytes() > 1 << 30);
+    bench.disk.flush().unwrap();
+    // A block of its own, then in place.
+    for block in [2, 2] {
+        bench.write(block, 1).unwrap();
+        bench.write(block, 1).unwrap();
+        let flush = bench.disk.begin_flush().unwrap().unwrap();
+        assert_eq!(flush.unsynced_bytes(), 2 * 512, "block {block}");
+        bench.disk.end_flush(flush, Ok(())).unwrap();
+    }
 }
 
 #[test]

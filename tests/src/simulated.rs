@@ -244,6 +244,22 @@ impl Storage for SimulatedFile {
         result
     }
 
+    /// No more than is promised: other writes may be lost.
+    fn write_durably(&self, buf: &[u8], at: FileOffset) -> io::Result<()> {
+        self.write_all_at(buf, at)?;
+        let inner = &mut *self.lock();
+        match inner.failure(Kind::Sync, &(0..u64::MAX)) {
+            None => {
+                inner.record(Operation::SyncOf(at.0..at.0 + buf.len() as u64));
+                Ok(())
+            }
+            Some(Failure::Clean(errno) | Failure::Short(errno, _)) => {
+                inner.record(Operation::FailedSync);
+                Err(errno.into())
+            }
+        }
+    }
+
     fn len_bytes(&self) -> io::Result<u64> {
         Ok(self.lock().contents.len_bytes())
     }

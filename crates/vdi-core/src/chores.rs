@@ -189,7 +189,12 @@ impl Disk {
 
     fn extend(&self, writer: &Writer, blocks: u32) -> Result<(), WriteError> {
         self.lengthen(writer, blocks)?;
-        self.count(writer, blocks)
+        // W1 asks for length and count, not for the data that guests wrote meanwhile: a sync of those takes longer than
+        // the step lasts that is being made.
+        self.final_io(writer, || {
+            let counted = writer.counted.load(Ordering::Acquire).max(blocks);
+            self.write_count_durably(writer, counted)
+        })
     }
 
     /// Makes the file hold the first `blocks`.
@@ -230,6 +235,14 @@ impl Disk {
         let at = self.top().header.raw().places().blocks_allocated;
         let bytes = blocks_allocated.to_le_bytes();
         self.top().storage.write_all_at(&bytes, at)
+    }
+
+    /// The same, durably, and with it the length of the file; nothing else.
+    fn write_count_durably(&self, writer: &Writer, blocks_allocated: u32) -> io::Result<()> {
+        writer.counted.store(blocks_allocated, Ordering::Release);
+        let at = self.top().header.raw().places().blocks_allocated;
+        let bytes = blocks_allocated.to_le_bytes();
+        self.top().storage.write_durably(&bytes, at)
     }
 
     /// Metadata writes and syncs, whose failure is final (W5).

@@ -93,6 +93,12 @@ impl Reservation {
         &self.fills
     }
 
+    /// How many bytes of the file it changes, apart from its entries.
+    pub(crate) fn bytes(&self) -> u64 {
+        let filled: u64 = self.fills.iter().map(|fill| fill.len_bytes).sum();
+        bytes_of(&self.extents) + bytes_of(&self.zeros) + filled
+    }
+
     /// Whether data and fills must be synced before [`Disk::commit`], see [`Disk::begin_data_sync`].
     pub const fn needs_sync(&self) -> bool {
         matches!(self.publish, Publish::WhenSynced)
@@ -152,6 +158,19 @@ pub enum Reserve {
 #[must_use = "without `end_flush` the same is synced again by the next flush"]
 pub struct Flush {
     pub(crate) covers: u64,
+    pub(crate) unsynced_bytes: u64,
+}
+
+impl Flush {
+    /// How many bytes were committed since the last sync, or more: how much the sync has to bring to the storage.
+    pub const fn unsynced_bytes(&self) -> u64 {
+        self.unsynced_bytes
+    }
+}
+
+/// How many bytes extents have.
+pub(crate) fn bytes_of(extents: &[WriteExtent]) -> u64 {
+    extents.iter().map(|extent| extent.len_bytes).sum()
 }
 
 pub(crate) fn push_merged(extents: &mut WriteExtents, next: WriteExtent) {

@@ -6,13 +6,14 @@
 
 use std::fmt::Debug;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use nix::libc;
+use rustix::io::{ReadWriteFlags, pwritev2};
 
 use crate::lock::{self, Outcome};
 use crate::units::FileOffset;
@@ -67,6 +68,16 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// The host's; what was written since the last success may then be lost.
     fn sync(&self) -> io::Result<()>;
+
+    /// As [`Self::write_all_at`], and when it returns `buf` and the length of the file are durable. Other data need not
+    /// be: however much of them waits to be written, this does not wait for it.
+    ///
+    /// # Errors
+    /// The host's, also those of [`Self::sync`].
+    fn write_durably(&self, buf: &[u8], at: FileOffset) -> io::Result<()> {
+        self.write_all_at(buf, at)?;
+        self.sync()
+    }
 
     /// The host's file, where there is one behind this: for what only the host can do with two files or
     /// knows about one, such as sharing extents and finding holes.
@@ -209,9 +220,32 @@ impl Storage for HostFile {
         persist(|| self.file.sync_data())
     }
 
+    /// `RWF_SYNC` promises for one write what `O_SYNC` does: its bytes and all metadata of the file, so the length.
+    fn write_durably(&self, buf: &[u8], at: FileOffset) -> io::Result<()> {
+        let write = || {
+            let buf = [IoSlice::new(buf)];
+            Ok(pwritev2(&self.file, &buf, at.0, ReadWriteFlags::SYNC)?)
+        };
+        match persist(write) {
+            Ok(done) if done == buf.len() => return Ok(()),
+            Err(error) if !is_unknown(&error) => return Err(error),
+            Ok(_) | Err(_) => {}
+        }
+        self.write_all_at(buf, at)?;
+        self.sync()
+    }
+
     fn host_file(&self) -> Option<&File> {
         Some(&self.file)
     }
+}
+
+/// Whether the host has no such call, or a filter of system calls forbids it.
+fn is_unknown(error: &io::Error) -> bool {
+    let unknown = [Errno::ENOSYS, Errno::EOPNOTSUPP, Errno::EPERM];
+    unknown
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(*errno as i32))
 }
 
 impl HostFile {

@@ -31,7 +31,7 @@ use crate::image::{Image, OpenError, Place};
 use crate::release::Released;
 use crate::reservation::{
     Changes, Fill, Flush, InPlace, Publish, Reservation, Reserve, WriteExtent, WriteExtents,
-    push_merged,
+    bytes_of, push_merged,
 };
 use crate::room::{Counts, Room};
 use crate::units::{DiskBlock, FileOffset, SectorRange, Span};
@@ -46,7 +46,7 @@ pub(crate) struct Writer {
     pub(crate) status: AtomicU8,
     /// W6: `uuid_modify` is renewed.
     pub(crate) marked: AtomicBool,
-    /// Batches of writes that were completed, and how many of them a sync covers.
+    /// Bytes of writes that were completed, at least one for each batch of them, and how many of them syncs cover.
     written: AtomicU64,
     synced: AtomicU64,
     /// The number behind the highest block used by entries beyond the disk's end.
@@ -73,6 +73,9 @@ pub(crate) struct State {
     pub(crate) housekeeper: Option<Waker>,
     pub(crate) released: Released,
 }
+
+/// What a program that was killed may have written: nobody knows, so it counts as much.
+const BEFORE_OPEN: u64 = 1 << 40;
 
 /// `Writer::status`.
 pub(crate) const OPEN: u8 = 0;
@@ -112,7 +115,7 @@ impl Writer {
             status: AtomicU8::new(OPEN),
             marked: AtomicBool::new(false),
             // A program that was killed may have written what no sync covers yet (P1, P2).
-            written: AtomicU64::new(1),
+            written: AtomicU64::new(BEFORE_OPEN),
             synced: AtomicU64::new(0),
             hidden_end: owners.hidden_end(),
             counted: AtomicU32::new(counts.allocated),
@@ -131,6 +134,21 @@ impl Writer {
     /// Whether all that was committed is durable.
     pub(crate) fn is_synced(&self) -> bool {
         self.written.load(Ordering::Acquire) <= self.synced.load(Ordering::Acquire)
+    }
+
+    /// `bytes` more were written and are not synced.
+    fn add_written(&self, bytes: u64) {
+        self.written.fetch_add(bytes.max(1), Ordering::AcqRel);
+    }
+
+    /// A sync that begins now.
+    fn begin_sync(&self) -> Flush {
+        let covers = self.written.load(Ordering::Acquire);
+        let synced = self.synced.load(Ordering::Acquire);
+        Flush {
+            covers,
+            unsynced_bytes: covers.saturating_sub(synced),
+        }
     }
 
     /// W5: from now on nothing is written.
@@ -230,7 +248,7 @@ impl Disk {
     /// If writing has ended meanwhile (W5).
     pub fn commit_in_place(&self, written: InPlace) -> Result<(), WriteError> {
         let writer = self.writer.as_ref().ok_or(WriteError::ReadOnly)?;
-        writer.written.fetch_add(1, Ordering::AcqRel);
+        writer.add_written(bytes_of(written.extents()));
         drop(written);
         writer.check_status()
     }
@@ -372,10 +390,12 @@ impl Disk {
             })?;
             self.publish(writer, &changes);
         }
+        let mut bytes = 0;
         for reservation in &mut written {
             reservation.disk = None;
+            bytes += reservation.bytes();
         }
-        writer.written.fetch_add(1, Ordering::AcqRel);
+        writer.add_written(bytes);
         writer.check_status()
     }
 
@@ -411,11 +431,11 @@ impl Disk {
     /// Begins the sync that reservations need whose [`Reservation::needs_sync`] says so: the caller
     /// syncs the top image's file after their data and fills are written. One serves many.
     pub fn begin_data_sync(&self) -> Flush {
-        let covers = self
-            .writer
-            .as_ref()
-            .map_or(0, |writer| writer.written.load(Ordering::Acquire));
-        Flush { covers }
+        let nothing = Flush {
+            covers: 0,
+            unsynced_bytes: 0,
+        };
+        self.writer.as_ref().map_or(nothing, Writer::begin_sync)
     }
 
     /// Ends it with what the sync returned; then the reservations may be committed.
@@ -447,8 +467,7 @@ impl Disk {
         if writer.status.load(Ordering::Acquire) == FAILED {
             return Err(WriteError::Failed);
         }
-        let covers = writer.written.load(Ordering::Acquire);
-        Ok((!writer.is_synced()).then_some(Flush { covers }))
+        Ok((!writer.is_synced()).then(|| writer.begin_sync()))
     }
 
     /// Ends a flush with what the sync of the file returned.

@@ -49,6 +49,8 @@ pub(crate) enum Reads {
 pub(crate) struct ImageFile {
     buffered: Arc<File>,
     reads: Reads,
+    /// It lies in the host's memory and nowhere else.
+    in_memory: bool,
     direct: Option<Direct>,
 }
 
@@ -105,6 +107,7 @@ impl ImageFile {
     pub(crate) fn buffered(file: File) -> Self {
         Self {
             reads: reads_of(&file),
+            in_memory: is_in_memory(&file),
             buffered: Arc::new(file),
             direct: None,
         }
@@ -134,6 +137,7 @@ impl ImageFile {
         };
         Ok(Self {
             reads: Reads::Queued,
+            in_memory: is_in_memory(&file),
             buffered: Arc::new(file),
             direct: Some(direct),
         })
@@ -175,6 +179,11 @@ impl ImageFile {
         Arc::clone(&self.buffered)
     }
 
+    /// Whether there is nothing that a sync would have to do.
+    pub(crate) fn syncs_are_free(&self) -> bool {
+        self.in_memory
+    }
+
     /// A descriptor of the file for one who syncs: one file, so it covers both ways. Where it cannot be opened again, the
     /// shared one must do.
     pub(crate) fn file_for_syncs(&self) -> Arc<File> {
@@ -185,11 +194,15 @@ impl ImageFile {
 
 /// How the bytes of a file that the page cache has are read.
 fn reads_of(file: &File) -> Reads {
-    match fstatfs(file) {
-        Ok(stat) if stat.filesystem_type() == TMPFS_MAGIC => Reads::Now,
-        Ok(_) | Err(_) if can_read_cached(file) => Reads::IfCached,
-        Ok(_) | Err(_) => Reads::Queued,
+    match is_in_memory(file) {
+        true => Reads::Now,
+        false if can_read_cached(file) => Reads::IfCached,
+        false => Reads::Queued,
     }
+}
+
+fn is_in_memory(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
 }
 
 fn check_layout(
@@ -244,6 +257,7 @@ mod tests {
         let image = ImageFile {
             buffered: file(),
             reads: Reads::Queued,
+            in_memory: false,
             direct: Some(direct),
         };
         let below = image.route(FileOffset(0x1200), 0x10000);

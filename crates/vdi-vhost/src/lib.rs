@@ -34,6 +34,7 @@ mod inflight;
 mod log;
 mod memory;
 mod patience;
+mod promptness;
 mod queue;
 mod request;
 mod ring;

@@ -4,7 +4,7 @@
 //! does in a turn:
 //!
 //! ```text
-//! obey ─► (reap) ─► retry ─► take, parse, start ─► (reap) ─► commit ─► sync ─► publish, call ─► acknowledge
+//! obey ─► (reap) ─► retry ─► take, parse, start ─► (reap) ─► commit ─► publish, call ─► acknowledge ─► sync
 //! ```
 //!
 //! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
@@ -20,6 +20,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::Instant;
 
 use smallvec::SmallVec;
 use vdi_core::{Flush, Reservation};
@@ -29,6 +30,7 @@ use crate::complaints::Complaints;
 use crate::dirty::Guest;
 use crate::inflight::{Active, Context, Desk, Key, Next, Tools};
 use crate::memory::{self, Memory};
+use crate::promptness::Promptness;
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Status};
 use crate::ring::Fired;
@@ -46,12 +48,22 @@ enum Pending {
 /// One sync for all who wait for one.
 struct Sync {
     flush: Flush,
+    started: Instant,
     /// Requests that are committed after it (W2).
     data: Vec<Key>,
     /// What makes their data visible.
     reservations: Vec<Reservation>,
     /// Requests that are answered after it.
     flushes: Vec<Key>,
+}
+
+/// Who waits for a sync that is done on the worker's time, but for those who want it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Others {
+    /// Requests at some seat of the worker.
+    Wait,
+    /// As far as the worker can see, nobody.
+    NoneKnown,
 }
 
 /// One disk at one thread.
@@ -66,6 +78,7 @@ pub(crate) struct Seat {
     sync_file: Arc<File>,
     /// The sync that is under way.
     syncing: Option<Sync>,
+    promptness: Promptness,
     /// Commands that were not looked at.
     inbox: VecDeque<(Command, Ack)>,
     /// One at a time: the control thread waits for it.
@@ -110,6 +123,7 @@ impl Seat {
             bell,
             sync_file,
             syncing: None,
+            promptness: Promptness::default(),
             inbox: VecDeque::new(),
             pending: None,
             first: 0,
@@ -349,31 +363,49 @@ impl Seat {
     }
 
     /// Ends the turn: what was written becomes visible, what is over is answered, a command that is done is acknowledged. What to
-    /// acknowledge when the seat is gone, if it has to go.
+    /// acknowledge when the seat is gone, if it has to go. Syncs are begun after that.
     pub(crate) fn settle(&mut self, tools: &mut Tools) -> Option<Ack> {
         self.commit(tools);
-        self.sync(tools);
         self.publish();
         self.acknowledge(tools)
     }
 
-    /// Starts one sync for all who wait for one, unless one is under way.
-    fn sync(&mut self, tools: &mut Tools) {
-        let desk = &mut self.desk;
-        let nobody = desk.unsynced.is_empty() && desk.unflushed.is_empty();
-        if nobody || self.syncing.is_some() {
+    /// Whether somebody waits for a sync that can begin.
+    pub(crate) fn wants_sync(&self) -> bool {
+        let somebody = !self.desk.unsynced.is_empty() || !self.desk.unflushed.is_empty();
+        somebody && self.syncing.is_none()
+    }
+
+    /// Starts one sync for all who wait for one, if it can begin. `others` says who else would wait for it.
+    pub(crate) fn sync(&mut self, tools: &mut Tools, others: Others) {
+        if !self.wants_sync() {
             return;
         }
+        let flush = self.desk.disk.begin_data_sync();
+        let inline = self.may_sync_inline(&flush, others);
+        let desk = &mut self.desk;
         let (data, reservations) = desk.unsynced.drain(..).unzip();
         self.syncing = Some(Sync {
-            flush: desk.disk.begin_data_sync(),
+            flush,
+            started: Instant::now(),
             data,
             reservations,
             flushes: std::mem::take(&mut desk.unflushed),
         });
         let token = Key::sync(self.number).token();
         let sync = Transfer::sync(token, Arc::clone(&self.sync_file));
-        Context { desk, tools }.start(sync, false);
+        Context { desk, tools }.start(sync, inline);
+    }
+
+    /// Whether the next sync is done on the worker's time: a ring hands it to a helper thread of the kernel, which costs two
+    /// switches. Not if anybody is known who would wait for it, or if it may take long.
+    fn may_sync_inline(&self, flush: &Flush, others: Others) -> bool {
+        if self.desk.images[0].syncs_are_free() {
+            return true;
+        }
+        others == Others::NoneKnown
+            && self.desk.unsynced.is_empty()
+            && self.promptness.expects(flush.unsynced_bytes())
     }
 
     /// Answers who waited for the sync; data that did go into the turn's commit (W2).
@@ -381,6 +413,7 @@ impl Seat {
         let Some(mut sync) = self.syncing.take() else {
             return;
         };
+        self.promptness.took(sync.started.elapsed());
         let disk = &self.desk.disk;
         let result = disk.end_data_sync(sync.flush, result, &mut sync.reservations);
         let result = result.map_err(Arc::new);

@@ -1,7 +1,7 @@
 //! A worker: one thread, one engine, the seats of the disks whose queues it serves. One loop that a reader can hold in mind:
 //!
 //! ```text
-//! wait ─► hear kicks and commands ─► reap ─► each seat begins ─► reap ─► each seat settles
+//! wait ─► hear kicks and commands ─► reap ─► each seat begins ─► reap ─► each seat settles ─► syncs
 //! ```
 //!
 //! - Only seats that have something are looked at (`active`): one that was kicked, told something, has a result, a retry, or a queue
@@ -11,6 +11,8 @@
 //!   [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - No seat has more than its share of the transfers ([`MAX_TRANSFERS`]), but for the burst that goes over it; every turn begins with another
 //!   seat, and so do the bytes that are moved at once.
+//! - Answers are published before a sync is begun: one that is done on this thread's time holds up all its seats, so it is only if there is
+//!   nothing else to do at any of them (`promptness`).
 //!
 //! Not here: what a seat does (`seat`).
 
@@ -24,7 +26,7 @@ use crate::engine::{Engine, EngineChoice, Wait};
 use crate::inflight::{INLINE_BYTES, Key, MAX_TRANSFERS, Tools};
 use crate::patience::{LOOK, Patience};
 use crate::ring::WatchKey;
-use crate::seat::Seat;
+use crate::seat::{Others, Seat};
 
 /// A seat's share of the transfers, however many seats there are: what makes progress worth while.
 const LEAST_SHARE: usize = 64;
@@ -145,6 +147,7 @@ impl Worker {
         self.begin();
         self.reap();
         self.settle();
+        self.sync();
         !self.is_over
     }
 
@@ -298,6 +301,32 @@ impl Worker {
                 *place = None;
             }
             let _ = ack.send(Ok(()));
+        }
+    }
+
+    /// Begins the syncs that are waited for.
+    fn sync(&mut self) {
+        if !self.seats.any_active(Seat::wants_sync) {
+            return;
+        }
+        let others = self.others();
+        let tools = &mut self.tools;
+        self.seats.for_each_active(|seat| seat.sync(tools, others));
+    }
+
+    /// Who would wait for a sync on this thread's time: what is in flight or due, chains, and other disks' syncs.
+    fn others(&mut self) -> Others {
+        let mut syncs = 0;
+        self.seats
+            .for_each_active(|seat| syncs += u32::from(seat.wants_sync()));
+        let wait = syncs > 1
+            || self.tools.engine.in_flight() > 0
+            || self.seats.any_active(Seat::is_due)
+            || self.has_more();
+        if wait {
+            Others::Wait
+        } else {
+            Others::NoneKnown
         }
     }
 }

@@ -44,7 +44,7 @@ impl Server {
     fn try_perform(&self, inode: u64, kind: Kind, operation: Operation) -> Result<(), Errno> {
         let touched = match &operation {
             Operation::SetLen(len) => *len..len + 1,
-            Operation::Sync | Operation::FailedSync => ANYWHERE,
+            Operation::Sync | Operation::SyncOf(_) | Operation::FailedSync => ANYWHERE,
             Operation::Write { .. } | Operation::Punch(_) => operation.touched(),
         };
         let verdict = self.judge(kind, &touched);

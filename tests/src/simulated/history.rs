@@ -43,10 +43,15 @@ impl Moment {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names are those of the file operations")]
 pub enum Operation {
-    Write { at: u64, bytes: Arc<[u8]> },
+    Write {
+        at: u64,
+        bytes: Arc<[u8]>,
+    },
     SetLen(u64),
     Punch(Range<u64>),
     Sync,
+    /// A sync of the length and of what was written there.
+    SyncOf(Range<u64>),
     FailedSync,
 }
 
@@ -57,8 +62,15 @@ impl Operation {
         match self {
             Self::Write { at, bytes } => *at..at + bytes.len() as u64,
             Self::Punch(range) => range.clone(),
-            Self::SetLen(_) | Self::Sync | Self::FailedSync => 0..0,
+            Self::SetLen(_) | Self::Sync | Self::SyncOf(_) | Self::FailedSync => 0..0,
         }
+    }
+
+    /// Whether it changes the length alone, or bytes of `range` alone.
+    pub(super) fn is_inside(&self, range: &Range<u64>) -> bool {
+        let touched = self.touched();
+        let is_there = range.start <= touched.start && touched.end <= range.end;
+        self.new_len().is_some() || (is_there && !touched.is_empty())
     }
 
     /// The length that it sets.
@@ -66,7 +78,11 @@ impl Operation {
     pub const fn new_len(&self) -> Option<u64> {
         match self {
             Self::SetLen(len) => Some(*len),
-            Self::Write { .. } | Self::Punch(_) | Self::Sync | Self::FailedSync => None,
+            Self::Write { .. }
+            | Self::Punch(_)
+            | Self::Sync
+            | Self::SyncOf(_)
+            | Self::FailedSync => None,
         }
     }
 
@@ -76,7 +92,7 @@ impl Operation {
             Self::Write { at, bytes } => contents.write(*at, bytes),
             Self::SetLen(len) => contents.set_len(*len),
             Self::Punch(range) => contents.zero(range.clone()),
-            Self::Sync | Self::FailedSync => {}
+            Self::Sync | Self::SyncOf(_) | Self::FailedSync => {}
         }
     }
 }

@@ -18,7 +18,7 @@ pub struct Replay<'h> {
     is_durable: Vec<bool>,
     syncs: Vec<&'h Record>,
     /// When syncs that have ended began: the good ones and the others.
-    good: Vec<usize>,
+    good: Vec<&'h Record>,
     failed: Vec<usize>,
 }
 
@@ -44,7 +44,9 @@ impl<'h> Replay<'h> {
         let records = &self.history.records;
         while let Some(record) = records.get(self.next).filter(|one| one.begun < moment.0) {
             match record.operation {
-                Operation::Sync | Operation::FailedSync => self.syncs.push(record),
+                Operation::Sync | Operation::SyncOf(_) | Operation::FailedSync => {
+                    self.syncs.push(record);
+                }
                 Operation::Write { .. } | Operation::SetLen(_) | Operation::Punch(_) => {
                     self.pending.push(self.next);
                 }
@@ -71,14 +73,14 @@ impl<'h> Replay<'h> {
     fn end_syncs(&mut self, over: &[&'h Record]) {
         for sync in over {
             match sync.operation {
-                Operation::Sync => self.good.push(sync.begun),
+                Operation::Sync | Operation::SyncOf(_) => self.good.push(sync),
                 _ => self.failed.push(sync.begun),
             }
         }
         if over.is_empty() {
             return;
         }
-        self.good.sort_unstable();
+        self.good.sort_unstable_by_key(|sync| sync.begun);
         let (covered, pending): (Vec<usize>, Vec<usize>) = self
             .pending
             .iter()
@@ -111,15 +113,22 @@ impl<'h> Replay<'h> {
 
     /// Whether a sync that has ended covers it, and none that failed lies between.
     fn is_covered(&self, number: usize) -> bool {
-        let Some(ended) = self.history.records[number].ended else {
+        let record = &self.history.records[number];
+        let Some(ended) = record.ended else {
             return false;
         };
-        let covering = self.good.iter().find(|&&begun| ended < begun);
-        covering.is_some_and(|&good| {
+        let covers = |sync: &&&Record| {
+            ended < sync.begun
+                && match &sync.operation {
+                    Operation::SyncOf(range) => record.operation.is_inside(range),
+                    _ => true,
+                }
+        };
+        self.good.iter().find(covers).is_some_and(|good| {
             !self
                 .failed
                 .iter()
-                .any(|&failed| ended < failed && failed < good)
+                .any(|&failed| ended < failed && failed < good.begun)
         })
     }
 }

@@ -79,6 +79,7 @@ const IMAGES: &[i64] = &[
     libc::SYS_preadv,
     libc::SYS_preadv2,
     libc::SYS_pwritev,
+    libc::SYS_pwritev2,
     libc::SYS_fdatasync,
     libc::SYS_fsync,
     libc::SYS_fallocate,

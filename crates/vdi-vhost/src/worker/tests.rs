@@ -35,6 +35,7 @@ const DATA: u64 = 0x5000;
 const QUEUES: u64 = 2;
 const IN: u32 = 0;
 const OUT: u32 = 1;
+const FLUSH: u32 = 4;
 
 /// A worker and the way to it.
 struct Scene {
@@ -68,6 +69,16 @@ impl Scene {
     fn turn(&mut self) {
         self.doorbell.ring();
         assert!(self.worker.turn());
+    }
+
+    /// A turn up to the syncs.
+    fn turn_until_syncs(&mut self) {
+        self.worker.tools.engine.turn(Wait::No);
+        self.worker.hear();
+        self.worker.reap();
+        self.worker.begin();
+        self.worker.reap();
+        self.worker.settle();
     }
 
     fn tell(&mut self, seat: SeatNumber, command: Command) -> Receiver<io::Result<()>> {
@@ -293,4 +304,36 @@ fn idle_seats_are_not_looked_at() {
     scene.turn();
     assert!(disks[6].is_answered(1));
     assert_eq!(scene.worker.seats.active, [6]);
+}
+
+#[test]
+fn a_sync_that_anybody_at_any_disk_would_wait_for_is_not_done_on_the_threads_time() {
+    let mut scene = Scene::new();
+    let (mut disk, mut other) = (scene.seat(0), scene.seat(1));
+    disk.offer(0, FLUSH, 0);
+    other.offer(0, IN, 0);
+    scene.turn_until_syncs();
+    assert!(other.is_answered(0) && !disk.is_answered(0));
+    assert_eq!(scene.worker.others(), Others::NoneKnown);
+    // Chains that came meanwhile.
+    other.offer(0, IN, 0);
+    assert_eq!(scene.worker.others(), Others::Wait);
+    scene.worker.sync();
+    scene.turn();
+    assert!(disk.is_answered(0) && other.is_answered(0));
+    // Both want one, and what else was asked for is answered before.
+    disk.offer(0, OUT, 0);
+    other.offer(0, OUT, 0);
+    for one in [&disk, &other] {
+        scene.do_chores(one);
+    }
+    disk.offer(0, FLUSH, 0);
+    other.offer(0, FLUSH, 0);
+    other.offer(1, IN, 0);
+    scene.turn_until_syncs();
+    assert_eq!(scene.worker.others(), Others::Wait);
+    assert!(other.is_answered(1) && !other.is_answered(0) && !disk.is_answered(0));
+    scene.worker.sync();
+    scene.turn();
+    assert!(other.is_answered(0) && disk.is_answered(0));
 }
