@@ -112,4 +112,14 @@ mod tests {
         assert!(held_up(100_000, 100) <= 5);
         assert!(held_up(100_000, 2000) <= 50);
     }
+
+    #[test]
+    fn storage_that_was_prompt_for_long_is_trusted_as_soon_as_at_first() {
+        let mut promptness = Promptness::default();
+        (0..100).for_each(|_| promptness.took(LATE));
+        (0..7 * FORGIVEN_AFTER).for_each(|_| promptness.took(SOON));
+        promptness.took(LATE);
+        (0..2 * LEAST_PROBES).for_each(|_| promptness.took(SOON));
+        assert!(promptness.expects(0));
+    }
 }
