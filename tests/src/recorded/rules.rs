@@ -18,7 +18,7 @@ pub enum Kind {
     Truncate,
     /// `fallocate(2)`.
     Allocate,
-    /// `fsync(2)` and `fdatasync(2)`; it touches all bytes.
+    /// `fsync(2)` and `fdatasync(2)`, and what makes a write with `RWF_SYNC` durable; it touches all bytes.
     Sync,
 }
 

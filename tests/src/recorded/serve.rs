@@ -1,7 +1,8 @@
 //! How the recorded file system answers the kernel.
 //!
 //! Source: Linux `fs/fuse/file.c` for what the kernel makes of the answers: with `FOPEN_DIRECT_IO` a short answer is a short
-//! read or write of the caller.
+//! read or write of the caller. Such a write that is to be durable (`RWF_SYNC`) has the flag O_SYNC and is followed by no sync: that is
+//! the file system's business.
 
 use std::ffi::OsStr;
 use std::ops::Range;
@@ -55,7 +56,8 @@ impl Server {
             }
             Some(errno) => {
                 // An interrupted sync has not failed: nothing was given up.
-                if operation == Operation::Sync && errno != nix::errno::Errno::EINTR {
+                let is_sync = matches!(operation, Operation::Sync | Operation::SyncOf(_));
+                if is_sync && errno != nix::errno::Errno::EINTR {
                     self.perform(inode, Operation::FailedSync, verdict);
                 }
                 Err(Errno::from_i32(errno as i32))
@@ -250,7 +252,7 @@ impl Filesystem for Server {
         offset: u64,
         data: &[u8],
         _write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -263,6 +265,12 @@ impl Filesystem for Server {
         if !done.is_empty() {
             let (at, bytes) = (offset, done.into());
             self.perform(ino.0, Operation::Write { at, bytes }, verdict);
+        }
+        if flags.0 & libc::O_SYNC == libc::O_SYNC {
+            let sync = Operation::SyncOf(offset..offset + done.len() as u64);
+            if let Err(errno) = self.try_perform(ino.0, Kind::Sync, sync) {
+                return reply.error(errno);
+            }
         }
         reply.written(u32::try_from(done.len()).expect("the kernel writes less at once"));
     }
