@@ -203,8 +203,8 @@ fn full_eventfds_block_nobody() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(driver.queues[1].read(0, 512), [1; 512]);
-    // The reader finds what was there: that it was told is not lost.
-    assert_eq!(call.read().unwrap(), FULL);
+    // The reader finds what was there, or one more: that it was told is not lost.
+    assert!(call.read().unwrap() >= FULL);
     assert_eq!(server.terminate().code, Some(0));
 }
 

@@ -1,5 +1,5 @@
-//! Where memory meets the kernel: buffers in guest memory, and the io_uring that carries transfers. The only file with
-//! `unsafe`, behind a safe interface.
+//! Where memory meets the kernel: buffers in guest memory, and the io_uring that carries transfers; calls are in `calls`, below.
+//! What is `unsafe` is here, behind a safe interface.
 //!
 //! Not here: what a transfer is and how it goes on (`transfer`), which bytes of which file (`image_file`, `inflight`), and
 //! the engine for hosts without io_uring (`engine`).
@@ -14,16 +14,17 @@
     reason = "io_uring, vectored I/O on guest memory and adopting a descriptor have no safe interface"
 )]
 
+pub(crate) mod calls;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 use smallvec::SmallVec;
 use vm_memory::bitmap::BS;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
@@ -635,17 +636,6 @@ pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
 pub(crate) fn owned(eventfd: EventFd) -> OwnedFd {
     // SAFETY: `into_raw_fd` gives up the only ownership of an open descriptor.
     unsafe { OwnedFd::from_raw_fd(eventfd.into_raw_fd()) }
-}
-
-/// Whether an eventfd can be written to without waiting. A full one has told already.
-pub(crate) fn has_room(eventfd: &impl AsRawFd) -> bool {
-    // SAFETY: `eventfd` owns the descriptor and is borrowed for as long as this.
-    let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
-    let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
-    let _counted = nix::poll::poll(&mut fds, PollTimeout::ZERO);
-    fds[0]
-        .revents()
-        .is_some_and(|found| found.contains(PollFlags::POLLOUT))
 }
 
 /// Lengths of memory fit an address: this daemon runs on 64-bit hosts only.
