@@ -149,14 +149,16 @@ impl GuestBuffer {
         }
     }
 
-    /// Whether all of it is zeros now. The guest may change it at any time, and then it is the guest's
-    /// own doing which of both is written.
-    pub(crate) fn is_zero(&self) -> bool {
+    /// Whether the first `len` bytes are zeros now; no more of them are looked at. The guest may change them at any time, and then
+    /// it is the guest's own doing which of both is written.
+    pub(crate) fn begins_with_zeros(&self, len: u64) -> bool {
+        let mut missing = to_usize(len);
         self.kept().all(|iovec| {
+            let count = missing.min(iovec.iov_len);
+            missing -= count;
             // SAFETY: `memory` keeps the range mapped; bytes that the guest changes meanwhile are still bytes.
-            let bytes =
-                unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len) };
-            is_zero(bytes)
+            let bytes = unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), count) };
+            count == 0 || is_zero(bytes)
         })
     }
 
@@ -645,7 +647,25 @@ pub(crate) fn to_usize(value: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
+
+    #[test]
+    fn zeros_are_looked_for_as_far_as_is_said_and_no_further() {
+        let memory = Arc::new(crate::chain::tests::memory());
+        let piece = |at, len| Piece {
+            at: vm_memory::GuestAddress(at),
+            len,
+        };
+        let at = |at| vm_memory::GuestAddress(at);
+        memory.write_slice(&[1], at(0x3000)).unwrap();
+        let pieces = [piece(0x1000, 0x1800), piece(0x2800, 0x1000)];
+        let buffer = GuestBuffer::new(&memory, &pieces).unwrap();
+        for (len, zeros) in [(0, true), (0x1800, true), (0x2000, true), (0x2001, false)] {
+            assert_eq!(buffer.begins_with_zeros(len), zeros, "{len}");
+        }
+    }
 
     #[test]
     fn a_ring_opens_no_sockets() {
