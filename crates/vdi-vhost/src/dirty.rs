@@ -7,7 +7,8 @@
 //! - **D1** A page is marked after it was written, and before the ring stops: a front end that takes the mark away and
 //!   copies the page has the new contents, or finds the mark again.
 //! - **D2** The log changes only while nothing is in flight, so a request is either marked whole or was over before.
-//! - Marks are made for whole buffers, whether all of them were written or not: one too many costs a copy.
+//! - Marks are made for all that a request may write, whether it did or not: one too many costs a copy. What a chain names and its
+//!   request does not write is not marked: a guest could name terabytes of the same memory.
 //!
 //! Source: vhost-user protocol, "Migration".
 
@@ -93,10 +94,10 @@ impl Guest {
     }
 
     /// What is to be marked of buffers that may be written.
-    pub(crate) fn dirty(&self, pieces: &Pieces) -> Option<Dirty> {
+    pub(crate) fn dirty(&self, pieces: impl FnOnce() -> Pieces) -> Option<Dirty> {
         self.log.as_ref().map(|log| Dirty {
             log: Arc::clone(log),
-            pieces: pieces.clone(),
+            pieces: pieces(),
         })
     }
 }
