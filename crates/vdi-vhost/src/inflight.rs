@@ -29,8 +29,8 @@ use crate::command::SeatNumber;
 use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::engine::Engine;
-use crate::fault;
 use crate::image_file::ImageFile;
+use crate::memory;
 use crate::request::{Reply, Request, Segment, Segments, Status};
 use crate::ring::{GuestBuffer, WatchKey};
 use crate::transfer::{Operation, Transfer};
@@ -217,8 +217,7 @@ pub(crate) enum Failure {
 
 impl Failure {
     fn of_transfer(error: io::Error) -> Self {
-        if error.raw_os_error() == Some(libc::EFAULT) {
-            fault::suspect();
+        if memory::is_missing(&error) {
             Self::Memory(error)
         } else {
             Self::Data(error)
