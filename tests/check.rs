@@ -254,6 +254,69 @@ fn breaks_of_entries() -> Vec<Break> {
     ]
 }
 
+/// A full image whose first block is behind the last number, as a stopped resize leaves it.
+fn away() -> ImageBuilder {
+    let full = image().with_blocks(3).with_entry(2, 2);
+    full.with_entry(0, 3).with_len_change(1 << 20)
+}
+
+fn breaks_of_full_images() -> Vec<Break> {
+    const NOT_AWAY: &[&str] = &["disk block 0", "file block 3", "3 blocks"];
+    vec![
+        corrupt(
+            away(),
+            &["blocks-away"],
+            &[
+                "1 of its blocks",
+                "disk block 0",
+                "file block 3",
+                "number of 3",
+            ],
+        )
+        .opens(Writable)
+        .exits(3),
+        // Not full: a new block would want a number.
+        corrupt(
+            away().with_entry(2, ZERO),
+            &["entry-out-of-range", "leaked-blocks", "trailing-bytes"],
+            NOT_AWAY,
+        ),
+        // A block that the disk does not have.
+        corrupt(
+            away().with_field("disk_size", 2 * MIB),
+            &["entry-out-of-range", "leaked-blocks", "trailing-bytes"],
+            NOT_AWAY,
+        ),
+        // QEMU may give the last sector storage.
+        corrupt(
+            away().with_field("disk_size", 2 * MIB + 100),
+            &[
+                "odd-disk-size",
+                "entry-out-of-range",
+                "leaked-blocks",
+                "trailing-bytes",
+            ],
+            &["2097252"],
+        ),
+        // Not in the file.
+        corrupt(
+            away().with_len_change(0),
+            &["entry-out-of-range", "leaked-blocks"],
+            NOT_AWAY,
+        ),
+        corrupt(
+            away().with_shared_block(0, 1),
+            &[
+                "entry-out-of-range",
+                "entry-out-of-range",
+                "leaked-blocks",
+                "trailing-bytes",
+            ],
+            NOT_AWAY,
+        ),
+    ]
+}
+
 fn breaks_of_counts() -> Vec<Break> {
     vec![
         corrupt(
@@ -388,6 +451,7 @@ fn every_broken_rule_of_the_header_is_found_by_name() {
     for breaks in [
         breaks_of_places(),
         breaks_of_kinds(),
+        breaks_of_full_images(),
         breaks_of_sizes(),
         flaws(),
     ] {

@@ -5,6 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use vdi_tests::counts::crate_version;
+
 fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
@@ -51,7 +53,12 @@ fn links(page: &str) -> impl Iterator<Item = &str> {
 #[test]
 fn every_link_leads_somewhere() {
     let mut found = 0;
-    for page in ["README.md", "docs/troubleshooting.md", "docs/fleet.md"] {
+    for page in [
+        "README.md",
+        "docs/troubleshooting.md",
+        "docs/fleet.md",
+        "docs/hostile.md",
+    ] {
         let path = top().join(page);
         for target in links(&fs::read_to_string(&path).unwrap()) {
             let target = target.split('#').next().unwrap();
@@ -63,4 +70,43 @@ fn every_link_leads_somewhere() {
         }
     }
     assert!(found > 3, "{found}");
+}
+
+#[test]
+fn every_test_that_the_page_of_hostile_cases_names_is_there() {
+    let page = fs::read_to_string(top().join("docs/hostile.md")).unwrap();
+    let tests = sources(&top().join("tests")) + &sources(&top().join("crates/vdi-vhost/src"));
+    let rows = page.lines().filter(|line| line.starts_with("| "));
+    let mut found = 0;
+    for row in rows.filter(|row| !row.starts_with("| case") && !row.starts_with("| ---")) {
+        let named: Vec<&str> = row.split('`').skip(1).step_by(2).collect();
+        let names = named
+            .iter()
+            .filter(|word| word.contains('_') && **word != "O_DIRECT");
+        let before = found;
+        for name in names {
+            let declared = tests.split(&format!("fn {name}()")).next().unwrap();
+            assert!(declared.len() < tests.len(), "there is no test {name}");
+            assert!(
+                declared.trim_end().ends_with("#[test]"),
+                "{name} is no test"
+            );
+            found += 1;
+        }
+        assert!(found > before, "no test is named: {row}");
+    }
+    assert!(found > 60, "{found}");
+}
+
+/// The tests tell the versions of what they ran (`counts`); those of crates are those of the lock file.
+#[test]
+fn the_table_of_front_ends_names_the_crates_that_the_tests_are_built_with() {
+    let readme = fs::read_to_string(top().join("README.md")).unwrap();
+    let [blkio, driver, vhost] = ["blkio", "virtio-driver", "vhost"].map(crate_version);
+    for said in [
+        format!("| blkio {blkio} (virtio-driver {driver}) |"),
+        format!("the `vhost` crate ({vhost})"),
+    ] {
+        assert!(readme.contains(&said), "the README does not say {said:?}");
+    }
 }

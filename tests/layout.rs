@@ -335,6 +335,41 @@ fn pictures_of_huge_disks_and_long_chains_stay_small() {
     assert!(strip.contains("3 older images"), "{strip}");
 }
 
+/// Eight million blocks, each a run of its own: 32 MiB of map. Twice that is all the address space that there is, program
+/// and stacks among it.
+#[test]
+fn a_look_at_a_huge_image_takes_little_more_memory_than_its_map() {
+    const BLOCKS: u32 = 8 << 20;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.vdi");
+    let svg = directory.path().join("a.svg");
+    vdi(words!["create", path, "8T"]).expect_code(0);
+    let entries: Vec<u8> = (0..BLOCKS)
+        .flat_map(|block| (block ^ 1).to_le_bytes())
+        .collect();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&entries, MIB).unwrap();
+    file.write_all_at(&BLOCKS.to_le_bytes(), 0x184).unwrap();
+    let data = MIB + 4 * u64::from(BLOCKS);
+    file.set_len(data + u64::from(BLOCKS) * MIB).unwrap();
+    for words in [
+        words!["info", path].to_vec(),
+        words!["check", path].to_vec(),
+        words!["map", "--strip", path].to_vec(),
+        words!["map", "--svg", svg, path].to_vec(),
+    ] {
+        let mut shell = Command::new("bash");
+        let limited = format!("ulimit -v {}; exec \"$@\"", 64 << 10);
+        let done = shell
+            .args(["-c", &limited, "bash"])
+            .arg(program("vdi"))
+            .args(&words)
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{words:?}: {done:?}");
+    }
+}
+
 #[test]
 fn a_picture_of_many_scattered_blocks_stays_small() {
     const BLOCKS: u64 = 100_003;

@@ -159,6 +159,17 @@ fn curable_headers() -> Vec<Damage> {
     ]
 }
 
+/// All but the first block of the disk have storage in the nine blocks of the file, of which 0 and 8 are free.
+fn full_but_for_the_first() -> ImageBuilder {
+    let builder = image().with_len_change(6 << 20);
+    [(2, 3), (3, 4), (5, 5), (6, 6), (7, 7)]
+        .into_iter()
+        .fold(builder, |image, (block, number)| {
+            image.with_entry(block, number)
+        })
+        .with_field("blocks_allocated", 8)
+}
+
 fn curable_maps() -> Vec<Damage> {
     let behind = |entry| {
         image()
@@ -192,6 +203,12 @@ fn curable_maps() -> Vec<Damage> {
             &["disk block 5: in file block 4294967293", "lost"],
         )
         .with(&["--drop-unreadable"]),
+        damage(
+            "blocks-away",
+            full_but_for_the_first().with_entry(0, 8),
+            &["disk block 0: moves from file block 8", "to 0", "file: cut"],
+        )
+        .with_block(8),
         damage(
             "block-behind-end",
             image().with_len_change(-1000),

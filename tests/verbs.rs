@@ -345,8 +345,9 @@ fn a_block_that_is_away_is_read_by_everybody_and_brought_home() {
         let expected = stopped(&path);
         assert!(raw(&path) == expected);
         assert!(qemu::contents(&path) == expected);
-        let found = vdi(words!["check", path]).expect_code(2);
-        assert!(found.out.contains("kept in file block 4"), "{found:#?}");
+        let found = vdi(words!["check", path]).expect_code(3);
+        assert!(found.out.contains("a resize was stopped"), "{found:#?}");
+        assert!(found.out.contains("in file block 4"), "{found:#?}");
         bring_home(&path);
         let left = usize::try_from(number(&path, "disk-size")).unwrap();
         assert_reads(&path, &expected[..left]);

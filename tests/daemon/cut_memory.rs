@@ -165,11 +165,27 @@ fn memory_that_is_cut_while_idle_ends_the_session_at_the_next_kick() {
     }
 }
 
+/// Waits until all threads of the daemon sleep: after an answer a worker looks at its rings for a moment, and asks for a kick.
+fn wait_for_sleep(server: &Server) {
+    let start = Instant::now();
+    let tasks = format!("/proc/{}/task", server.pid());
+    let sleeps = |task: std::io::Result<std::fs::DirEntry>| {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+        let (_, behind_name) = stat.rsplit_once(") ").unwrap();
+        behind_name.starts_with('S')
+    };
+    while !std::fs::read_dir(&tasks).unwrap().all(sleeps) {
+        assert!(start.elapsed() < PATIENCE, "the daemon never sleeps");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn memory_that_is_cut_and_never_used_again_harms_nobody() {
     let mut bench = Bench::new(&[]);
     let mut driver = bench.driver(&Options::new().memory(vec![KEPT]));
     assert!(driver.read(0, 512) == [OLD; 512]);
+    wait_for_sleep(&bench.server);
     driver.memory.cut(KEPT, 0);
     driver.control.stop(0).unwrap();
     drop(driver);

@@ -91,6 +91,11 @@ fn a_ring_without_a_kick_descriptor_is_polled_and_only_that() {
         std::thread::sleep(A_WHILE);
         assert_eq!(driver.read(8, 512), [1; 512]);
 
+        std::thread::sleep(4 * A_WHILE);
+        let looks = sleeps_within(&server, 5 * A_WHILE);
+        assert!(looks < 80, "an idle ring is looked at {looks} times");
+        assert_eq!(driver.read(8, 512), [1; 512]);
+
         driver.control.enable(0, false).unwrap();
         assert!(
             sleeps_within(&server, A_WHILE) < 10,
@@ -203,8 +208,8 @@ fn full_eventfds_block_nobody() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(driver.queues[1].read(0, 512), [1; 512]);
-    // The reader finds what was there: that it was told is not lost.
-    assert_eq!(call.read().unwrap(), FULL);
+    // The reader finds what was there, or one more: that it was told is not lost.
+    assert!(call.read().unwrap() >= FULL);
     assert_eq!(server.terminate().code, Some(0));
 }
 
@@ -222,4 +227,37 @@ fn a_full_call_descriptor_does_not_block_a_start() {
     let call = |f: &mut vhost::vhost_user::Frontend| f.set_vring_call(0, &own);
     driver.control.within("SET_VRING_CALL", call).unwrap();
     assert_eq!(driver.read(0, 512), [1; 512]);
+}
+
+/// Measures; `cargo test -p vdi-tests --test daemon -- --ignored --nocapture idle_polled`.
+#[test]
+#[ignore = "a measurement"]
+fn an_idle_polled_ring_uses_this_much_processor_time() {
+    for engine in ["io-uring", "sync"] {
+        let image = Image::by_qemu(8 * MIB);
+        let server = Launch::image(image.path())
+            .args(["--engine", engine])
+            .start();
+        let mut driver = server.driver(&Options::new());
+        driver.write(0, &[1; 512]);
+        restart_polled(&mut driver);
+        assert_eq!(driver.read(0, 512), [1; 512]);
+        std::thread::sleep(A_WHILE);
+        let (sleeps_before, before) = (sleeps(&server), ticks(&server));
+        std::thread::sleep(Duration::from_secs(10));
+        let (sleeps, ticks) = (sleeps(&server) - sleeps_before, ticks(&server) - before);
+        println!(
+            "{engine}: {} sleeps and {} ms of CPU a second",
+            sleeps / 10,
+            ticks
+        );
+    }
+}
+
+/// Processor time of the daemon in hundredths of a second.
+fn ticks(server: &Server) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", server.pid())).unwrap();
+    let (_, rest) = stat.rsplit_once(')').unwrap();
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }

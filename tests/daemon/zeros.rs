@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vdi_tests::driver::{Driver, Layout, Options, Queue, Request, Segment, feature};
+use vdi_tests::driver::{Driver, Layout, Options, Queue, Region, Request, Segment, feature};
 use vdi_tests::image::{Image, MIB, are_zeros};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
@@ -242,6 +242,33 @@ fn written_zeros_take_no_space_where_they_are_looked_for() {
         assert!(are_zeros(&read_all(&mut driver)));
         finish(driver, server, image.path());
     }
+}
+
+/// So many bytes are looked through at once, however long a request is.
+const WINDOW: u64 = 16 * MIB;
+
+#[test]
+fn zeros_are_looked_for_in_windows_of_a_request() {
+    let image = Image::by_qemu(4 * WINDOW);
+    let server = Launch::image(image.path())
+        .args(["--detect-zeroes", "unmap"])
+        .start();
+    let region = Region::new(0, 6 * WINDOW);
+    let mut driver = server.driver(&Options::new().memory(vec![region]));
+    let window = usize::try_from(WINDOW).unwrap();
+    let data = [vec![0; window], vec![5; window], vec![0; window]].concat();
+    for _ in 0..2 {
+        driver.write(0, &data);
+        expect_space(image.path(), WINDOW + MIB);
+        for (nth, part) in data.chunks(1 << 20).enumerate() {
+            assert!(driver.read(nth as u64 * 2048, 1 << 20) == part, "{nth}");
+        }
+        // The next round goes over data.
+        for nth in 0..3 {
+            driver.write(nth * WINDOW / 512, &vec![9; window]);
+        }
+    }
+    finish(driver, server, image.path());
 }
 
 /// Writes and discards blocks of its own, every other one, and knows what they hold.

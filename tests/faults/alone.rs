@@ -4,7 +4,7 @@ use nix::errno::Errno;
 use vdi_tests::driver::{Request, Segment};
 use vdi_tests::recorded::{Kind, Rule};
 
-use crate::scene::{BLOCK, DATA, MODES, Scene, Write};
+use crate::scene::{BLOCK, DATA, MODES, NAME, Scene, Write};
 
 /// For each mode one.
 const ERRNOS: [Errno; 4] = [Errno::ENOSPC, Errno::EIO, Errno::EIO, Errno::ENOSPC];
@@ -80,7 +80,7 @@ fn without_room_for_new_blocks_the_others_are_written_and_when_it_is_back_all_ar
         scene.write_ok(3, 5);
         scene.flush_ok();
         scene.read_all_ok();
-        scene.logged("the image cannot take new data");
+        scene.logged(&format!("/{NAME}: the image cannot take new data: "));
         assert!(scene.files.lift(rule) > 0);
         for block in failed {
             scene.write_ok(block, 6);

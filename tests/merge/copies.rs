@@ -120,7 +120,40 @@ fn a_linked_clone_is_an_empty_child() {
         let leaf = chain.case.leaf();
         assert_eq!(header["uuid-parent"], *leaf.uuid_image, "{info}");
         assert_eq!(header["uuid-parent-modify"], *leaf.uuid_modify);
+        let of_source = vdi(words!["info", "--json", chain.child()])
+            .expect_code(0)
+            .json();
+        let of_source = &of_source["format-specific"]["data"]["header"];
+        assert_eq!(header["block-size"], of_source["block-size"], "{info}");
     }
+}
+
+#[test]
+fn a_linked_clone_may_have_blocks_of_another_size() {
+    let chain = Chain::named("diff-partial-writes");
+    let clone = chain.directory.path().join("clone.vdi");
+    let whole = vdi(words![
+        "clone",
+        "--block-size",
+        "256k",
+        chain.child(),
+        clone
+    ])
+    .expect_code(1);
+    assert!(whole.err.contains("--linked"), "{whole:#?}");
+    vdi(words![
+        "clone",
+        "--linked",
+        "--block-size",
+        "256k",
+        chain.child(),
+        clone
+    ])
+    .expect_code(0);
+    let info = vdi(words!["info", "--json", clone]).expect_code(0).json();
+    let header = &info["format-specific"]["data"]["header"];
+    assert_eq!(header["block-size"], 256 << 10, "{info}");
+    chain.verify(&clone, chain.contents());
 }
 
 #[test]

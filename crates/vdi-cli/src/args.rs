@@ -489,7 +489,8 @@ pub(crate) struct CompareArgs {
 #[command(after_help = "\
 Examples:
   vdi clone vm.vdi copy.vdi             a copy of the whole chain, as one image
-  vdi clone --linked vm.vdi child.vdi   an empty child of vm.vdi, which must not change any more")]
+  vdi clone --linked vm.vdi child.vdi   an empty child of vm.vdi, which must not change any more
+  vdi clone --linked --block-size 128k vm.vdi child.vdi    see `vdi snapshot --help` for what that costs")]
 pub(crate) struct CloneArgs {
     /// The image to clone
     #[arg(value_name = "SRC")]
@@ -500,6 +501,9 @@ pub(crate) struct CloneArgs {
     /// Make a child of the source, which takes no time and no space
     #[arg(long)]
     pub(crate) linked: bool,
+    /// Unit of allocation of the child, a power of two from 128k to 128M [default: the source's]
+    #[arg(long, value_name = "SIZE", value_parser = block_size, requires = "linked")]
+    pub(crate) block_size: Option<u32>,
     /// Replace the destination if it exists and is not empty
     #[arg(long)]
     pub(crate) force: bool,

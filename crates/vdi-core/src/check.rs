@@ -8,7 +8,7 @@
 //! Invariants:
 //!
 //! - **C1** Memory is bounded whatever the image says: a bit per file block that the
-//!   map may name (below 2^30, as the map ends below 2^32), a piece of the map,
+//!   map may name (below 2^30, as the map ends below 2^32) or that can be away, a piece of the map,
 //!   and [`LISTED_PER_KIND`] findings of each kind; further ones are only counted.
 //! - **C2** The map is examined only where the header's places and sizes can be
 //!   believed; otherwise [`Report::map`] is `None`.
@@ -16,6 +16,7 @@
 //! Sources: VirtualBox `VDI.cpp` (`vdiValidateHeader`, `vdiDump`), QEMU `block/vdi.c`
 //! (`vdi_co_check`). Where they differ, the stricter one counts.
 
+mod away;
 mod finding;
 mod map;
 mod parents;

@@ -16,16 +16,20 @@ use crate::header::{Header, ImageKind};
 use crate::storage::Storage;
 use crate::units::FileOffset;
 
-/// How to create a child of this disk's top image.
+/// How to create a child of this disk's top image, with blocks of the same size unless another is given.
 ///
 /// # Errors
 /// If the image has no UUID by which a child could name it.
-pub fn linked(disk: &Disk) -> Result<CreateOptions, CloneError> {
+pub fn linked(disk: &Disk, block_size: Option<u32>) -> Result<CreateOptions, CloneError> {
     let parent = disk.header().as_parent();
     if parent.uuid_image.is_nil() {
         return Err(CloneError::WithoutName);
     }
-    Ok(options(disk, NewKind::Differencing(parent)))
+    let like_it = options(disk, NewKind::Differencing(parent));
+    Ok(CreateOptions {
+        block_size: block_size.unwrap_or(like_it.block_size),
+        ..like_it
+    })
 }
 
 /// How to create an image to which this disk's contents can be copied.

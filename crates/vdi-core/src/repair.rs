@@ -209,6 +209,7 @@ fn left_always(finding: &Finding) -> Option<Left> {
         | Finding::Flaw(Warning::CountTooLarge { .. } | Warning::NullUuid { .. })
         | Finding::LegacySectorSize { .. }
         | Finding::EntryOutOfRange { .. }
+        | Finding::BlocksAway { .. }
         | Finding::BlockBehindEnd { .. }
         | Finding::SharedBlock { .. }
         | Finding::CountTooSmall { .. }

@@ -28,7 +28,7 @@ use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
-use crate::fault;
+use crate::fault::Account;
 use crate::housekeeper::Housekeepers;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
@@ -43,8 +43,8 @@ pub(crate) struct Backend {
     housekeepers: Arc<Housekeepers>,
     complaints: Arc<Complaints>,
     rings: Rings,
-    /// Faults in shared memory before this session.
-    faults: u64,
+    /// What became of what this session's front end shares.
+    account: Account,
     /// Where the front end hears of changes, if it wants to.
     channel: Option<Channel>,
     /// Where the front end wants writes to be marked, once VHOST_F_LOG_ALL is accepted.
@@ -136,7 +136,7 @@ impl Backend {
             housekeepers,
             complaints: Arc::default(),
             rings,
-            faults: fault::count(),
+            account: Account::default(),
             channel: None,
             log: None,
             loading: None,
@@ -231,8 +231,12 @@ impl Backend {
 
     /// What the front end took back of what it shares, if it is in use.
     pub(crate) fn lost_memory(&self) -> Option<Lost> {
-        let gone = || (fault::count() != self.faults).then_some(Lost::Gone);
-        self.rings.cut().or_else(gone)
+        let is_gone = self.account.is_lost();
+        // The bell rings for all disks, and most have nothing to look at.
+        if !self.account.take_suspicion() && !is_gone {
+            return None;
+        }
+        self.rings.cut().or(is_gone.then_some(Lost::Gone))
     }
 
     /// The front end is gone: answers what is in flight, then forgets it.
@@ -241,7 +245,7 @@ impl Backend {
         (self.log, self.loading) = (None, None);
         self.channel = None;
         self.rings.set_memory(Memory::new(), Takeover::WhenIdle)?;
-        self.faults = fault::count();
+        self.account = Account::default();
         self.device.forget_features();
         Ok(())
     }
@@ -285,7 +289,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let map = |(region, file)| Region::map(region, file).map(Arc::new);
+        let map = |(region, file)| Region::map(region, file, &self.account).map(Arc::new);
         let mapped = regions.iter().zip(files).map(map);
         let mapped = mapped.collect::<std::result::Result<_, MemoryError>>()?;
         let memory = memory::from_regions(mapped)?;
@@ -398,7 +402,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let region = Region::map(region, file)?;
+        let region = Region::map(region, file, &self.account)?;
         let memory = memory::with_region(&self.rings.memory(), region)?;
         self.rings.set_memory(memory, Takeover::Now)?;
         Ok(None)
@@ -426,11 +430,12 @@ impl VhostUserBackendReqHandlerMut for Backend {
             wanted,
             limits,
             self.device.writeback_choice(),
+            &self.account,
         )?)
     }
 
     fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> Result<()> {
-        let tracking = Tracking::map(region, file, self.rings.tracking_limits())?;
+        let tracking = Tracking::map(region, file, self.rings.tracking_limits(), &self.account)?;
         if let Some(choice) = tracking.writeback()? {
             self.device.recall_writeback(choice);
         }
@@ -458,12 +463,99 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
-        let log = DirtyLog::map(log, file)?;
+        let log = DirtyLog::map(log, file, &self.account)?;
         let (covered, needed) = (log.covers(), memory::end(&self.rings.memory()));
         if covered < needed {
             return Err(Refusal::ShortLog { covered, needed }.into());
         }
         self.log = Some(Arc::new(log));
         self.heed_log()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::args::Args;
+    use crate::crew::Crew;
+    use crate::device::{DetectZeroes, Discard, Serial, Zeros};
+    use crate::engine::EngineChoice;
+    use crate::fault;
+    use crate::sandbox::Sandbox;
+    use crate::turn::Opening;
+
+    const LEN: u64 = 0x2000;
+
+    /// Control planes of disks that are not open, for two front ends.
+    fn two_backends() -> [Backend; 2] {
+        let sandbox = Sandbox::off();
+        let crew = Crew::start(1, EngineChoice::Sync, &sandbox).unwrap();
+        let housekeepers = Housekeepers::start(&sandbox).unwrap();
+        let args = Args::try_parse_from(["vdi-vhost", "--blk-file", "none"]).unwrap();
+        std::array::from_fn(|_| {
+            let zeros = Zeros {
+                discard: Discard::Ignore,
+                detect: DetectZeroes::Off,
+                block_sectors: 2048,
+            };
+            let capacity = Capacity::from_bytes_rounded_down(1 << 20);
+            let serial = Serial::new("tested").unwrap();
+            let device = Device::new(capacity, Access::Writable, 1, serial, zeros);
+            let turn = Turn::waiting(Opening::new(&args));
+            let housekeepers = Arc::clone(&housekeepers);
+            Backend::new(Arc::new(device), turn, Workers::new(&crew), housekeepers).unwrap()
+        })
+    }
+
+    /// Gives it memory; the file to cut.
+    fn share(backend: &mut Backend) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(LEN).unwrap();
+        let region = VhostUserMemoryRegion::new(0, LEN, 0, 0);
+        let own = vec![file.try_clone().unwrap()];
+        backend.set_mem_table(&[region], own, None).unwrap();
+        file
+    }
+
+    fn touch(backend: &Backend) {
+        let _: u8 = backend.rings.memory().read_obj(GuestAddress(0)).unwrap();
+    }
+
+    #[test]
+    fn a_front_end_that_cuts_its_memory_ends_its_own_session() {
+        fault::catch().unwrap();
+        let [mut one, mut other] = two_backends();
+        let (file, _other_file) = (share(&mut one), share(&mut other));
+        touch(&one);
+        assert!(one.lost_memory().is_none() && other.lost_memory().is_none());
+        file.set_len(0).unwrap();
+        touch(&one);
+        assert!(matches!(one.lost_memory(), Some(Lost::Cut { .. })));
+        assert!(other.lost_memory().is_none());
+        // It stays so, even if its file is whole again.
+        file.set_len(LEN).unwrap();
+        assert!(matches!(one.lost_memory(), Some(Lost::Gone)));
+        one.end_session().unwrap();
+        assert!(one.lost_memory().is_none());
+        let _file = share(&mut one);
+        touch(&one);
+        touch(&other);
+        assert!(one.lost_memory().is_none() && other.lost_memory().is_none());
+        assert!(!memory::is_lost(&one.rings.memory()) && !memory::is_lost(&other.rings.memory()));
+    }
+
+    #[test]
+    fn files_are_looked_at_only_for_a_reason() {
+        let [mut one, mut other] = two_backends();
+        for file in [share(&mut one), share(&mut other)] {
+            file.set_len(0).unwrap();
+        }
+        assert!(one.lost_memory().is_none());
+        memory::suspect(&one.rings.memory());
+        assert!(other.lost_memory().is_none());
+        assert!(matches!(one.lost_memory(), Some(Lost::Cut { .. })));
     }
 }

@@ -170,6 +170,7 @@ pub(crate) mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+    use crate::fault::Account;
     use crate::memory::{Region, from_regions};
 
     pub(crate) const NEXT: u16 = 1;
@@ -181,11 +182,12 @@ pub(crate) mod tests {
     /// 1 MiB of guest memory in two regions that touch at 512 KiB.
     pub(crate) fn memory() -> Memory {
         let half = 0x8_0000;
+        let account = Account::default();
         let region = |at| {
             let file = tempfile::tempfile().unwrap();
             file.set_len(half).unwrap();
             let region = VhostUserMemoryRegion::new(at, half, at, 0);
-            Arc::new(Region::map(&region, file).unwrap())
+            Arc::new(Region::map(&region, file, &account).unwrap())
         };
         from_regions(vec![region(0), region(half)]).unwrap()
     }

@@ -185,14 +185,14 @@ impl Device {
         self.zeros.discard == Discard::Unmap
     }
 
-    /// How data that a guest writes become zeros, if they are nothing but zeros and that is looked for.
-    pub(crate) fn zeroing_of(&self, data: &GuestBuffer) -> Option<Zeroing> {
+    /// How the first `len_bytes` of data that a guest writes become zeros, if they are nothing but zeros and that is looked for.
+    pub(crate) fn zeroing_of(&self, data: &GuestBuffer, len_bytes: u64) -> Option<Zeroing> {
         let how = match self.zeros.detect {
             DetectZeroes::Off => return None,
             DetectZeroes::On => Zeroing::Keep,
             DetectZeroes::Unmap => Zeroing::Release,
         };
-        data.is_zero().then_some(how)
+        data.begins_with_zeros(len_bytes).then_some(how)
     }
 
     /// What GET_ID answers.

@@ -7,7 +7,8 @@
 //! - **D1** A page is marked after it was written, and before the ring stops: a front end that takes the mark away and
 //!   copies the page has the new contents, or finds the mark again.
 //! - **D2** The log changes only while nothing is in flight, so a request is either marked whole or was over before.
-//! - Marks are made for whole buffers, whether all of them were written or not: one too many costs a copy.
+//! - Marks are made for all that a request may write, whether it did or not: one too many costs a copy. What a chain names and its
+//!   request does not write is not marked: a guest could name terabytes of the same memory.
 //!
 //! Source: vhost-user protocol, "Migration".
 
@@ -19,6 +20,7 @@ use vhost::vhost_user::message::{VhostUserLog, VhostUserMemoryRegion};
 use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
 
 use crate::chain::Pieces;
+use crate::fault::Account;
 use crate::memory::{Memory, MemoryError, Region};
 
 /// Bytes that one bit stands for.
@@ -32,9 +34,13 @@ pub(crate) struct DirtyLog {
 
 impl DirtyLog {
     /// Maps the log that the front end described.
-    pub(crate) fn map(log: &VhostUserLog, file: File) -> Result<Self, MemoryError> {
+    pub(crate) fn map(
+        log: &VhostUserLog,
+        file: File,
+        account: &Account,
+    ) -> Result<Self, MemoryError> {
         let region = VhostUserMemoryRegion::new(0, log.mmap_size, 0, log.mmap_offset);
-        Region::map(&region, file).map(|bitmap| Self { bitmap })
+        Region::map(&region, file, account).map(|bitmap| Self { bitmap })
     }
 
     /// The memory that it lies in.
@@ -93,10 +99,10 @@ impl Guest {
     }
 
     /// What is to be marked of buffers that may be written.
-    pub(crate) fn dirty(&self, pieces: &Pieces) -> Option<Dirty> {
+    pub(crate) fn dirty(&self, pieces: impl FnOnce() -> Pieces) -> Option<Dirty> {
         self.log.as_ref().map(|log| Dirty {
             log: Arc::clone(log),
-            pieces: pieces.clone(),
+            pieces: pieces(),
         })
     }
 }
@@ -122,7 +128,8 @@ mod tests {
         file.set_len(0x3000).unwrap();
         let own = file.try_clone().unwrap();
         // It begins in the middle of a page of its file and of a byte of nothing.
-        let log = DirtyLog::map(&VhostUserLog::new(0x10, 0x1003), own).unwrap();
+        let log =
+            DirtyLog::map(&VhostUserLog::new(0x10, 0x1003), own, &Account::default()).unwrap();
         assert_eq!(log.covers(), 0x10 * 8 * 4096);
         log.mark(0, 1);
         log.mark(9 * 4096 - 1, 2);
@@ -144,6 +151,7 @@ mod tests {
     fn a_log_longer_than_its_file_is_refused() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(0x1000).unwrap();
-        assert!(DirtyLog::map(&VhostUserLog::new(0x1001, 0), file).is_err());
+        let log = VhostUserLog::new(0x1001, 0);
+        assert!(DirtyLog::map(&log, file, &Account::default()).is_err());
     }
 }

@@ -1,24 +1,26 @@
 //! Memory that a front end takes back while it is in use: what it shares are files, and whoever touches a mapping behind
 //! the end of its file gets SIGBUS, which would end this process.
 //!
-//! A handler puts a page of zeros in the place of the one that is gone, counts that, rings a bell and lets the thread go on.
-//! The thread that serves the front end hears the bell and ends the session; until it does, workers look at the count:
+//! A handler puts a page of zeros in the place of the one that is gone, marks the account of the session that it belongs to as
+//! lost, rings a bell and lets the thread go on. The thread that serves the front ends hears the bell and ends that session, and
+//! no other; until it does, workers look at the account:
 //!
-//! - **F1** The count changes before the memory does. Who copied something out of shared memory and finds the count as it
-//!   was when the memory was mapped ([`count`]) has what was there, not zeros that were put there.
+//! - **F1** The mark is made before the memory changes. Who copied something out of shared memory and finds its account without
+//!   the mark ([`Account::is_lost`]) has what was there, not zeros that were put there.
 //! - **F2** So nothing that was read is acted upon, written to the image or made visible in it, and no answer is given, unless
-//!   the count was looked at after the reading and before that: chains (`worker`), written zeros (`inflight`), bounce buffers
-//!   (`transfer`), commits and used rings (`worker`).
+//!   the account was looked at after the reading and before that: chains (`seat`), written zeros (`inflight`), bounce buffers
+//!   (`transfer`), commits and used rings (`seat`).
 //! - The kernel gets no signal: a transfer from or to memory that is gone fails (EFAULT) and its request with it, which
-//!   [`suspect`] tells.
-//! - Only what the program itself touches is replaced, page by page, and a thread that finds the count changed touches no more,
+//!   [`Account::suspect`] tells.
+//! - Only what the program itself touches is replaced, page by page, and a thread that finds the mark touches no more,
 //!   so that transfers that are under way meet the error and not the zeros. One case remains: data that share a page with
 //!   something that the program touches (a ring, a header, a status, data that go through a bounce buffer), on their way into a
 //!   block that is allocated, when the page goes before the kernel has come to them. Then zeros can reach the sectors that their
 //!   request was about to overwrite, and nobody is told that it did: its answer is withheld.
 //! - A fault at any other place ends the process as if there were no handler.
 //!
-//! The count is the process's, which has one session at a time. The handler takes no lock and allocates nothing.
+//! Every session has an account of its own, which is never whole again: what is mapped later in it is lost too. The bell and the
+//! slots are the process's. The handler takes no lock and allocates nothing.
 //!
 //! Sources: sigaction(2) (SIGBUS, BUS_ADRERR), mmap(2), signal-safety(7).
 #![expect(
@@ -29,24 +31,29 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// Mappings at once: the regions of a front end, those that replace them, its logs and records of requests in flight.
-const MAX_MAPPINGS: usize = 2048;
+/// Mappings at once: the regions of all front ends, those that replace them, their logs and records of requests in flight. 16 for
+/// each of 1000 disks; one front end can have about 1000.
+const MAX_MAPPINGS: usize = 1 << 14;
 
 /// How many runs of pages are replaced before whole mappings are: every run makes two mappings more, of which a process can have 65530,
 /// and without which it cannot allocate. A thread stops soon after its first fault, so it takes many threads to get there.
 const MAX_RUNS: usize = 8192;
 
-/// The mappings that are watched.
+/// The mappings that are watched. All zeros at first, so that slots that are never used take no memory.
 static SLOTS: [Slot; MAX_MAPPINGS] = [const { Slot::new() }; MAX_MAPPINGS];
 
-/// Pages that were replaced.
-static COUNT: AtomicU64 = AtomicU64::new(0);
+/// Where the slots end that have ever been used: the handler looks at no others.
+static USED: AtomicUsize = AtomicUsize::new(0);
+
+/// Which slots are free; not for the handler.
+static FREE: Mutex<Free> = Mutex::new(Free::all());
 
 /// Runs of pages that were replaced in mappings that are still watched.
 static RUNS: AtomicUsize = AtomicUsize::new(0);
@@ -54,10 +61,30 @@ static RUNS: AtomicUsize = AtomicUsize::new(0);
 /// Rung when something was replaced, or may have to be.
 static BELL: OnceLock<EventFd> = OnceLock::new();
 
+/// What became of the memory of one front end's session. Whoever has a mapping of it has the account.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Account(Arc<Marks>);
+
+#[derive(Debug, Default)]
+struct Marks {
+    /// Something was replaced (F1).
+    is_lost: AtomicBool,
+    /// Something was, or may have to be, and nobody looked since.
+    is_suspected: AtomicBool,
+}
+
+/// Slots that can be taken.
+struct Free {
+    given_back: Vec<usize>,
+    /// From here on none has ever been taken.
+    fresh: usize,
+}
+
 /// A mapping. `version` is odd while the others change, so that the handler never sees parts of two.
 struct Slot {
-    taken: AtomicBool,
     version: AtomicU64,
+    /// Whose it is.
+    marks: AtomicPtr<Marks>,
     start: AtomicUsize,
     end: AtomicUsize,
     /// What the mapping can be cut into: a page, or a huge one.
@@ -70,43 +97,108 @@ struct Slot {
 
 /// A mapping of a file that somebody else may cut; dropped before the mapping is.
 #[derive(Debug)]
-pub(crate) struct Watch(usize);
+pub(crate) struct Watch {
+    index: usize,
+    account: Account,
+}
+
+impl Account {
+    /// Whether zeros may have taken the place of something (F1).
+    pub(crate) fn is_lost(&self) -> bool {
+        // What was read before stays before.
+        fence(Ordering::Acquire);
+        self.0.is_lost.load(Ordering::SeqCst)
+    }
+
+    /// The kernel could not move data from or to this memory: the bell rings.
+    pub(crate) fn suspect(&self) {
+        self.0.suspect();
+    }
+
+    /// Whether there is a reason to look at the memory since this was last asked.
+    pub(crate) fn take_suspicion(&self) -> bool {
+        self.0.is_suspected.swap(false, Ordering::SeqCst)
+    }
+}
+
+impl Marks {
+    fn suspect(&self) {
+        // Whoever hears the bell finds it.
+        self.is_suspected.store(true, Ordering::SeqCst);
+        if let Some(bell) = BELL.get() {
+            // Full is as good as written to.
+            let _ = bell.write(1);
+        }
+    }
+}
 
 impl Watch {
     /// Watches over a mapping of pages of this size; `None` if there are too many.
-    pub(crate) fn over(mapping: Range<usize>, page: usize) -> Option<Self> {
-        let is_free = |slot: &Slot| !slot.taken.swap(true, Ordering::Acquire);
-        let index = SLOTS.iter().position(is_free)?;
-        SLOTS[index].set(&mapping, page);
-        Some(Self(index))
+    pub(crate) fn over(mapping: Range<usize>, page: usize, account: &Account) -> Option<Self> {
+        let index = {
+            let mut free = Free::lock();
+            let index = free.take()?;
+            USED.store(free.fresh, Ordering::Release);
+            index
+        };
+        let account = account.clone();
+        SLOTS[index].set(&mapping, page, Arc::as_ptr(&account.0));
+        Some(Self { index, account })
+    }
+
+    /// The account of the session that the mapping belongs to.
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let slot = &SLOTS[self.0];
-        slot.set(&(0..0), 1);
-        slot.taken.store(false, Ordering::Release);
+        SLOTS[self.index].set(&(0..0), 0, ptr::null());
+        Free::lock().given_back.push(self.index);
+    }
+}
+
+impl Free {
+    const fn all() -> Self {
+        Self {
+            given_back: Vec::new(),
+            fresh: 0,
+        }
+    }
+
+    fn lock() -> MutexGuard<'static, Self> {
+        FREE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&mut self) -> Option<usize> {
+        let again = self.given_back.pop();
+        if again.is_none() && self.fresh < MAX_MAPPINGS {
+            self.fresh += 1;
+            return Some(self.fresh - 1);
+        }
+        again
     }
 }
 
 impl Slot {
     const fn new() -> Self {
         Self {
-            taken: AtomicBool::new(false),
             version: AtomicU64::new(0),
+            marks: AtomicPtr::new(ptr::null_mut()),
             start: AtomicUsize::new(0),
             end: AtomicUsize::new(0),
-            page: AtomicUsize::new(1),
+            page: AtomicUsize::new(0),
             runs: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
         }
     }
 
     /// Only whoever has taken the slot does this.
-    fn set(&self, mapping: &Range<usize>, page: usize) {
+    fn set(&self, mapping: &Range<usize>, page: usize, marks: *const Marks) {
         self.version.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::Release);
+        self.marks.store(marks.cast_mut(), Ordering::Relaxed);
         self.start.store(mapping.start, Ordering::Relaxed);
         self.end.store(mapping.end, Ordering::Relaxed);
         self.page.store(page, Ordering::Relaxed);
@@ -115,15 +207,16 @@ impl Slot {
         self.version.fetch_add(1, Ordering::Release);
     }
 
-    /// The mapping and its page size. One that changes is none that anybody touches.
-    fn mapping(&self) -> Option<(Range<usize>, usize)> {
+    /// The mapping, its page size and whose it is. One that changes is none that anybody touches.
+    fn mapping(&self) -> Option<(Range<usize>, usize, *const Marks)> {
         let version = self.version.load(Ordering::Acquire);
+        let marks = self.marks.load(Ordering::Relaxed).cast_const();
         let start = self.start.load(Ordering::Relaxed);
         let end = self.end.load(Ordering::Relaxed);
         let page = self.page.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         let same = self.version.load(Ordering::Relaxed) == version;
-        (same && version.is_multiple_of(2)).then_some((start..end, page))
+        (same && version.is_multiple_of(2)).then_some((start..end, page, marks))
     }
 
     /// What to replace because of a fault at `address`: the page, or everything if there were too many.
@@ -143,19 +236,6 @@ impl Slot {
     }
 }
 
-/// Pages that were replaced since the process was started (F1).
-pub(crate) fn count() -> u64 {
-    COUNT.load(Ordering::SeqCst)
-}
-
-/// The kernel could not move data from or to shared memory: the bell rings.
-pub(crate) fn suspect() {
-    if let Some(bell) = BELL.get() {
-        // Full is as good as written to.
-        let _ = bell.write(1);
-    }
-}
-
 /// Catches faults from now on; what becomes readable when there was one.
 pub(crate) fn catch() -> io::Result<&'static EventFd> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -172,7 +252,7 @@ fn set_action(handler: libc::sighandler_t, flags: libc::c_int) -> io::Result<()>
     action.sa_sigaction = handler;
     action.sa_flags = flags;
     // SAFETY: `action` is initialized, and `on_fault` has the signature that SA_SIGINFO asks for.
-    let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
+    let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) };
     if result == 0 {
         Ok(())
     } else {
@@ -207,17 +287,21 @@ extern "C" fn on_fault(
 
 /// Puts zeros where the memory at `address` was; false if that is not memory of a front end's.
 fn mend(address: usize) -> bool {
-    let found = SLOTS.iter().find_map(|slot| {
-        let (mapping, page) = slot.mapping()?;
-        mapping.contains(&address).then_some((slot, mapping, page))
+    let used = USED.load(Ordering::Acquire);
+    let found = SLOTS.iter().take(used).find_map(|slot| {
+        let (mapping, page, marks) = slot.mapping()?;
+        let is_here = mapping.contains(&address);
+        is_here.then_some((slot, mapping, page, marks))
     });
-    let Some((slot, mapping, page)) = found else {
+    let Some((slot, mapping, page, marks)) = found else {
         return false;
     };
-    COUNT.fetch_add(1, Ordering::SeqCst); // F1
+    // SAFETY: the faulting thread uses the mapping, so its `Watch` is there, and the account that this has.
+    let marks = unsafe { &*marks };
+    marks.is_lost.store(true, Ordering::SeqCst); // F1
     let part = slot.part(&mapping, page, address);
     let mended = replace(&part) || replace(&mapping);
-    suspect();
+    marks.suspect();
     mended
 }
 
@@ -250,8 +334,9 @@ mod tests {
     fn pages_are_replaced_one_by_one_until_that_would_be_too_many_mappings() {
         let slot = Slot::new();
         let mapping = 0x1000_0000..0x3000_0000;
-        slot.set(&mapping, PAGE);
-        assert_eq!(slot.mapping(), Some((mapping.clone(), PAGE)));
+        slot.set(&mapping, PAGE, ptr::null());
+        let expected = (mapping.clone(), PAGE, ptr::null());
+        assert_eq!(slot.mapping(), Some(expected));
         let part = |address| slot.part(&mapping, PAGE, address);
         // A sweep is one run, however long.
         for nth in 0..2 * MAX_RUNS {
@@ -264,9 +349,9 @@ mod tests {
         }
         assert_eq!(part(0x2fff_f000), mapping);
         // Whoever takes the slot next begins anew.
-        slot.set(&mapping, PAGE);
+        slot.set(&mapping, PAGE, ptr::null());
         assert_eq!(part(0x2fff_f000), 0x2fff_f000..mapping.end);
-        slot.set(&(0..0), 1);
+        slot.set(&(0..0), 0, ptr::null());
     }
 
     #[test]
@@ -276,13 +361,13 @@ mod tests {
         let mapping = 3 * HUGE..5 * HUGE;
         assert_eq!(slot.part(&mapping, HUGE, 3 * HUGE + 5), 3 * HUGE..4 * HUGE);
         assert_eq!(slot.part(&mapping, HUGE, 5 * HUGE - 1), 4 * HUGE..5 * HUGE);
-        slot.set(&(0..0), 1);
+        slot.set(&(0..0), 0, ptr::null());
     }
 
     #[test]
     fn a_slot_that_changes_is_no_mapping() {
         let slot = Slot::new();
-        slot.set(&(PAGE..2 * PAGE), PAGE);
+        slot.set(&(PAGE..2 * PAGE), PAGE, ptr::null());
         slot.version.fetch_add(1, Ordering::Relaxed);
         assert_eq!(slot.mapping(), None);
     }
@@ -291,13 +376,37 @@ mod tests {
     fn slots_are_taken_once_and_given_back() {
         // No address of any mapping.
         let place = usize::MAX - PAGE..usize::MAX;
-        let watch = Watch::over(place.clone(), PAGE).unwrap();
-        let other = Watch::over(place.clone(), PAGE).unwrap();
-        assert_ne!(watch.0, other.0);
-        let index = watch.0;
+        let account = Account::default();
+        let watch = Watch::over(place.clone(), PAGE, &account).unwrap();
+        let other = Watch::over(place.clone(), PAGE, &account).unwrap();
+        assert_ne!(watch.index, other.index);
+        let index = watch.index;
         drop(watch);
-        let is_there = |slot: &Slot| slot.mapping().is_some_and(|(mapping, _)| mapping == place);
+        let is_there = |slot: &Slot| slot.mapping().is_some_and(|(mapping, ..)| mapping == place);
         assert!(!is_there(&SLOTS[index]));
-        assert!(is_there(&SLOTS[other.0]));
+        assert!(is_there(&SLOTS[other.index]));
+    }
+
+    #[test]
+    fn there_is_an_end_to_free_slots_and_what_is_given_back_is_free() {
+        let mut free = Free::all();
+        let all: Vec<_> = std::iter::from_fn(|| free.take()).collect();
+        assert!(all.iter().copied().eq(0..MAX_MAPPINGS));
+        free.given_back.push(7);
+        free.given_back.push(9);
+        let mut again = [free.take(), free.take()];
+        again.sort_unstable();
+        assert_eq!(again, [Some(7), Some(9)]);
+        assert_eq!(free.take(), None);
+    }
+
+    #[test]
+    fn a_suspicion_is_one_account_s_and_taken_once() {
+        let (account, other) = (Account::default(), Account::default());
+        account.clone().suspect();
+        assert!(!other.take_suspicion());
+        assert!(account.take_suspicion());
+        assert!(!account.take_suspicion());
+        assert!(!account.is_lost());
     }
 }

@@ -32,7 +32,7 @@ use crate::crew::Crew;
 use crate::device::{DetectZeroes, Device, Discard, Serial, Zeros};
 use crate::dirty::{DirtyLog, Guest};
 use crate::engine::EngineChoice;
-use crate::fault;
+use crate::fault::{self, Account};
 use crate::housekeeper::Housekeepers;
 use crate::image_file::ImageFile;
 use crate::memory::{self, Memory, Region};
@@ -323,15 +323,16 @@ pub(crate) fn device(disk: &Disk, wishes: &Wishes) -> Device {
 }
 
 pub(crate) fn map(guest: &GuestMemory<'_>) -> Guest {
+    let account = Account::default();
     let copy = || guest.file.try_clone().expect("descriptors are left");
     let region = |&[at, len, offset]: &[u64; 3]| {
         let message = VhostUserMemoryRegion::new(at, len, at, offset);
-        Arc::new(Region::map(&message, copy()).expect("the region is possible"))
+        Arc::new(Region::map(&message, copy(), &account).expect("the region is possible"))
     };
     let regions = guest.regions.iter().map(region).collect();
     let log = guest.log.as_ref().map(|(file, len)| {
         let file = file.try_clone().expect("descriptors are left");
-        let log = DirtyLog::map(&VhostUserLog::new(*len, 0), file);
+        let log = DirtyLog::map(&VhostUserLog::new(*len, 0), file, &account);
         Arc::new(log.expect("the log is possible"))
     });
     Guest {

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
@@ -54,6 +55,8 @@ struct State {
 #[derive(Debug)]
 struct House {
     disk: Arc<Disk>,
+    /// Its top image, to say which one is in trouble.
+    image: PathBuf,
     phase: Phase,
     /// It could not be done lately, which was said.
     is_failing: bool,
@@ -106,14 +109,15 @@ impl Housekeepers {
         Ok(Arc::new(all))
     }
 
-    /// Looks after a disk from now on.
-    pub(crate) fn keep(self: &Arc<Self>, disk: &Arc<Disk>) -> Kept {
+    /// Looks after a disk, whose top image is in this file, from now on.
+    pub(crate) fn keep(self: &Arc<Self>, disk: &Arc<Disk>, image: &Path) -> Kept {
         let key = {
             let mut state = self.rounds.lock();
             let key = state.next_key;
             state.next_key += 1;
             let house = House {
                 disk: Arc::clone(disk),
+                image: image.to_owned(),
                 phase: Phase::Idle,
                 is_failing: false,
             };
@@ -224,7 +228,8 @@ impl Rounds {
             Err(error) => {
                 // One line per spell of trouble: a guest can bring it about again and again (disk full).
                 if !std::mem::replace(&mut house.is_failing, true) {
-                    tracing::error!("the image cannot take new data: {}", crate::chain_of(error));
+                    let (image, why) = (house.image.display(), crate::chain_of(error));
+                    tracing::error!("{image}: the image cannot take new data: {why}");
                 }
                 was_woken
             }
@@ -235,5 +240,146 @@ impl Rounds {
             self.work.notify_one();
         }
         self.done.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+    use std::time::Duration;
+
+    use vdi_core::{
+        Access, CreateOptions, FileOffset, HostFile, Locking, ModifiedParent, NewKind, Reserve,
+        Sector, Storage, create,
+    };
+
+    use super::*;
+
+    /// How long what should happen may take.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// How long what should not happen is waited for.
+    const A_MOMENT: Duration = Duration::from_millis(100);
+
+    /// An image's file; the next sync tells that it has begun and takes until it is told to end, if there is somebody to do so.
+    #[derive(Debug)]
+    struct Slow {
+        file: HostFile,
+        gate: Mutex<Option<(Sender<()>, Receiver<()>)>>,
+    }
+
+    impl Storage for Slow {
+        fn read_exact_at(&self, buf: &mut [u8], at: FileOffset) -> io::Result<()> {
+            self.file.read_exact_at(buf, at)
+        }
+
+        fn write_all_at(&self, buf: &[u8], at: FileOffset) -> io::Result<()> {
+            self.file.write_all_at(buf, at)
+        }
+
+        fn len_bytes(&self) -> io::Result<u64> {
+            self.file.len_bytes()
+        }
+
+        fn set_len(&self, len_bytes: u64) -> io::Result<()> {
+            self.file.set_len(len_bytes)
+        }
+
+        fn punch(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+            self.file.punch(at, len_bytes)
+        }
+
+        fn zero(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+            self.file.zero(at, len_bytes)
+        }
+
+        fn reserve(&self, at: FileOffset, len_bytes: u64) -> io::Result<()> {
+            self.file.reserve(at, len_bytes)
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            let gate = self.gate.lock().unwrap().take();
+            if let Some((begun, end)) = gate {
+                begun.send(()).unwrap();
+                end.recv().unwrap();
+            }
+            self.file.sync()
+        }
+    }
+
+    struct Bench {
+        directory: tempfile::TempDir,
+        housekeepers: Arc<Housekeepers>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self {
+                directory: tempfile::tempdir().unwrap(),
+                housekeepers: Housekeepers::start(&Sandbox::off()).unwrap(),
+            }
+        }
+
+        /// A disk that is looked after.
+        fn disk(&self, name: &str) -> (Arc<Slow>, Arc<Disk>, Kept) {
+            let path = self.directory.path().join(name);
+            let options = CreateOptions {
+                capacity_bytes: 16 << 20,
+                block_size: 1 << 20,
+                kind: NewKind::Dynamic,
+                uuid: None,
+            };
+            create(&path, &options).unwrap();
+            let slow = Arc::new(Slow {
+                file: HostFile::open(&path, Access::Writable, Locking::Locked).unwrap(),
+                gate: Mutex::new(None),
+            });
+            let storage = vec![Arc::clone(&slow) as Arc<dyn Storage>];
+            let disk = Disk::open_chain(storage, Access::Writable, ModifiedParent::Refuse);
+            let disk = Arc::new(disk.unwrap());
+            let kept = self.housekeepers.keep(&disk, &path);
+            (slow, disk, kept)
+        }
+    }
+
+    /// Brings about the first chore, which syncs.
+    fn write_first(disk: &Arc<Disk>) {
+        let range = disk.capacity().range(Sector(0), 8).unwrap();
+        let reserved = disk.reserve(range, &disk.lane(), Waker::noop());
+        assert!(matches!(reserved, Ok(Reserve::Parked)));
+    }
+
+    /// Hears when a disk is not looked after any more.
+    fn removal(kept: Kept) -> Receiver<()> {
+        let (gone, heard) = mpsc::channel();
+        thread::spawn(move || {
+            drop(kept);
+            let _ = gone.send(());
+        });
+        heard
+    }
+
+    #[test]
+    fn a_disk_goes_away_after_the_step_that_is_under_way_and_not_after_another_disk_s() {
+        let bench = Bench::new();
+        let (slow, disk, kept) = bench.disk("slow.vdi");
+        let (_, _, other) = bench.disk("other.vdi");
+        let ((begun, has_begun), (end, ends)) = (mpsc::channel(), mpsc::channel());
+        *slow.gate.lock().unwrap() = Some((begun, ends));
+        write_first(&disk);
+        has_begun.recv_timeout(PATIENCE).unwrap();
+
+        let removed = removal(kept);
+        assert_eq!(
+            removed.recv_timeout(A_MOMENT),
+            Err(RecvTimeoutError::Timeout)
+        );
+        removal(other).recv_timeout(PATIENCE).unwrap();
+        assert_eq!(removed.try_recv(), Err(mpsc::TryRecvError::Empty));
+        end.send(()).unwrap();
+        removed.recv_timeout(PATIENCE).unwrap();
+        // Nobody is at work with it, and nobody comes.
+        assert_eq!(Arc::strong_count(&disk), 1);
+        assert!(bench.housekeepers.rounds.lock().houses.is_empty());
     }
 }

@@ -22,22 +22,22 @@ use std::task::Waker;
 
 use vdi_core::{
     Capacity, Disk, FileOffset, Fill, Lane, Reservation, Reserve, Sector, SectorRange, Source,
-    Visit, WriteError, Zeroing,
+    Visit, WriteError,
 };
 
 use crate::command::SeatNumber;
 use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::engine::Engine;
-use crate::fault;
 use crate::image_file::ImageFile;
-use crate::request::{Reply, Request, Segment, Segments, Status};
+use crate::memory;
+use crate::request::{Reply, Request, Segments, Status};
 use crate::ring::{GuestBuffer, WatchKey};
 use crate::transfer::{Operation, Transfer};
 use crate::worker::DOORBELL;
 
-/// Sectors of a request that are mapped, reserved or zeroed in one step: 16 MiB, four times what Linux sends at most
-/// by default. Bounds the size of a reservation and the time of a step.
+/// Sectors of a request that are mapped, reserved or looked through for zeros in one step: 16 MiB, four times what Linux sends
+/// at most by default. Bounds the size of a reservation and the time of a step.
 const WINDOW_SECTORS: u64 = (16 << 20) / 512;
 
 /// The same for zeros, which move no data: 1 GiB, 8192 of the smallest blocks.
@@ -217,8 +217,7 @@ pub(crate) enum Failure {
 
 impl Failure {
     fn of_transfer(error: io::Error) -> Self {
-        if error.raw_os_error() == Some(libc::EFAULT) {
-            fault::suspect();
+        if memory::is_missing(&error) {
             Self::Memory(error)
         } else {
             Self::Data(error)
@@ -351,17 +350,7 @@ impl Active {
                 active.go_on(context)
             }
             Request::Write { range, from } => {
-                let how = context.desk.device.zeroing_of(&from);
-                if from.is_lost() {
-                    return (active, Next::Answer(Status::IoError, 0)); // F2
-                }
-                let change = match how {
-                    Some(how) => Change::Zeros {
-                        rest: Segments::from_elem(Segment { range, how }, 1),
-                    },
-                    None => Change::Data { rest: range, from },
-                };
-                active.begin(change, context)
+                active.begin(Change::Data { rest: range, from }, context)
             }
             Request::Zero { segments } => active.begin(Change::Zeros { rest: segments }, context),
             Request::Flush => active.make_durable(context),
@@ -497,16 +486,27 @@ impl Active {
         let Some(range) = change.window(context.desk.device.capacity()) else {
             return Next::Answer(Status::Ok, 0);
         };
-        let (disk, lane, waker) = (&context.desk.disk, &context.desk.lane, &context.desk.waker);
-        let reserved = match change {
-            Change::Data { .. } => disk.reserve(range, lane, waker),
-            Change::Zeros { rest } => {
-                let how = rest.last().map_or(Zeroing::Keep, |segment| segment.how);
-                disk.reserve_zeros(range, how, lane, waker)
+        let zeroing = match change {
+            Change::Data { from, .. } => {
+                let len_bytes = range.count() * vdi_core::SECTOR_SIZE;
+                let zeroing = context.desk.device.zeroing_of(from, len_bytes);
+                if from.is_lost() {
+                    return self.give_up(); // F2
+                }
+                zeroing
             }
+            Change::Zeros { rest } => rest.last().map(|segment| segment.how),
+        };
+        let (disk, lane, waker) = (&context.desk.disk, &context.desk.lane, &context.desk.waker);
+        let reserved = match zeroing {
+            None => disk.reserve(range, lane, waker),
+            Some(how) => disk.reserve_zeros(range, how, lane, waker),
         };
         match reserved {
             Ok(Reserve::Ready(reservation)) => {
+                if let (Some(_), Change::Data { from, .. }) = (zeroing, change) {
+                    from.consume(range.count() * vdi_core::SECTOR_SIZE);
+                }
                 *window = Window::Reserved {
                     reservation,
                     sectors: range.count(),
@@ -685,7 +685,7 @@ impl Context<'_> {
         let len = from.len();
         let is_plain = len <= self.tools.inline_left
             && !self.desk.device.is_write_through()
-            && self.desk.device.zeroing_of(from).is_none()
+            && self.desk.device.zeroing_of(from, len).is_none()
             && !from.is_lost(); // F2
         let in_place = is_plain.then(|| self.desk.disk.reserve_in_place(range, &self.desk.lane));
         let Some(Some(in_place)) = in_place else {

@@ -145,6 +145,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     let manager = Manager::from_environment().map_err(Fatal::Notify)?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
     let faults = fault::catch().map_err(Fatal::Faults)?;
+    ring::calls::prepare();
     allow_many_descriptors();
     let mut turn = Turn::waiting(Opening::new(args));
     let opened = if args.incoming {

@@ -26,7 +26,7 @@ use vm_memory::{
     VolatileSlice,
 };
 
-use crate::fault::{self, Watch};
+use crate::fault::{Account, Watch};
 
 /// Most regions at once: what vhost in the kernel allows, so front ends already live with it.
 pub(crate) const MAX_REGIONS: usize = 509;
@@ -41,9 +41,7 @@ pub(crate) type Memory = GuestRegionCollection<Region>;
 #[derive(Debug)]
 pub(crate) struct Region {
     /// Ends before the mapping does.
-    _watch: Watch,
-    /// Pages that had been replaced when it was mapped.
-    faults: u64,
+    watch: Watch,
     mapping: MmapRegion<()>,
     /// Bytes of the mapping before the region.
     skip: usize,
@@ -93,8 +91,12 @@ pub(crate) enum MemoryError {
 }
 
 impl Region {
-    /// Maps a region that the front end described.
-    pub(crate) fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Self, MemoryError> {
+    /// Maps a region that the front end described, in the session that has this account.
+    pub(crate) fn map(
+        region: &VhostUserMemoryRegion,
+        file: File,
+        account: &Account,
+    ) -> Result<Self, MemoryError> {
         let VhostUserMemoryRegion {
             guest_phys_addr,
             memory_size,
@@ -135,19 +137,17 @@ impl Region {
         let (Some(Ok(map_len)), Ok(page_len), Ok(skip_len)) = sizes else {
             return Err(overflow);
         };
-        let faults = fault::count();
         let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset - skip), map_len)
             .map_err(|source| MemoryError::Map {
                 base: guest_phys_addr,
                 source,
             })?;
         let start = mapping.as_ptr() as usize;
-        let watch = Watch::over(start..start + map_len, page_len);
+        let watch = Watch::over(start..start + map_len, page_len, account);
         Ok(Self {
-            _watch: watch.ok_or(MemoryError::TooManyMappings {
+            watch: watch.ok_or(MemoryError::TooManyMappings {
                 base: guest_phys_addr,
             })?,
-            faults,
             mapping,
             skip: skip_len,
             len,
@@ -156,10 +156,9 @@ impl Region {
         })
     }
 
-    /// Whether this memory, or other memory of the same front end, is not what it was when it was mapped: zeros may have
-    /// taken its place.
+    /// Whether this memory, or other memory of the same session, is not what it was: zeros may have taken its place.
     pub(crate) fn is_lost(&self) -> bool {
-        fault::count() != self.faults
+        self.watch.account().is_lost()
     }
 
     /// How many bytes the file has, if the region reaches beyond them.
@@ -279,6 +278,18 @@ pub(crate) fn is_lost(memory: &Memory) -> bool {
     memory.iter().next().is_some_and(Region::is_lost)
 }
 
+/// Whether an error says that there is no memory to move data from or to.
+pub(crate) fn is_missing(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
+}
+
+/// Has the front end's session look whether what it shares is still there.
+pub(crate) fn suspect(memory: &Memory) {
+    if let Some(region) = memory.iter().next() {
+        region.watch.account().suspect();
+    }
+}
+
 /// Where the last region ends.
 pub(crate) fn end(memory: &Memory) -> u64 {
     let end = |region: &Region| region.guest_base.0 + region.len as u64;
@@ -309,9 +320,13 @@ mod tests {
         VhostUserMemoryRegion::new(guest, len, front_end, offset)
     }
 
+    fn own(region: &VhostUserMemoryRegion, file: File) -> Result<Region, MemoryError> {
+        Region::map(region, file, &Account::default())
+    }
+
     fn map(guest: u64, len: u64, front_end: u64) -> Arc<Region> {
         let region = region(guest, len, front_end, 0);
-        Arc::new(Region::map(&region, file(len)).unwrap())
+        Arc::new(own(&region, file(len)).unwrap())
     }
 
     #[test]
@@ -319,7 +334,7 @@ mod tests {
         use std::os::unix::fs::FileExt;
         let file = file(0x3000);
         file.write_all_at(b"here", 0x1234).unwrap();
-        let region = Region::map(&region(0x8000, 0x1000, 0, 0x1234), file).unwrap();
+        let region = own(&region(0x8000, 0x1000, 0, 0x1234), file).unwrap();
         let memory = from_regions(vec![Arc::new(region)]).unwrap();
         let mut found = [0; 4];
         memory.read_slice(&mut found, GuestAddress(0x8000)).unwrap();
@@ -334,16 +349,16 @@ mod tests {
 
     #[test]
     fn a_region_longer_than_its_file_is_refused() {
-        let refused = Region::map(&region(0, 0x2000, 0, 0), file(0x1000));
+        let refused = own(&region(0, 0x2000, 0, 0), file(0x1000));
         assert!(matches!(refused, Err(MemoryError::FileTooShort { .. })));
-        let refused = Region::map(&region(0, 0x1000, 0, 1), file(0x1000));
+        let refused = own(&region(0, 0x1000, 0, 1), file(0x1000));
         assert!(matches!(refused, Err(MemoryError::FileTooShort { .. })));
     }
 
     #[test]
     fn an_empty_region_is_refused() {
         // Its mapping is not empty, since it begins within a page.
-        let refused = Region::map(&region(0, 0, 0, 1), file(0x1000));
+        let refused = own(&region(0, 0, 0, 1), file(0x1000));
         assert!(matches!(refused, Err(MemoryError::Empty { .. })));
     }
 
@@ -354,7 +369,7 @@ mod tests {
             region(0, 0x1000, u64::MAX - 10, 0),
             region(0, 0x1000, 0, u64::MAX - 10),
         ] {
-            let refused = Region::map(&bad, file(0x1000));
+            let refused = own(&bad, file(0x1000));
             assert!(matches!(refused, Err(MemoryError::Overflow { .. })));
         }
     }
@@ -374,7 +389,7 @@ mod tests {
         let memory = from_regions(vec![map(0, 0x2000, 0x10000)]).unwrap();
         // Overlaps among front-end addresses are nobody's business but ours.
         for (guest, front_end) in [(0x1000, 0), (0x2000, 0x11fff)] {
-            let other = Region::map(&region(guest, 0x1000, front_end, 0), file(0x1000)).unwrap();
+            let other = own(&region(guest, 0x1000, front_end, 0), file(0x1000)).unwrap();
             let refused = with_region(&memory, other);
             assert!(matches!(refused, Err(MemoryError::Overlap { .. })));
         }
@@ -383,7 +398,7 @@ mod tests {
     #[test]
     fn regions_come_and_go_and_translate() {
         let memory = from_regions(vec![map(0x2000, 0x1000, 0x10000)]).unwrap();
-        let more = Region::map(&region(0, 0x2000, 0x20000, 0), file(0x2000)).unwrap();
+        let more = own(&region(0, 0x2000, 0x20000, 0), file(0x2000)).unwrap();
         let memory = with_region(&memory, more).unwrap();
         assert_eq!(from_front_end(&memory, 0x10010), Some(GuestAddress(0x2010)));
         assert_eq!(from_front_end(&memory, 0x21fff), Some(GuestAddress(0x1fff)));
@@ -392,5 +407,62 @@ mod tests {
         assert!(without_region(&memory, &region(0, 0x2000, 0x30000, 0)).is_err());
         let memory = without_region(&memory, &region(0, 0x2000, 0x20000, 0)).unwrap();
         assert_eq!(from_front_end(&memory, 0x20000), None);
+    }
+
+    /// What is at the beginning of the first region; touches it.
+    fn touch(memory: &Memory) -> [u8; 4] {
+        memory
+            .read_obj(memory.iter().next().unwrap().start_addr())
+            .unwrap()
+    }
+
+    #[test]
+    fn memory_that_is_cut_is_lost_to_its_own_session_and_to_no_other() {
+        use std::os::unix::fs::FileExt;
+        let bell = crate::fault::catch().unwrap();
+        let (cut, whole) = (Account::default(), Account::default());
+        let map = |guest, account: &Account| {
+            let file = file(0x2000);
+            file.write_all_at(b"here", 0).unwrap();
+            let own = file.try_clone().unwrap();
+            let region = Region::map(&region(guest, 0x2000, guest, 0), own, account);
+            (file, Arc::new(region.unwrap()))
+        };
+        let (file, first) = map(0, &cut);
+        let (_file, second) = map(0x2000, &cut);
+        let (_other, other) = map(0, &whole);
+        let sound = from_regions(vec![Arc::clone(&second)]).unwrap();
+        let lost = from_regions(vec![first, second]).unwrap();
+        let other = from_regions(vec![other]).unwrap();
+        assert_eq!(touch(&lost), *b"here");
+        assert!(!is_lost(&lost));
+
+        file.set_len(0).unwrap();
+        assert_eq!(touch(&lost), [0; 4]);
+        assert!(is_lost(&lost) && is_lost(&sound));
+        assert!(cut.take_suspicion());
+        assert!(bell.read().is_ok());
+        // What such a session maps later is as good as gone, so that nobody who has old memory too takes it for whole.
+        assert!(is_lost(&from_regions(vec![map(0, &cut).1]).unwrap()));
+
+        assert!(!is_lost(&other) && !whole.is_lost());
+        assert!(!whole.take_suspicion());
+        assert_eq!(touch(&other), *b"here");
+        // Whoever comes next to the same disk has an account without a mark.
+        assert!(!is_lost(
+            &from_regions(vec![map(0, &Account::default()).1]).unwrap()
+        ));
+    }
+
+    #[test]
+    fn a_suspicion_is_the_session_s_whose_memory_it_is() {
+        let (own, other) = (Account::default(), Account::default());
+        let region = Region::map(&region(0, 0x1000, 0, 0), file(0x1000), &own);
+        suspect(&from_regions(vec![Arc::new(region.unwrap())]).unwrap());
+        suspect(&Memory::new());
+        assert!(own.take_suspicion() && !other.take_suspicion());
+        assert!(!own.is_lost());
+        assert!(is_missing(&io::Error::from_raw_os_error(libc::EFAULT)));
+        assert!(!is_missing(&io::Error::from_raw_os_error(libc::EIO)));
     }
 }

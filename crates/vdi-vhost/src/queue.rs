@@ -8,12 +8,10 @@
 //! - **R2** A slot per head: a chain is in flight at most once, and leaves its slot only when it is answered.
 //! - A ring that the guest broke is left alone (virtio 1.2 section 2.7.13 has no other word for it): its err eventfd is
 //!   written, other rings go on.
-//! - What a front end does with its eventfds never blocks us: nothing is written to a full one, whose reader has a
-//!   notification waiting already.
+//! - What a front end does with its eventfds never blocks us, not even between two of our steps (`ring::calls`).
 //! - Notifications are switched on only before the worker sleeps, and the available index is looked at again after
 //!   that (virtio 1.2 section 2.7.10), so no kick is lost.
 
-use std::io::Write;
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,7 +30,7 @@ use crate::dirty::{DirtyLog, Guest};
 use crate::inflight::Active;
 use crate::memory::Memory;
 use crate::request::Used;
-use crate::ring::{WatchKey, has_room};
+use crate::ring::{WatchKey, calls};
 use crate::tracking::{Tracker, TrackingError};
 
 /// A ring's state, shared by the control thread and its worker.
@@ -312,10 +310,8 @@ impl Queue {
             crate::chain_of(why)
         ));
         let error_fd = self.error_fd.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mut fd) = error_fd.as_ref()
-            && has_room(fd)
-        {
-            let _ = fd.write(&1_u64.to_ne_bytes());
+        if let Some(fd) = error_fd.as_ref() {
+            calls::call(fd);
         }
     }
 }
@@ -385,11 +381,8 @@ fn part_of(ring: u64, offset: u64) -> Result<GuestAddress, Error> {
 
 /// Calls the guest, if the front end gave a descriptor for it.
 pub(crate) fn call_guest(ring: &VringState<GuestMemoryAtomic<Memory>>) {
-    if let Some(call) = ring.get_call()
-        && has_room(call)
-    {
-        // A front end that closed the descriptor is not interested.
-        let _ = call.notify();
+    if let Some(call) = ring.get_call() {
+        calls::call(call);
     }
 }
 

@@ -19,7 +19,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::access;
 use crate::chain::{Chain, Piece, Pieces};
-use crate::device::Device;
+use crate::device::{Device, SERIAL_BYTES};
 use crate::dirty::{Dirty, Guest};
 use crate::memory::Memory;
 use crate::ring::GuestBuffer;
@@ -86,14 +86,12 @@ pub(crate) struct Used {
 }
 
 impl Reply {
-    /// The same for a request that writes nothing but its status: what else the chain names, up to terabytes of the same memory, is
-    /// not marked.
-    fn without_data(mut self, guest: &Guest) -> Self {
-        if self.dirty.is_some() {
-            let (at, len) = (self.status_at, 1);
-            let status = Pieces::from_iter([Piece { at, len }]);
-            self.dirty = guest.dirty(&status).map(Box::new);
-        }
+    /// The same for a request that writes at most the first `bytes` of `data`, and its status.
+    fn marking(mut self, guest: &Guest, data: &Pieces, bytes: u64) -> Self {
+        let (at, len) = (self.status_at, 1);
+        let status = Piece { at, len };
+        let written = || first(data, bytes).chain([status]).collect();
+        self.dirty = guest.dirty(written).map(Box::new);
         self
     }
 
@@ -168,14 +166,13 @@ pub(crate) fn parse(
         out_of_order,
     } = chain;
     let memory = &guest.memory;
-    let dirty = guest.dirty(&writable).map(Box::new);
     let status_at = take_last_byte(&mut writable)
         .filter(|at| memory.address_in_range(*at))
         .ok_or(Refused::Unanswerable)?;
     let reply = Reply {
         head,
         status_at,
-        dirty,
+        dirty: None,
     };
     let header = if out_of_order {
         None
@@ -184,7 +181,7 @@ pub(crate) fn parse(
     };
     let Some(header) = header else {
         return Err(Refused::WithStatus(
-            reply.without_data(guest),
+            reply.marking(guest, &writable, 0),
             Status::IoError,
         ));
     };
@@ -210,10 +207,25 @@ pub(crate) fn parse(
         VIRTIO_BLK_T_GET_ID => data(&writable).map(|into| Request::GetId { into }),
         _ => Err(Status::Unsupported),
     };
+    let written = match &request {
+        Ok(Request::Read { into, .. }) => into.len(),
+        Ok(Request::GetId { .. }) => SERIAL_BYTES as u64,
+        Ok(Request::Write { .. } | Request::Zero { .. } | Request::Flush) | Err(_) => 0,
+    };
+    let reply = reply.marking(guest, &writable, written);
     match request {
         Ok(request) => Ok((reply, request)),
-        Err(status) => Err(Refused::WithStatus(reply.without_data(guest), status)),
+        Err(status) => Err(Refused::WithStatus(reply, status)),
     }
+}
+
+/// The first `bytes` of some pieces.
+fn first(pieces: &Pieces, bytes: u64) -> impl Iterator<Item = Piece> {
+    pieces.iter().scan(bytes, |missing, piece| {
+        let len = u32::try_from(*missing).map_or(piece.len, |most| most.min(piece.len));
+        *missing -= u64::from(len);
+        (len > 0).then_some(Piece { at: piece.at, len })
+    })
 }
 
 /// The part of `struct virtio_blk_req` that says what to do.
@@ -322,14 +334,17 @@ fn segment(device: &Device, kind: u32, bytes: [u8; SEGMENT_BYTES]) -> Result<Seg
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
     use std::sync::Arc;
 
     use vdi_core::{Access, Capacity};
+    use vhost::vhost_user::message::VhostUserLog;
 
     use super::*;
     use crate::chain::tests::memory;
     use crate::device::tests::zeros;
     use crate::device::{Discard, Serial};
+    use crate::dirty::DirtyLog;
 
     /// Where tests keep the header.
     const HEADER: u64 = 0x1000;
@@ -364,6 +379,17 @@ mod tests {
             readable: &[(u64, u32)],
             writable: &[(u64, u32)],
         ) -> Result<(Reply, Request), Refused> {
+            let chain = self.chain(kind, sector, readable, writable);
+            parse(&self.whole(), chain, 5, &self.device)
+        }
+
+        fn chain(
+            &self,
+            kind: u32,
+            sector: u64,
+            readable: &[(u64, u32)],
+            writable: &[(u64, u32)],
+        ) -> Chain {
             let mut header = [0; HEADER_BYTES];
             header[..4].copy_from_slice(&kind.to_le_bytes());
             header[8..].copy_from_slice(&sector.to_le_bytes());
@@ -378,12 +404,11 @@ mod tests {
                 pieces.iter().map(piece).collect()
             };
             let (readable, writable) = (pieces(readable), pieces(writable));
-            let chain = Chain {
+            Chain {
                 readable,
                 writable,
                 out_of_order: false,
-            };
-            parse(&self.whole(), chain, 5, &self.device)
+            }
         }
 
         fn status(&self, kind: u32, sector: u64, writable: &[(u64, u32)]) -> Option<Status> {
@@ -467,6 +492,48 @@ mod tests {
             guest.status(VIRTIO_BLK_T_OUT, 99, &[(0x5000, 1)]),
             Some(Status::IoError)
         );
+    }
+
+    #[test]
+    fn only_what_a_request_writes_is_marked_however_much_its_chain_names() {
+        let disk = guest(Access::Writable);
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x20).unwrap();
+        let log = VhostUserLog::new(0x20, 0);
+        let marked_by = |kind, writable: &[(u64, u32)]| {
+            let log = DirtyLog::map(
+                &log,
+                file.try_clone().unwrap(),
+                &crate::fault::Account::default(),
+            )
+            .unwrap();
+            let guest = Guest {
+                log: Some(Arc::new(log)),
+                ..disk.whole()
+            };
+            file.write_all_at(&[0; 0x20], 0).unwrap();
+            let chain = disk.chain(kind, 0, &[(HEADER, 16)], writable);
+            let (Ok((reply, _)) | Err(Refused::WithStatus(reply, _))) =
+                parse(&guest, chain, 5, &disk.device)
+            else {
+                panic!("there is a status")
+            };
+            let _used = reply.send(&disk.memory, Status::Ok, 0);
+            let mut bits = [0_u8; 0x20];
+            file.read_exact_at(&mut bits, 0).unwrap();
+            (0..0x100)
+                .filter(|page| bits[page / 8] >> (page % 8) & 1 == 1)
+                .collect::<Vec<_>>()
+        };
+        let pages = [(0x5ff6, 0xa), (0x20_000, 0x1_0000), (0x40_000, 1)];
+        assert_eq!(marked_by(VIRTIO_BLK_T_GET_ID, &pages), [5, 0x20, 0x40]);
+        assert_eq!(marked_by(VIRTIO_BLK_T_FLUSH, &pages), [0x40]);
+        assert_eq!(marked_by(VIRTIO_BLK_T_OUT, &pages), [0x40]);
+        assert_eq!(marked_by(99, &pages), [0x40]);
+        assert_eq!(marked_by(VIRTIO_BLK_T_IN, &pages), [0x40], "no sectors");
+        let sectors = [(0x20_000, 0x2000), (0x40_000, 1)];
+        assert_eq!(marked_by(VIRTIO_BLK_T_IN, &sectors), [0x20, 0x21, 0x40]);
+        assert_eq!(marked_by(VIRTIO_BLK_T_GET_ID, &[(0x5000, 8)]), [5]);
     }
 
     #[test]

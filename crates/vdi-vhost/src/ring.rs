@@ -1,5 +1,5 @@
-//! Where memory meets the kernel: buffers in guest memory, and the io_uring that carries transfers. The only file with
-//! `unsafe`, behind a safe interface.
+//! Where memory meets the kernel: buffers in guest memory, and the io_uring that carries transfers; calls are in `calls`, below.
+//! What is `unsafe` is here, behind a safe interface.
 //!
 //! Not here: what a transfer is and how it goes on (`transfer`), which bytes of which file (`image_file`, `inflight`), and
 //! the engine for hosts without io_uring (`engine`).
@@ -14,16 +14,17 @@
     reason = "io_uring, vectored I/O on guest memory and adopting a descriptor have no safe interface"
 )]
 
+pub(crate) mod calls;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 use smallvec::SmallVec;
 use vm_memory::bitmap::BS;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
@@ -153,14 +154,16 @@ impl GuestBuffer {
         }
     }
 
-    /// Whether all of it is zeros now. The guest may change it at any time, and then it is the guest's
-    /// own doing which of both is written.
-    pub(crate) fn is_zero(&self) -> bool {
+    /// Whether the first `len` bytes are zeros now; no more of them are looked at. The guest may change them at any time, and then
+    /// it is the guest's own doing which of both is written.
+    pub(crate) fn begins_with_zeros(&self, len: u64) -> bool {
+        let mut missing = to_usize(len);
         self.kept().all(|iovec| {
+            let count = missing.min(iovec.iov_len);
+            missing -= count;
             // SAFETY: `memory` keeps the range mapped; bytes that the guest changes meanwhile are still bytes.
-            let bytes =
-                unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len) };
-            is_zero(bytes)
+            let bytes = unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), count) };
+            count == 0 || is_zero(bytes)
         })
     }
 
@@ -676,17 +679,6 @@ pub(crate) fn owned(eventfd: EventFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(eventfd.into_raw_fd()) }
 }
 
-/// Whether an eventfd can be written to without waiting. A full one has told already.
-pub(crate) fn has_room(eventfd: &impl AsRawFd) -> bool {
-    // SAFETY: `eventfd` owns the descriptor and is borrowed for as long as this.
-    let fd = unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) };
-    let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
-    let _counted = nix::poll::poll(&mut fds, PollTimeout::ZERO);
-    fds[0]
-        .revents()
-        .is_some_and(|found| found.contains(PollFlags::POLLOUT))
-}
-
 /// Lengths of memory fit an address: this daemon runs on 64-bit hosts only.
 pub(crate) fn to_usize(value: u64) -> usize {
     usize::try_from(value).expect("a 64-bit host")
@@ -694,7 +686,25 @@ pub(crate) fn to_usize(value: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
+
+    #[test]
+    fn zeros_are_looked_for_as_far_as_is_said_and_no_further() {
+        let memory = Arc::new(crate::chain::tests::memory());
+        let piece = |at, len| Piece {
+            at: vm_memory::GuestAddress(at),
+            len,
+        };
+        let at = |at| vm_memory::GuestAddress(at);
+        memory.write_slice(&[1], at(0x3000)).unwrap();
+        let pieces = [piece(0x1000, 0x1800), piece(0x2800, 0x1000)];
+        let buffer = GuestBuffer::new(&memory, &pieces).unwrap();
+        for (len, zeros) in [(0, true), (0x1800, true), (0x2000, true), (0x2001, false)] {
+            assert_eq!(buffer.begins_with_zeros(len), zeros, "{len}");
+        }
+    }
 
     #[test]
     fn a_ring_opens_no_sockets() {

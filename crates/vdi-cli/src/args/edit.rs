@@ -20,7 +20,12 @@ Examples:
   vdi-vhost --socket-path /tmp/disk.sock --blk-file today.vdi    the guest goes on there
 
 The base is found again by its UUID among the images beside the child; see --parent and --image-dir
-of the other verbs if it is elsewhere.")]
+of the other verbs if it is elsewhere.
+
+The first write to a block copies the rest of the block from the parents: 1 MiB at most with the
+default, 128 KiB with --block-size 128k. Small blocks cost map: for each 4 bytes in the file and in
+the memory of whoever has the image open, so 4 MiB for a TiB of disk in blocks of 1M, 32 MiB in blocks
+of 128k. Images of one chain may have different blocks.")]
 pub(crate) struct SnapshotArgs {
     /// The image to stay as it is
     pub(crate) base: PathBuf,

@@ -17,7 +17,7 @@ pub(super) fn clone(args: &CloneArgs) -> Result<ExitCode, Failure> {
     let source = open_chain(&args.source, Access::ReadOnly, &args.chain, Locking::Locked)?;
     refuse_same(&args.source, &args.destination)?;
     let options = if args.linked {
-        clone::linked(&source).map_err(|error| Failure::Clone {
+        clone::linked(&source, args.block_size).map_err(|error| Failure::Clone {
             path: args.source.clone(),
             source: error,
         })?

@@ -66,6 +66,16 @@ pub enum Finding {
         blocks_in_image: u32,
     },
     #[error(
+        "the image is full, and {count} of its blocks are behind the last number of {blocks_in_image} (blocks_in_image), the \
+         first of them disk block {block} in file block {file_block}: a resize was stopped"
+    )]
+    BlocksAway {
+        count: u64,
+        block: u32,
+        file_block: u32,
+        blocks_in_image: u32,
+    },
+    #[error(
         "disk block {block} is kept in file block {file_block}, which ends at byte {block_end}, \
          but the file ends at {len_bytes}"
     )]
@@ -168,6 +178,7 @@ impl Finding {
             Self::Flaw(Warning::MapInHeader { .. }) => ("map-in-header", Corruption, CONVERT),
             Self::MapTruncated { .. } => ("map-truncated", Corruption, RESTORE),
             Self::EntryOutOfRange { .. } => ("entry-out-of-range", Corruption, DO_NOT_WRITE),
+            Self::BlocksAway { .. } => ("blocks-away", Leak, RESIZE_AGAIN),
             Self::BlockBehindEnd { .. } => ("block-behind-end", Corruption, CUT_OFF),
             Self::SharedBlock { .. } => ("shared-block", Corruption, DO_NOT_WRITE),
             Self::CountTooSmall { .. } => ("count-too-small", Corruption, COUNT),
@@ -215,6 +226,8 @@ const CONVERT: &str = "do not write to the image: VirtualBox overwrites the firs
 const CUT_OFF: &str =
     "restore the image from a backup; if there is none, `vdi repair` keeps what is left";
 const DO_NOT_WRITE: &str = "do not write to the image: a write may hit another block's data; `vdi repair` gives each block its own copy";
+const RESIZE_AGAIN: &str = "the contents are intact, here, in VirtualBox and in QEMU; resize the image again or run `vdi repair \
+                            --apply`, but not VirtualBox's repair: it throws such blocks away";
 const NAME_PARENT: &str = "the image itself was checked all the same; to read it, name the right parent with --parent \
                            or its directory with --image-dir";
 const MODIFIED: &str = "the child's contents are unreliable: restore the parent from a backup; \

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::ControlFlow;
 
+use super::away::{Away, Behind};
 use super::{Finding, LISTED_PER_KIND, Report, Severity};
 use crate::format::{self, ENTRY_BYTES, RawHeader};
 use crate::storage::Storage;
@@ -81,6 +82,12 @@ impl Layout {
         })
     }
 
+    /// Blocks of the disk that have a sector.
+    fn disk_blocks(&self) -> u64 {
+        let capacity = Capacity::from_bytes_rounded_down(self.disk_size);
+        self.block_size.blocks_for(capacity.bytes())
+    }
+
     /// How many bytes of its file block a disk block must find in the file.
     pub(crate) fn needed_bytes(&self, block: u32) -> u64 {
         let capacity = Capacity::from_bytes_rounded_down(self.disk_size);
@@ -123,10 +130,13 @@ pub(super) fn check_map(
         scan.visit(block, entry, report);
         ControlFlow::Continue(())
     })?;
+    let is_full = is_whole && !scan.has_open;
+    let behind = std::mem::replace(&mut scan.behind, Behind::new());
+    let away = behind.report(is_full, layout, report);
     report_shared(storage, layout, &scan, report)?;
     report_count(layout, &scan, report);
     if is_whole {
-        report_unused(layout, &mut scan, report);
+        report_unused(layout, &mut scan, away, report);
     }
     Ok(scan.summary)
 }
@@ -164,6 +174,12 @@ struct Scan<'a> {
     used: Vec<u64>,
     /// The highest file block in an entry.
     highest: Option<u32>,
+    /// Entries with higher numbers than there should be.
+    behind: Behind,
+    disk_blocks: u64,
+    /// Some block of the disk has no storage, here or in QEMU, or a block behind the disk has some: nothing may be away
+    /// (B1).
+    has_open: bool,
     /// Later owners of a block that has one: disk block, file block.
     shared: Vec<(u32, u32)>,
     shared_count: u64,
@@ -181,13 +197,18 @@ impl<'a> Scan<'a> {
             summary,
             used: vec![0; words],
             highest: None,
+            behind: Behind::new(),
+            disk_blocks: layout.disk_blocks(),
+            has_open: layout.block_size.blocks_for(layout.disk_size) > layout.disk_blocks(),
             shared: Vec::new(),
             shared_count: 0,
         }
     }
 
     fn visit(&mut self, block: u32, entry: u32, report: &mut Report) {
-        let Some(file_block) = FileBlock::new(entry) else {
+        let stored = FileBlock::new(entry);
+        self.has_open |= (u64::from(block) < self.disk_blocks) != stored.is_some();
+        let Some(file_block) = stored else {
             match entry {
                 format::ENTRY_ZERO => self.summary.zero += 1,
                 _ => self.summary.unallocated += 1,
@@ -197,7 +218,7 @@ impl<'a> Scan<'a> {
         self.summary.allocated += 1;
         let blocks_in_image = self.layout.blocks_in_image;
         if entry >= blocks_in_image {
-            report.add(self.layout.misplaced(block, file_block));
+            self.behind.visit(self.layout, block, file_block);
             return;
         }
         let needed = self.layout.needed_bytes(block);
@@ -300,16 +321,19 @@ fn report_count(layout: &Layout, scan: &Scan<'_>, report: &mut Report) {
     }
 }
 
-fn report_unused(layout: &Layout, scan: &mut Scan<'_>, report: &mut Report) {
+fn report_unused(layout: &Layout, scan: &mut Scan<'_>, away: Away, report: &mut Report) {
     let counted = layout.blocks_allocated.min(layout.covered());
-    let count = u64::from(counted) - scan.used_below(counted);
+    // What is away left a place behind.
+    let count = (u64::from(counted) - scan.used_below(counted)).saturating_sub(away.count);
     if count > 0 {
         report.add(Finding::LeakedBlocks {
             count,
             blocks_allocated: layout.blocks_allocated,
         });
     }
-    let end = counted.max(scan.highest.map_or(0, |highest| highest + 1));
+    let end = counted
+        .max(scan.highest.map_or(0, |highest| highest + 1))
+        .max(away.end);
     let data_end = layout.area.end_of(end).0;
     scan.summary.data_end = data_end;
     if layout.len_bytes > data_end {

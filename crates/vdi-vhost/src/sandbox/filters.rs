@@ -67,7 +67,7 @@ const COMMON: &[i64] = &[
     // Threads end, and the process, also by abort.
     libc::SYS_exit,
     libc::SYS_exit_group,
-    // The log, and eventfds: bells and the guest's calls.
+    // The log, and bells.
     libc::SYS_write,
     libc::SYS_close,
 ];
@@ -90,7 +90,7 @@ const IMAGES: &[i64] = &[
     libc::SYS_newfstatat,
 ];
 
-/// How a worker waits without io_uring, and sees whether an eventfd has room for a call.
+/// How a worker calls guests (`ring::calls`), waits without io_uring, and sees whether an eventfd has room where there is no AIO.
 const WAITS: &[i64] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
@@ -99,6 +99,9 @@ const WAITS: &[i64] = &[
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_ctl,
+    // They reach no file that is not open.
+    libc::SYS_io_submit,
+    libc::SYS_io_getevents,
 ];
 
 /// What the control thread does beyond what the others do.
