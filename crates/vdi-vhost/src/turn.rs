@@ -157,6 +157,7 @@ impl Opening {
             parents: self.parents.clone(),
             image_dirs: self.image_dirs.clone(),
             locking,
+            seen: Arc::default(),
         };
         let files = find_chain(&self.image, access, &options)?;
         for (nth, file) in files.iter().enumerate() {
