@@ -51,6 +51,7 @@ fn open(path: &Path, access: Access) -> Result<Arc<Disk>, OpenError> {
         parents: Vec::new(),
         image_dirs: Vec::new(),
         locking: Locking::Locked,
+        seen: Arc::default(),
     };
     let files = find_chain(path, access, &options).expect("the parents are beside it");
     let storages = files

@@ -26,6 +26,7 @@ impl Stored {
             parents: Vec::new(),
             image_dirs: Vec::new(),
             locking: Locking::ForceShare,
+            seen: Arc::default(),
         };
         let files = find_chain(path, Access::ReadOnly, &options).unwrap();
         let storages = files

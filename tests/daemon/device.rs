@@ -218,12 +218,17 @@ fn as_many_queues_as_any_machine_asks_for_are_offered_and_cost_nothing_until_the
     let launch = |image: &Image| Launch::image(image.path()).args(["--workers", "1"]);
     let server = launch(&image).start();
     let modest = launch(&other).args(["--num-queues", "1"]).start();
-    assert_eq!(server.control(&Options::new()).queues_offered(), 256);
-    let _one = modest.control(&Options::new());
+    // Who is connected has a thread.
+    let (control, _one) = (
+        server.control(&Options::new()),
+        modest.control(&Options::new()),
+    );
+    assert_eq!(control.queues_offered(), 256);
     assert_eq!(status(&server, "Threads"), status(&modest, "Threads"));
     let [all, one] = [&server, &modest].map(|server| status(server, "RssAnon"));
     let most = one + 512;
     assert!(all < most, "{all} KiB with 256 queues, {one} with one");
+    drop(control);
     let mut driver = server.driver(&Options::new().queues(256).queue_size(16));
     for queue in &mut driver.queues {
         let sector = queue.index() as u64;

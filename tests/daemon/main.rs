@@ -15,6 +15,7 @@ mod device;
 mod dirty_log;
 mod durability;
 mod eventfds;
+mod fleet;
 mod load;
 mod program;
 mod requests;

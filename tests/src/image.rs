@@ -137,6 +137,7 @@ pub fn write_to(path: &Path, at: u64, bytes: &[u8]) {
         parents: Vec::new(),
         image_dirs: Vec::new(),
         locking: Locking::Locked,
+        seen: Arc::default(),
     };
     let files = find_chain(path, Access::Writable, &options).expect("nobody has the image open");
     let storages = files

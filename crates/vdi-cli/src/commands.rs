@@ -290,6 +290,7 @@ fn chain_options(chain: &ChainArgs, locking: Locking) -> ChainOptions {
         parents: chain.parents.clone(),
         image_dirs: chain.image_dirs.clone(),
         locking,
+        seen: Arc::default(),
     }
 }
 

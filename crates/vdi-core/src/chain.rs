@@ -8,11 +8,12 @@
 //! Only headers are read here; whether the links hold is judged by
 //! [`crate::disk::Disk::open_chain`].
 
-use std::collections::HashSet;
-use std::fs::File;
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::libc;
 use uuid::Uuid;
@@ -35,6 +36,45 @@ pub struct ChainOptions {
     pub image_dirs: Vec<PathBuf>,
     /// Whether the files are locked.
     pub locking: Locking,
+    /// What earlier searches saw, for those who open many disks.
+    pub seen: Arc<SeenImages>,
+}
+
+/// What files were seen to be, so that a directory of a thousand clones is not read anew for each of them. A file
+/// that was changed since, by its times, is looked at again.
+#[derive(Debug, Default)]
+pub struct SeenImages(Mutex<HashMap<PathBuf, (Stamp, Option<Uuid>)>>);
+
+/// Which file it is, and in which state.
+type Stamp = [i64; 5];
+
+impl SeenImages {
+    /// The UUID of the image at `path`, if it is one.
+    fn uuid_of(&self, path: &Path, metadata: &Metadata) -> Option<Uuid> {
+        let stamp = [
+            metadata.dev().cast_signed(),
+            metadata.ino().cast_signed(),
+            metadata.ctime(),
+            metadata.ctime_nsec(),
+            metadata.len().cast_signed(),
+        ];
+        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((seen, uuid)) = lock().get(path)
+            && *seen == stamp
+        {
+            return *uuid;
+        }
+        // What cannot be opened or read is not the parent.
+        let header = open_quietly(path).ok().map(|file| read_header(&file, path));
+        let header = header.and_then(Result::ok).filter(RawHeader::is_vdi);
+        let uuid = header.map(|header| header.uuid_image.get());
+        let mut seen = lock();
+        if seen.len() >= MOST_CANDIDATES {
+            seen.clear();
+        }
+        seen.insert(path.to_owned(), (stamp, uuid));
+        uuid
+    }
 }
 
 /// Opens an image and all its parents, the image first. Parents are opened read-only.
@@ -77,7 +117,7 @@ pub fn find_parent(
     parent: Uuid,
     options: &ChainOptions,
 ) -> Result<PathBuf, ChainError> {
-    let named = candidates(options.parents.iter().cloned(), parent);
+    let named = candidates(options.parents.iter().cloned(), parent, &options.seen);
     if let Some(found) = only_one(named, parent)? {
         return Ok(found);
     }
@@ -104,7 +144,7 @@ pub fn find_parent(
             }
         }
     }
-    let found = only_one(candidates(files.into_iter(), parent), parent)?;
+    let found = only_one(candidates(files.into_iter(), parent, &options.seen), parent)?;
     found.ok_or_else(|| ChainError::Missing {
         child: child.to_owned(),
         parent,
@@ -113,20 +153,19 @@ pub fn find_parent(
 }
 
 /// The files that are the image `parent`, each once, by whatever name it was reached.
-fn candidates(files: impl Iterator<Item = PathBuf>, parent: Uuid) -> Vec<PathBuf> {
+fn candidates(
+    files: impl Iterator<Item = PathBuf>,
+    parent: Uuid,
+    seen: &SeenImages,
+) -> Vec<PathBuf> {
     let mut known = HashSet::new();
     files
         .filter(|path| {
-            // What cannot be opened or read is not the parent.
-            let Ok(file) = open_quietly(path) else {
-                return false;
-            };
-            let Ok(metadata) = file.metadata() else {
+            let Ok(metadata) = std::fs::metadata(path) else {
                 return false;
             };
             metadata.is_file()
-                && read_header(&file, path)
-                    .is_ok_and(|h| h.is_vdi() && h.uuid_image.get() == parent)
+                && seen.uuid_of(path, &metadata) == Some(parent)
                 && known.insert((metadata.dev(), metadata.ino()))
         })
         .collect()

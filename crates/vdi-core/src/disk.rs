@@ -31,7 +31,7 @@ pub use crate::writer::WriteError;
 #[derive(Debug)]
 pub struct Disk {
     /// The top image first, the base last.
-    images: Vec<Image>,
+    images: Vec<Arc<Image>>,
     pub(crate) writer: Option<Writer>,
     pub(crate) visits: Arc<Visits>,
     /// The blocking doors' own.
@@ -61,39 +61,58 @@ impl Disk {
         access: Access,
         modified: ModifiedParent,
     ) -> Result<Self, OpenError> {
-        if storages.len() > MOST_IMAGES {
+        let mut storages = storages.into_iter();
+        let top = storages.next().ok_or(OpenError::NoImage)?;
+        if storages.len() >= MOST_IMAGES {
             return Err(OpenError::TooManyImages { most: MOST_IMAGES });
         }
-        let mut images: Vec<Image> = Vec::with_capacity(storages.len());
-        let mut writer = None;
-        for storage in storages {
-            let is_top = images.is_empty();
-            let access = if is_top { access } else { Access::ReadOnly };
-            let (image, owners) = Image::open(storage, access)?;
-            if let Some(child) = images.last() {
-                child.check_parent(&image, modified)?;
-            }
-            if access == Access::Writable {
-                writer = Some(Writer::new(&image, &owners)?);
-            }
-            images.push(image);
+        let top = open_top(top, access)?;
+        let open = |storage| Ok(Arc::new(Image::open(storage, Access::ReadOnly)?.0));
+        let parents: Vec<_> = storages.map(open).collect::<Result<_, OpenError>>()?;
+        Self::put_together(top, &parents, modified)
+    }
+
+    /// Opens the top image of a disk over parents that are open already, the nearest first: many disks may
+    /// have them, with one map in memory for all.
+    ///
+    /// # Errors
+    /// Like [`Disk::open_chain`].
+    pub fn open_over(
+        top: Arc<dyn Storage>,
+        access: Access,
+        parents: &[Arc<Image>],
+        modified: ModifiedParent,
+    ) -> Result<Self, OpenError> {
+        if parents.len() >= MOST_IMAGES {
+            return Err(OpenError::TooManyImages { most: MOST_IMAGES });
         }
-        match images.last().map(|last| last.header.kind()) {
-            None => Err(OpenError::NoImage),
-            Some(ImageKind::Differencing(link)) => Err(OpenError::NoParent {
-                parent: link.uuid_image,
-            }),
-            Some(ImageKind::Dynamic | ImageKind::Fixed) => {
-                let visits = Arc::<Visits>::default();
-                let lane = visits.lane();
-                Ok(Self {
-                    images,
-                    writer,
-                    visits,
-                    lane,
-                })
-            }
+        Self::put_together(open_top(top, access)?, parents, modified)
+    }
+
+    fn put_together(
+        (top, writer): (Image, Option<Writer>),
+        parents: &[Arc<Image>],
+        modified: ModifiedParent,
+    ) -> Result<Self, OpenError> {
+        let mut images = vec![Arc::new(top)];
+        images.extend_from_slice(parents);
+        for (child, parent) in images.iter().zip(&images[1..]) {
+            child.check_parent(parent, modified)?;
         }
+        if let Some(last) = images.last()
+            && let ImageKind::Differencing(link) = last.header.kind()
+        {
+            let parent = link.uuid_image;
+            return Err(OpenError::NoParent { parent });
+        }
+        let visits = Arc::<Visits>::default();
+        let lane = visits.lane();
+        Ok(Self {
+            images,
+            writer,
+            visits,
+            lane,
+        })
     }
 
     pub(crate) fn top(&self) -> &Image {
@@ -101,7 +120,7 @@ impl Disk {
     }
 
     /// The images, the top one first.
-    pub fn images(&self) -> &[Image] {
+    pub fn images(&self) -> &[Arc<Image>] {
         &self.images
     }
 
@@ -338,6 +357,19 @@ impl Wake for Unpark {
     }
 }
 
+/// The image that a disk's changes go to, and what it takes to change it.
+fn open_top(
+    storage: Arc<dyn Storage>,
+    access: Access,
+) -> Result<(Image, Option<Writer>), OpenError> {
+    let (image, owners) = Image::open(storage, access)?;
+    let writer = match access {
+        Access::Writable => Some(Writer::new(&image, &owners)?),
+        Access::ReadOnly => None,
+    };
+    Ok((image, writer))
+}
+
 /// A run of bytes with one source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -369,7 +401,7 @@ pub enum Source {
 /// The extents of a range, found as they are asked for.
 #[derive(Debug)]
 pub struct Extents<'d> {
-    images: &'d [Image],
+    images: &'d [Arc<Image>],
     at: u64,
     end: u64,
     /// The start of the extent to give next, if the map was read that far.
@@ -378,7 +410,7 @@ pub struct Extents<'d> {
 
 impl<'d> Extents<'d> {
     /// What these images have of a range, the first one in front of the others.
-    pub(crate) const fn over(images: &'d [Image], range: SectorRange) -> Self {
+    pub(crate) const fn over(images: &'d [Arc<Image>], range: SectorRange) -> Self {
         Self {
             images,
             at: range.start_bytes(),
@@ -632,5 +664,33 @@ mod tests {
         assert!(matches!(asked, Ok(Reserve::Parked)), "{asked:?}");
         drop(visit);
         disk.write_at(block(3), &data).unwrap();
+    }
+
+    #[test]
+    fn disks_over_one_parent_share_what_is_known_of_it_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = image(dir.path(), "base.vdi", NewKind::Dynamic);
+        {
+            let disk = chain(&[&base]);
+            disk.write_at(disk.capacity().range(Sector(0), 1).unwrap(), &[7; 512])
+                .unwrap();
+            disk.close().unwrap();
+        }
+        let file = HostFile::open(&base, Access::ReadOnly, Locking::Locked).unwrap();
+        let parent = Arc::new(Image::examine(Arc::new(file)).unwrap());
+        let parents = [parent];
+        let open = |name: &str| {
+            let path = dir.path().join(name);
+            crate::create_child(&path, parents[0].header(), 1 << 20, None).unwrap();
+            let file = HostFile::open(&path, Access::Writable, Locking::Locked).unwrap();
+            let (access, modified) = (Access::Writable, ModifiedParent::Refuse);
+            Arc::new(Disk::open_over(Arc::new(file), access, &parents, modified).unwrap())
+        };
+        let (one, other) = (open("one.vdi"), open("other.vdi"));
+        assert!(Arc::ptr_eq(&one.images()[1], &other.images()[1]));
+        let second = one.capacity().range(Sector(1), 1).unwrap();
+        one.write_at(second, &[9; 512]).unwrap();
+        assert_eq!(contents(&one)[..1024], [[7; 512], [9; 512]].concat());
+        assert_eq!(contents(&other)[..1024], [[7; 512], [0; 512]].concat());
     }
 }

@@ -16,6 +16,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::disk::{Extents, Source};
 use crate::image::Image;
@@ -134,7 +135,7 @@ pub struct DiskCells {
 impl DiskCells {
     /// Looks at a disk of `capacity` and these images, the top one first. With one of them alone it is what
     /// that one has, hidden or not.
-    pub fn of(images: &[Image], capacity: Capacity, grid: Grid) -> Self {
+    pub fn of(images: &[Arc<Image>], capacity: Capacity, grid: Grid) -> Self {
         let mut shown = vec![Shown::default(); grid.cells() * images.len()];
         let mut start = 0;
         for extent in Extents::over(images, capacity.whole()) {
@@ -174,7 +175,7 @@ impl DiskCells {
 }
 
 /// What shows of each image of a chain, the top one first.
-pub fn shown(images: &[Image]) -> Vec<Shown> {
+pub fn shown(images: &[Arc<Image>]) -> Vec<Shown> {
     let Some(top) = images.first() else {
         return Vec::new();
     };

@@ -51,7 +51,7 @@ pub mod units;
 pub mod visit;
 mod writer;
 
-pub use chain::{ChainError, ChainOptions, find_chain, find_parent};
+pub use chain::{ChainError, ChainOptions, SeenImages, find_chain, find_parent};
 pub use create::{CreateError, CreateOptions, NewKind, create, create_child};
 pub use crew::Threads;
 pub use disk::{

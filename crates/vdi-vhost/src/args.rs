@@ -12,7 +12,7 @@ use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
 use crate::engine::EngineChoice;
 
 /// Most queues: the protocol's messages have 8 bits for the number of one.
-const MAX_QUEUES: u16 = 256;
+pub(crate) const MAX_QUEUES: u16 = 256;
 
 /// Serves a VirtualBox VDI image to a virtual machine as a vhost-user-blk device.
 ///
@@ -34,8 +34,15 @@ pub(crate) struct Args {
     pub(crate) fd: Option<RawFd>,
 
     /// The image to serve.
-    #[arg(long, value_name = "IMAGE")]
-    pub(crate) blk_file: PathBuf,
+    #[arg(long, value_name = "IMAGE", required_unless_present = "config")]
+    pub(crate) blk_file: Option<PathBuf>,
+
+    /// Serve many disks: those that this TOML file describes, and those that are added through its control socket. See vdi-vhost's
+    /// docs/fleet.md for what it can say.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["blk_file", "socket_path", "fd", "control_socket",
+          "read_only", "num_queues", "incoming", "cache", "parents", "image_dirs", "allow_modified_parent", "discard",
+          "detect_zeroes", "serial"])]
+    pub(crate) config: Option<PathBuf>,
 
     /// Serve it read-only.
     #[arg(long)]
@@ -83,7 +90,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ID", value_parser = parse_serial)]
     pub(crate) serial: Option<Serial>,
 
-    /// How many threads serve queues [default: one per CPU, at most one per queue].
+    /// How many threads serve the queues of all disks [default: one per CPU, at most one per queue].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub(crate) workers: Option<u16>,
 
@@ -141,7 +148,8 @@ pub(crate) enum Page {
 }
 
 /// The role of the host's page cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Cache {
     /// Data go through it; a flush by the guest makes them durable.
     Writeback,
@@ -181,7 +189,7 @@ pub(crate) fn parse() -> Asked {
         return Asked::Print(page.make(command));
     }
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let has_door = args.socket_path.is_some() || args.fd.is_some();
+    let has_door = args.socket_path.is_some() || args.fd.is_some() || args.config.is_some();
     if !has_door && std::env::var_os("LISTEN_FDS").is_none() {
         let missing = "there is nothing to serve on; give --socket-path PATH or --fd FDNUM, or start it by a socket unit";
         command

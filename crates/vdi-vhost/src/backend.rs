@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use vdi_core::{Access, Capacity, WriteError};
@@ -24,7 +25,8 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use crate::channel::Channel;
 use crate::command::Takeover;
-use crate::complaints::Complaints;
+use crate::complaints::{About, Complaints};
+use crate::config::DiskOptions;
 use crate::device::Device;
 use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
@@ -33,7 +35,7 @@ use crate::housekeeper::Housekeepers;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
 use crate::tracking::{Tracking, TrackingError};
-use crate::turn::{GrowError, Opened, Turn, TurnError};
+use crate::turn::{GrowError, Opened, SnapshotError, Turn, TurnError};
 use crate::workers::{Served, Workers};
 
 /// The device as a front end controls it.
@@ -95,6 +97,9 @@ pub(crate) enum ControlError {
     /// The disk is as it was.
     #[error(transparent)]
     Grow(#[from] GrowError),
+    /// The same.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
 }
 
 impl From<Refusal> for Error {
@@ -128,19 +133,19 @@ impl Backend {
         turn: Turn,
         workers: Workers,
         housekeepers: Arc<Housekeepers>,
-    ) -> std::result::Result<Self, virtio_queue::Error> {
-        let rings = Rings::new(device.num_queues(), workers)?;
-        Ok(Self {
+        about: &About,
+    ) -> Self {
+        Self {
+            rings: Rings::new(device.num_queues(), workers),
             device,
             turn,
             housekeepers,
-            complaints: Arc::default(),
-            rings,
+            complaints: Arc::new(Complaints::about(about.clone())),
             account: Account::default(),
             channel: None,
             log: None,
             loading: None,
-        })
+        }
     }
 
     /// Opens the image for the workers, unless it is open.
@@ -172,23 +177,47 @@ impl Backend {
 
     /// Makes the disk larger, while its guest runs: requests wait meanwhile, and the guest is told.
     pub(crate) fn grow(&mut self, to: Capacity) -> std::result::Result<Capacity, ControlError> {
-        let was_held = self.turn.disk().is_some();
-        if !was_held {
-            self.begin_turn().map_err(ControlError::Open)?;
-        }
-        let running = self.rings.suspend()?;
-        let (opened, grown) = self.turn.grow(to)?;
-        self.serve(opened);
-        self.rings.resume(&running, &self.device)?;
-        if !was_held && self.rings.dismiss_if_idle() {
-            self.turn.end();
-        }
-        grown?;
+        self.while_suspended(|turn| turn.grow(to))??;
         if let Some(channel) = &self.channel {
             channel.config_changed();
         }
         tracing::info!("the disk has {} bytes now", self.device.capacity().bytes());
         Ok(self.device.capacity())
+    }
+
+    /// Freezes the disk as it is at this instant, under the name `to`, while its guest goes on in a child: requests wait
+    /// meanwhile, and all that were answered are in the frozen image, durably.
+    pub(crate) fn snapshot(&mut self, to: &Path) -> std::result::Result<(), ControlError> {
+        self.while_suspended(|turn| turn.snapshot(to))??;
+        tracing::info!("the disk was frozen as {}", to.display());
+        Ok(())
+    }
+
+    /// Does something with the image while no request is under way.
+    fn while_suspended<E>(
+        &mut self,
+        change: impl FnOnce(
+            &mut Turn,
+        )
+            -> std::result::Result<(Opened, std::result::Result<(), E>), TurnError>,
+    ) -> std::result::Result<std::result::Result<(), E>, ControlError> {
+        let was_held = self.turn.disk().is_some();
+        if !was_held {
+            self.begin_turn().map_err(ControlError::Open)?;
+        }
+        let running = self.rings.suspend()?;
+        let (opened, changed) = change(&mut self.turn)?;
+        self.serve(opened);
+        self.rings.resume(&running, &self.device)?;
+        if !was_held && self.rings.dismiss_if_idle() {
+            self.turn.end();
+        }
+        Ok(changed)
+    }
+
+    /// How the disk is served.
+    pub(crate) const fn options(&self) -> &DiskOptions {
+        self.turn.options()
     }
 
     /// The size of the disk.
@@ -216,10 +245,10 @@ impl Backend {
         self.channel = Some(channel);
     }
 
-    /// Ends the workers and closes the image.
-    pub(crate) fn close(self) -> std::result::Result<(), WriteError> {
+    /// Answers what is in flight and closes the image; nothing is served after that.
+    pub(crate) fn close(&mut self) -> std::result::Result<(), WriteError> {
         // The housekeeper, in the turn, must still be there for requests that wait for room.
-        drop(self.rings);
+        self.rings.dismiss();
         self.turn.close()
     }
 
@@ -504,9 +533,11 @@ mod tests {
             let capacity = Capacity::from_bytes_rounded_down(1 << 20);
             let serial = Serial::new("tested").unwrap();
             let device = Device::new(capacity, Access::Writable, 1, serial, zeros);
-            let turn = Turn::waiting(Opening::new(&args));
-            let housekeepers = Arc::clone(&housekeepers);
-            Backend::new(Arc::new(device), turn, Workers::new(&crew), housekeepers).unwrap()
+            let disk = DiskOptions::of(&args).unwrap();
+            let turn = Turn::waiting(Opening::new(disk, Arc::default()));
+            let (workers, housekeepers) = (Workers::new(&crew), Arc::clone(&housekeepers));
+            let about = About::default();
+            Backend::new(Arc::new(device), turn, workers, housekeepers, &about)
         })
     }
 

@@ -1,8 +1,8 @@
 //! Log lines that a guest or a front end can bring about: few enough that it cannot fill the host's log (R5).
 
-use std::fmt::Arguments;
+use std::fmt::{self, Arguments, Display, Formatter};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Lines per [`PERIOD`]: enough to see what is wrong.
@@ -14,6 +14,8 @@ const PERIOD: Duration = Duration::from_secs(60);
 /// Says what others do and do wrong, in a few lines for all of one kind.
 #[derive(Debug, Default)]
 pub(crate) struct Complaints {
+    /// The disk that it is about, where there are many.
+    about: About,
     budget: Mutex<Budget>,
     /// Requests that the host failed, said or not.
     failures: AtomicU64,
@@ -26,18 +28,43 @@ struct Budget {
     unsaid: u64,
 }
 
+/// The beginning of a line.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct About(Option<Arc<str>>);
+
+impl About {
+    /// Lines about one of many disks.
+    pub(crate) fn disk(name: &str) -> Self {
+        Self(Some(name.into()))
+    }
+}
+
+impl Display for About {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        self.0.as_ref().map_or(Ok(()), |name| write!(f, "{name}: "))
+    }
+}
+
 impl Complaints {
+    /// Complaints that begin so.
+    pub(crate) fn about(about: About) -> Self {
+        Self {
+            about,
+            ..Self::default()
+        }
+    }
+
     /// Something happened that others can make happen as often as they like.
     pub(crate) fn info(&self, line: Arguments<'_>) {
         if let Some(unsaid) = self.permit(Instant::now()) {
-            tracing::info!("{line}{}", Unsaid(unsaid));
+            tracing::info!("{}{line}{}", self.about, Unsaid(unsaid));
         }
     }
 
     /// A guest or a front end did wrong.
     pub(crate) fn warn(&self, line: Arguments<'_>) {
         if let Some(unsaid) = self.permit(Instant::now()) {
-            tracing::warn!("{line}{}", Unsaid(unsaid));
+            tracing::warn!("{}{line}{}", self.about, Unsaid(unsaid));
         }
     }
 
@@ -45,7 +72,7 @@ impl Complaints {
     pub(crate) fn error(&self, line: Arguments<'_>) {
         self.failures.fetch_add(1, Ordering::Relaxed);
         if let Some(unsaid) = self.permit(Instant::now()) {
-            tracing::error!("{line}{}", Unsaid(unsaid));
+            tracing::error!("{}{line}{}", self.about, Unsaid(unsaid));
         }
     }
 

@@ -1,43 +1,67 @@
-//! The control socket: what an operator asks of a running daemon.
+//! The control socket: what operators ask of a running daemon.
 //!
-//! One JSON object in a line, and one in answer, then the connection is closed:
+//! One JSON object in a line, and one in answer; a connection can be used for many:
 //!
 //! ```text
-//! {"version": 1, "execute": "info"}
-//! {"version": 1, "execute": "resize", "arguments": {"size_bytes": 21474836480}}
+//! {"version": 1, "execute": "list"}
+//! {"version": 1, "execute": "info", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "add", "arguments": {"name": "web-2", "image": "/var/lib/vdi-vhost/web-2.vdi"}}
+//! {"version": 1, "execute": "remove", "arguments": {"disk": "web-2"}}
+//! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
+//! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
+//! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
 //!
-//! It is answered on the thread that serves the front end, between two of its messages, so nothing else changes
-//! meanwhile. The socket's file is its owner's alone, and whoever connects has [`PATIENCE`] to speak and to listen.
+//! `disk` may be left out where there is one. What an error leaves is what was there before.
+//!
+//! | class | |
+//! | --- | --- |
+//! | `not-understood` | no command, or not of this version |
+//! | `no-such-disk` | none of this name; or none was named and there is not one |
+//! | `exists` | a disk of this name is there |
+//! | `not-open` | the image cannot be opened: another program has it, it is damaged, or the sandbox forbids it |
+//! | `not-possible` | the format, the host or the way the disk is served says no |
+//! | `broken` | a part of the daemon failed; the disk needs a restart |
+//!
+//! Each connection has a thread, so that a command that takes its time holds up nobody else. Whoever connects has [`PATIENCE`] for
+//! each line. The socket's file is its owner's alone.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vdi_core::Capacity;
 
-use crate::backend::{Backend, ControlError};
+use crate::backend::ControlError;
+use crate::berth::Berth;
+use crate::config::DiskTable;
+use crate::fleet::{Fleet, FleetError};
 use crate::socket::{SocketError, SocketFile};
 
 /// The version of the messages.
 const VERSION: u32 = 1;
 
-/// How long a peer may take to send its line, and to read ours.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a peer may take to send its next line, and to read ours.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Bytes of the longest line: commands are short.
-const LONGEST_LINE: u64 = 4096;
+const LONGEST_LINE: u64 = 64 << 10;
+
+/// Most operators at once: each has a thread. More are turned away.
+const MOST_OPERATORS: usize = 16;
 
 /// Where operators connect.
 #[derive(Debug)]
 pub(crate) struct ControlSocket {
     listener: UnixListener,
-    image: PathBuf,
+    operators: Arc<AtomicUsize>,
     _file: Option<SocketFile>,
 }
 
@@ -51,8 +75,27 @@ struct Request {
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 #[serde(tag = "execute", content = "arguments", rename_all = "kebab-case")]
 enum Command {
-    Info,
-    Resize { size_bytes: u64 },
+    List,
+    Info(Option<Which>),
+    Add(Box<DiskTable>),
+    Remove {
+        disk: String,
+    },
+    Resize {
+        disk: Option<String>,
+        size_bytes: u64,
+    },
+    Snapshot {
+        disk: Option<String>,
+        to: PathBuf,
+    },
+    Shutdown,
+}
+
+/// Which disk is meant; the only one, if that is not said.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+struct Which {
+    disk: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -65,15 +108,28 @@ struct Answer {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Outcome {
-    Return(Info),
+    Return(Returned),
     Error { class: &'static str, desc: String },
 }
 
-/// What there is to know of the disk.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Returned {
+    Info(Info),
+    List { disks: Vec<Info> },
+    Nothing {},
+}
+
+/// What there is to know of a disk.
 #[derive(Debug, Serialize)]
 struct Info {
+    name: String,
     image: PathBuf,
+    /// Where front ends connect, if that is a path of ours.
+    socket: Option<PathBuf>,
     size_bytes: u64,
+    /// Whether a front end is connected.
+    connected: bool,
     /// Whether it is open here, or waits for its turn.
     open: bool,
     /// Requests that the host failed, since the daemon was started.
@@ -83,20 +139,20 @@ struct Info {
 }
 
 impl ControlSocket {
-    /// Listens at `path` for commands about `image`.
-    pub(crate) fn listen(path: &Path, image: &Path) -> Result<Self, SocketError> {
+    /// Listens at `path` for commands.
+    pub(crate) fn listen(path: &Path) -> Result<Self, SocketError> {
         let (file, listener) = SocketFile::listen(path)?;
         Ok(Self {
             _file: Some(file),
-            ..Self::on(listener, image)
+            ..Self::on(listener)
         })
     }
 
     /// Listens on a socket that somebody else made.
-    pub(crate) fn on(listener: UnixListener, image: &Path) -> Self {
+    pub(crate) fn on(listener: UnixListener) -> Self {
         Self {
             listener,
-            image: image.to_owned(),
+            operators: Arc::default(),
             _file: None,
         }
     }
@@ -106,29 +162,64 @@ impl ControlSocket {
         self.listener.as_fd()
     }
 
-    /// Answers whoever connected.
-    pub(crate) fn answer(&self, backend: &Mutex<Backend>) {
-        let answered = self
-            .listener
-            .accept()
-            .and_then(|(peer, _)| self.converse(&peer, backend));
-        if let Err(error) = answered {
-            tracing::warn!("a command could not be answered: {error}");
+    /// Serves whoever connected, on a thread of its own.
+    pub(crate) fn let_in(&self, fleet: &Arc<Fleet>) {
+        let begun = self.listener.accept().and_then(|(peer, _)| {
+            peer.set_nonblocking(false)?;
+            peer.set_read_timeout(Some(PATIENCE))?;
+            peer.set_write_timeout(Some(PATIENCE))?;
+            let seat = Seat::take(&self.operators)?;
+            let fleet = Arc::clone(fleet);
+            let thread = thread::Builder::new().name("operator".to_owned());
+            thread.spawn(move || {
+                let _seat = seat;
+                if let Err(error) = converse(&peer, &fleet) {
+                    tracing::warn!("a command could not be answered: {error}");
+                }
+            })
+        });
+        if let Err(error) = begun {
+            tracing::warn!("an operator could not be heard: {error}");
         }
     }
+}
 
-    fn converse(&self, mut peer: &UnixStream, backend: &Mutex<Backend>) -> io::Result<()> {
-        peer.set_read_timeout(Some(PATIENCE))?;
-        peer.set_write_timeout(Some(PATIENCE))?;
+/// One of the operators that are heard.
+struct Seat(Arc<AtomicUsize>);
+
+impl Seat {
+    fn take(taken: &Arc<AtomicUsize>) -> io::Result<Self> {
+        let more = |count: usize| (count < MOST_OPERATORS).then_some(count + 1);
+        let taken_now = taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
+        let full = || io::Error::other(format!("{MOST_OPERATORS} others are being served"));
+        taken_now
+            .map(|_| Self(Arc::clone(taken)))
+            .map_err(|_| full())
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Answers one line after the other.
+fn converse(mut peer: &UnixStream, fleet: &Arc<Fleet>) -> io::Result<()> {
+    let mut lines = BufReader::new(peer);
+    loop {
         let mut line = String::new();
-        BufReader::new(peer)
-            .take(LONGEST_LINE)
-            .read_line(&mut line)?;
-        let outcome = match parse(&line) {
-            Ok(command) => {
-                let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
-                self.execute(&command, &mut backend)
+        match lines.by_ref().take(LONGEST_LINE).read_line(&mut line) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            // One that said nothing at all is no command that could not be answered.
+            Err(error) if line.is_empty() && error.kind() == io::ErrorKind::WouldBlock => {
+                return Ok(());
             }
+            Err(error) => return Err(error),
+        }
+        let outcome = match parse(&line) {
+            Ok(command) => execute(command, fleet).unwrap_or_else(Outcome::from),
             Err(outcome) => outcome,
         };
         let answer = Answer {
@@ -137,38 +228,93 @@ impl ControlSocket {
         };
         let mut text = serde_json::to_vec(&answer)?;
         text.push(b'\n');
-        peer.write_all(&text)
+        peer.write_all(&text)?;
     }
+}
 
-    fn execute(&self, command: &Command, backend: &mut Backend) -> Outcome {
-        match command {
-            Command::Info => Outcome::Return(self.info(backend)),
-            Command::Resize { size_bytes } => {
-                match backend.grow(Capacity::from_bytes_rounded_down(*size_bytes)) {
-                    Ok(_) => Outcome::Return(self.info(backend)),
-                    Err(error) => {
-                        let desc = crate::chain_of(&error);
-                        tracing::warn!("the disk was not resized: {desc}");
-                        let class = match error {
-                            ControlError::Open(_) => "not-open",
-                            ControlError::Turn(_) | ControlError::Ring(_) => "broken",
-                            ControlError::Grow(_) => "not-possible",
-                        };
-                        Outcome::Error { class, desc }
-                    }
-                }
-            }
+fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
+    let returned = match command {
+        Command::List => Returned::List {
+            disks: fleet.list().iter().map(|berth| Info::of(berth)).collect(),
+        },
+        Command::Info(which) => {
+            let disk = which.and_then(|which| which.disk);
+            Returned::Info(Info::of(&*fleet.find(disk.as_deref())?))
         }
-    }
+        Command::Add(table) => Returned::Info(Info::of(&*fleet.add(*table)?)),
+        Command::Remove { disk } => {
+            fleet.remove(&disk)?;
+            tracing::info!("{disk}: removed");
+            Returned::Nothing {}
+        }
+        Command::Resize { disk, size_bytes } => {
+            let berth = fleet.find(disk.as_deref())?;
+            let to = Capacity::from_bytes_rounded_down(size_bytes);
+            berth.lock().grow(to)?;
+            Returned::Info(Info::of(&berth))
+        }
+        Command::Snapshot { disk, to } => {
+            let berth = fleet.find(disk.as_deref())?;
+            berth.lock().snapshot(&to)?;
+            Returned::Info(Info::of(&berth))
+        }
+        Command::Shutdown => {
+            fleet.end();
+            Returned::Nothing {}
+        }
+    };
+    Ok(Outcome::Return(returned))
+}
 
-    fn info(&self, backend: &Backend) -> Info {
-        Info {
-            image: std::path::absolute(&self.image).unwrap_or_else(|_| self.image.clone()),
+impl Info {
+    fn of(berth: &Berth) -> Self {
+        let connected = berth.is_connected();
+        let backend = berth.lock();
+        let options = backend.options();
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        Self {
+            name: berth.name().to_owned(),
+            image: absolute(&options.image),
+            socket: options.socket.as_ref().map(absolute),
             size_bytes: backend.capacity().bytes(),
+            connected,
             open: backend.is_open(),
             failed_requests: backend.failed_requests(),
             failed: backend.has_failed(),
         }
+    }
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
+    #[error(transparent)]
+    Disk(#[from] ControlError),
+}
+
+impl From<Failed> for Outcome {
+    fn from(failed: Failed) -> Self {
+        let desc = crate::chain_of(&failed);
+        tracing::warn!("a command was not carried out: {desc}");
+        let class = match failed {
+            Failed::Fleet(FleetError::NoSuchDisk { .. } | FleetError::WhichDisk { .. }) => {
+                "no-such-disk"
+            }
+            Failed::Fleet(FleetError::Exists { .. }) => "exists",
+            Failed::Fleet(FleetError::Turn(_)) | Failed::Disk(ControlError::Open(_)) => "not-open",
+            Failed::Fleet(
+                FleetError::Options(_)
+                | FleetError::TooMany
+                | FleetError::Socket(_)
+                | FleetError::Host(_),
+            )
+            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_)) => "not-possible",
+            Failed::Fleet(FleetError::Close(_))
+            | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_)) => "broken",
+        };
+        Self::Error { class, desc }
     }
 }
 
@@ -196,9 +342,15 @@ mod tests {
     #[test]
     fn a_line_is_a_command_of_a_version_that_is_known() {
         let info = parse(r#"{"version": 1, "execute": "info"}"#).unwrap();
-        assert_eq!(info, Command::Info);
+        assert_eq!(info, Command::Info(None));
         let line = r#"{"version": 1, "execute": "resize", "arguments": {"size_bytes": 5}}"#;
-        assert_eq!(parse(line).unwrap(), Command::Resize { size_bytes: 5 });
+        assert_eq!(
+            parse(line).unwrap(),
+            Command::Resize {
+                disk: None,
+                size_bytes: 5
+            }
+        );
         for bad in [
             "",
             "{}",

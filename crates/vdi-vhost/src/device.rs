@@ -82,7 +82,8 @@ impl Writeback {
 }
 
 /// What becomes of discards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Discard {
     /// They give space back to the host.
     Unmap,
@@ -91,7 +92,8 @@ pub(crate) enum Discard {
 }
 
 /// What becomes of data that are nothing but zeros.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum DetectZeroes {
     /// They are written like any other.
     Off,

@@ -13,7 +13,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once};
 use std::task::{Wake, Waker};
 
 use clap::Parser;
@@ -26,21 +26,23 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::args::Args;
 use crate::backend::Backend;
+use crate::berth::{Berth, Door};
 use crate::command::{Ack, Command, Doorbell, Order, SeatNumber, Setup, Takeover};
-use crate::complaints::Complaints;
+use crate::complaints::{About, Complaints};
+use crate::config::DiskOptions;
 use crate::crew::Crew;
 use crate::device::{DetectZeroes, Device, Discard, Serial, Zeros};
 use crate::dirty::{DirtyLog, Guest};
 use crate::engine::EngineChoice;
 use crate::fault::{self, Account};
+use crate::fleet::make_device;
 use crate::housekeeper::Housekeepers;
 use crate::image_file::ImageFile;
 use crate::memory::{self, Memory, Region};
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::ring::owned;
 use crate::sandbox::Sandbox;
-use crate::service::Manager;
-use crate::session::{self, Ears, Said};
+use crate::session;
 use crate::turn::{Opening, Turn};
 use crate::worker::Worker;
 use crate::workers::{Served, Workers};
@@ -343,13 +345,7 @@ pub(crate) fn map(guest: &GuestMemory<'_>) -> Guest {
 
 /// A daemon that serves one connection after the other, each on the caller's thread.
 pub struct Daemon {
-    backend: Arc<Mutex<Backend>>,
-    signals: UnixStream,
-    faults: &'static nix::sys::eventfd::EventFd,
-    manager: Manager,
-    said: Said,
-    /// So that `signals` is no stream that has ended.
-    _silent: UnixStream,
+    berth: Berth,
 }
 
 impl Daemon {
@@ -363,28 +359,21 @@ impl Daemon {
         let words = "vdi-vhost --socket-path none --num-queues 4 --workers 1 --engine sync --sandbox off --blk-file";
         let words = words.split(' ').map(Into::into).chain([image.into()]);
         let args = Args::try_parse_from::<_, std::ffi::OsString>(words).expect("they are right");
-        let mut turn = Turn::waiting(Opening::new(&args));
+        let options = DiskOptions::of(&args).expect("there is an image");
+        let mut turn = Turn::waiting(Opening::new(options.clone(), Arc::default()));
         let opened = turn.begin().expect("it is an image");
-        let device = Arc::new(crate::make_device(
-            &args,
-            &opened.disk,
-            opened.disk.access(),
-        ));
+        let device = make_device(&options, &opened.disk, opened.disk.access());
         let sandbox = Sandbox::off();
         let crew = Crew::start(crate::worker_count(&args), args.engine, &sandbox);
         let workers = Workers::new(&crew.expect("threads are left"));
         let housekeepers = Housekeepers::start(&sandbox).expect("threads are left");
-        let backend = Backend::new(device, turn, workers, housekeepers);
-        let mut backend = backend.expect("the queues are few");
+        let about = About::default();
+        let mut backend = Backend::new(Arc::new(device), turn, workers, housekeepers, &about);
         backend.serve(opened);
-        let (signals, silent) = UnixStream::pair().expect("sockets");
+        let door = Door::Connected(Mutex::default());
+        let berth = Berth::new(options.name, &about, door, backend);
         Self {
-            backend: Arc::new(Mutex::new(backend)),
-            signals,
-            faults: fault::catch().expect("a signal is caught"),
-            manager: Manager::from_environment().expect("there is none"),
-            said: Said::default(),
-            _silent: silent,
+            berth: berth.expect("descriptors are left"),
         }
     }
 
@@ -393,14 +382,7 @@ impl Daemon {
     /// # Panics
     /// If the daemon would end.
     pub fn converse(&self, stream: UnixStream) {
-        let ears = Ears {
-            signals: &self.signals,
-            faults: self.faults,
-            control: None,
-            manager: &self.manager,
-            backend: &self.backend,
-        };
-        session::converse(stream, &ears, &self.said).expect("a front end ends no daemon");
+        session::converse(stream, &self.berth).expect("a front end ends no daemon");
     }
 
     /// Ends it.
@@ -408,8 +390,6 @@ impl Daemon {
     /// # Errors
     /// If the image cannot be closed clean.
     pub fn close(self) -> Result<(), WriteError> {
-        let backend = Arc::into_inner(self.backend).expect("sessions have ended");
-        let backend = backend.into_inner().unwrap_or_else(PoisonError::into_inner);
-        backend.close()
+        Arc::new(self.berth).close()
     }
 }

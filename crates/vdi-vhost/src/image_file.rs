@@ -45,7 +45,7 @@ pub(crate) enum Reads {
 }
 
 /// The open image, as data is read and written.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct ImageFile {
     buffered: Arc<File>,
     reads: Reads,
@@ -54,7 +54,7 @@ pub(crate) struct ImageFile {
     direct: Option<Direct>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Direct {
     file: Arc<File>,
     floor: u64,

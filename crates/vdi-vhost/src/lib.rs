@@ -15,17 +15,21 @@
 mod access;
 mod args;
 mod backend;
+mod berth;
 mod chain;
 mod channel;
 mod command;
 mod complaints;
+mod config;
 mod control;
 mod crew;
 mod device;
 mod device_state;
 mod dirty;
+mod doorman;
 mod engine;
 mod fault;
+mod fleet;
 #[doc(hidden)]
 pub mod fuzzing;
 mod housekeeper;
@@ -33,6 +37,7 @@ mod image_file;
 mod inflight;
 mod log;
 mod memory;
+mod parents;
 mod patience;
 mod promptness;
 mod queue;
@@ -55,30 +60,36 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{getsockopt, sockopt};
-use vdi_core::{Access, Disk, WriteError};
+use vdi_core::WriteError;
 
 use crate::args::{Args, Asked, Sandboxing};
-use crate::backend::Backend;
+use crate::berth::Door;
+use crate::config::{Config, ConfigError};
 use crate::control::ControlSocket;
 use crate::crew::Crew;
-use crate::device::{Device, Serial, Zeros};
+use crate::doorman::Ears;
+use crate::fleet::{Fleet, FleetError, Readied};
 use crate::housekeeper::Housekeepers;
+use crate::parents::Parents;
 use crate::sandbox::{Reach, Sandbox, SandboxError};
 use crate::service::{ActivationError, Handed, Manager};
-use crate::session::{Door, Ears, ServeError};
-use crate::socket::{SocketError, SocketFile};
-use crate::turn::{Opening, Turn, TurnError};
-use crate::workers::Workers;
+use crate::session::ServeError;
+use crate::socket::SocketError;
+use crate::turn::{Opening, TurnError};
 
 /// Why the daemon ends with exit code 1.
 #[derive(Debug, thiserror::Error)]
 enum Fatal {
     #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
     Turn(#[from] TurnError),
+    #[error(transparent)]
+    Disk(#[from] FleetError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error(transparent)]
@@ -101,10 +112,10 @@ enum Fatal {
     Signals(#[source] io::Error),
     #[error("cannot catch faults in the guest's memory")]
     Faults(#[source] io::Error),
+    #[error("cannot wait for front ends")]
+    Doors(#[source] io::Error),
     #[error("cannot start the threads that serve queues")]
     Crew(#[source] io::Error),
-    #[error("cannot make queues")]
-    Queues(#[from] virtio_queue::Error),
     #[error(transparent)]
     Serve(#[from] ServeError),
     #[error("the image could not be closed clean")]
@@ -142,134 +153,112 @@ fn run(args: &Args) -> Result<(), Fatal> {
         None => Handed::take()?,
     };
     let inherited = args.fd.map(take_fd).transpose()?;
+    let config = match &args.config {
+        Some(path) => Config::read(path)?,
+        None => Config::of(args),
+    };
     let manager = Manager::from_environment().map_err(Fatal::Notify)?;
     let signals = catch_signals().map_err(Fatal::Signals)?;
     let faults = fault::catch().map_err(Fatal::Faults)?;
     ring::calls::prepare();
     allow_many_descriptors();
-    let mut turn = Turn::waiting(Opening::new(args));
-    let opened = if args.incoming {
-        None
-    } else {
-        Some(turn.begin()?)
+    let parents = Arc::<Parents>::default();
+    let mut door = door(args, inherited, handed.door)?;
+    let readied = config
+        .disks
+        .iter()
+        .map(|disk| Readied::new(disk.clone(), &parents, door.take()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let control = open_control(&config, handed.control)?.map(Arc::new);
+    let what = match &readied[..] {
+        [only] => only.describe(),
+        all => format!("serving {} disks", all.len()),
     };
-    let device = match &opened {
-        Some(opened) => make_device(args, &opened.disk, opened.disk.access()),
-        None => {
-            let opening = Opening::new(args);
-            make_device(args, &opening.look()?, opening.access())
-        }
-    };
-    let device = Arc::new(device);
-    let control = open_control(args, handed.control)?;
-    let (socket_file, door) = open_door(args, inherited, handed.door)?;
-    let what = format!(
-        "serving {} ({} bytes){}",
-        args.blk_file.display(),
-        device.capacity().bytes(),
-        if args.incoming {
-            ", when it is our turn"
-        } else {
-            ""
-        }
-    );
     tracing::info!("{what}");
+    let doors = Fleet::doors().map_err(Fatal::Doors)?;
     // Before there are other threads, and anything to hear.
     let sandbox = match args.sandbox {
         Sandboxing::Off => Sandbox::off(),
-        Sandboxing::On => Sandbox::enter(&reach(args)?, args.engine)?,
+        Sandboxing::On => Sandbox::enter(&reach(args, &config, &parents)?, args.engine)?,
     };
     let crew = Crew::start(worker_count(args), args.engine, &sandbox).map_err(Fatal::Crew)?;
     let housekeepers = Housekeepers::start(&sandbox).map_err(Fatal::Crew)?;
     sandbox.seal()?;
-    let workers = Workers::new(&crew);
-    let mut backend = Backend::new(Arc::clone(&device), turn, workers, housekeepers)?;
-    if let Some(opened) = opened {
-        backend.serve(opened);
+    let fleet = Fleet::new(config, crew, housekeepers, parents, doors).map_err(Fatal::Doors)?;
+    let fleet = Arc::new(fleet);
+    for disk in readied {
+        fleet.serve(disk)?;
     }
-    let backend = Arc::new(Mutex::new(backend));
     let ears = Ears {
         signals: &signals,
         faults,
         control: control.as_ref(),
         manager: &manager,
-        backend: &backend,
     };
     manager.ready(&what);
-    let served = session::serve(door, &ears);
+    let served = doorman::serve(&fleet, &ears);
     manager.stopping();
     drop(control);
-    drop(socket_file);
-    let backend = Arc::into_inner(backend).expect("sessions have ended");
-    let backend = backend.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let closed = backend.close();
+    let closed = fleet.close();
     served?;
     closed?;
     tracing::info!("the image is closed");
     Ok(())
 }
 
-/// The device that guests see of a disk.
-fn make_device(args: &Args, disk: &Disk, access: Access) -> Device {
-    let uuid = || Serial::from_image_uuid(disk.header().uuid_image().into_bytes());
-    let zeros = Zeros {
-        discard: args.discard,
-        detect: args.detect_zeroes,
-        block_sectors: disk.header().block_size().bytes() / 512,
+/// What the daemon may have to open again, make or remove while it serves.
+fn reach(args: &Args, config: &Config, parents: &Arc<Parents>) -> Result<Reach, Fatal> {
+    let mut reach = Reach {
+        images: Vec::new(),
+        parents: Vec::new(),
+        directories: Vec::new(),
+        image_dirs: config.image_dirs.clone(),
+        sockets: Vec::new(),
+        socket_dir: config.socket_dir.clone(),
+        grows: args.config.is_some(),
     };
-    Device::new(
-        disk.capacity(),
-        access,
-        args.num_queues,
-        args.serial.clone().unwrap_or_else(uuid),
-        zeros,
-    )
-}
-
-/// What the daemon may have to open again, or remove, while it serves.
-fn reach(args: &Args) -> Result<Reach, Fatal> {
-    let opening = Opening::new(args);
-    let parents = opening.parents()?;
-    let mut directories = Vec::new();
-    if !parents.is_empty() {
-        directories.push(sandbox::directory_of(&args.blk_file).to_owned());
-        directories.extend_from_slice(&args.image_dirs);
+    reach.sockets.extend(config.control_socket.clone());
+    let defaults = config.defaults.parent_files();
+    reach.parents.extend(defaults.iter().cloned());
+    for disk in &config.disks {
+        let opening = Opening::new(disk.clone(), Arc::clone(parents));
+        let parents = opening.parents()?;
+        if !parents.is_empty() {
+            reach
+                .directories
+                .push(sandbox::directory_of(&disk.image).to_owned());
+            reach.directories.extend_from_slice(&disk.image_dirs);
+        }
+        reach.images.push((disk.image.clone(), disk.access));
+        reach.parents.extend(parents);
+        reach.sockets.extend(disk.socket.clone());
     }
-    Ok(Reach {
-        image: (args.blk_file.clone(), opening.access()),
-        parents,
-        directories,
-        sockets: [&args.socket_path, &args.control_socket]
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect(),
-    })
+    reach.tidy();
+    Ok(reach)
 }
 
-/// Where front ends are served: what the command line says, else what the service manager handed over.
-fn open_door(
+/// Where front ends are served, unless that is a path.
+fn door(
     args: &Args,
     inherited: Option<Door>,
     handed: Option<OwnedFd>,
-) -> Result<(Option<SocketFile>, Door), Fatal> {
-    if let Some(path) = &args.socket_path {
-        let (file, listener) = SocketFile::listen(path)?;
-        return Ok((Some(file), Door::Listener(listener)));
+) -> Result<Option<Door>, Fatal> {
+    if args.socket_path.is_some() || args.config.is_some() {
+        return Ok(None);
     }
     let handed = || handed.map(|socket| take_socket(socket, "the service manager's socket"));
     match inherited.map(Ok).or_else(handed) {
-        Some(door) => Ok((None, door?)),
+        Some(door) => Ok(Some(door?)),
         None => Err(Fatal::NoDoor),
     }
 }
 
 /// Where operators are heard, if anywhere.
-fn open_control(args: &Args, handed: Option<OwnedFd>) -> Result<Option<ControlSocket>, Fatal> {
-    if let Some(path) = &args.control_socket {
-        return Ok(Some(ControlSocket::listen(path, &args.blk_file)?));
+fn open_control(config: &Config, handed: Option<OwnedFd>) -> Result<Option<ControlSocket>, Fatal> {
+    if let Some(path) = &config.control_socket {
+        return Ok(Some(ControlSocket::listen(path)?));
     }
-    Ok(handed.map(|socket| ControlSocket::on(UnixListener::from(socket), &args.blk_file)))
+    Ok(handed.map(|socket| ControlSocket::on(UnixListener::from(socket))))
 }
 
 /// The socket that this process was started with.
@@ -288,9 +277,12 @@ fn take_socket(socket: OwnedFd, which: &str) -> Result<Door, Fatal> {
         source: errno.into(),
     })?;
     Ok(if listens {
-        Door::Listener(UnixListener::from(socket))
+        Door::Listener {
+            listener: UnixListener::from(socket),
+            _file: None,
+        }
     } else {
-        Door::Connected(UnixStream::from(socket))
+        Door::Connected(Mutex::new(Some(UnixStream::from(socket))))
     })
 }
 

@@ -41,7 +41,12 @@ pub(crate) struct Rings {
     memory: GuestMemoryAtomic<Memory>,
     /// Where writes to the memory are marked, during a migration.
     log: Option<Arc<DirtyLog>>,
+    /// Those that the front end has spoken of, and all below: the others cost nothing.
     rings: Vec<Ring>,
+    /// How many there may be.
+    count: u16,
+    /// Whether rings that nobody has spoken of yet take chains as soon as they start.
+    all_enabled: bool,
     /// Where chains in flight are recorded, if the front end wants that.
     tracking: Option<Arc<Tracking>>,
     /// What was said of rings that start.
@@ -76,7 +81,10 @@ pub(crate) struct Addresses {
 pub(crate) enum RingError {
     /// An index beyond what was offered.
     #[error("there is no queue {index}, only {count}")]
-    NoSuchQueue { index: u32, count: usize },
+    NoSuchQueue { index: u32, count: u16 },
+    /// `virtio-queue` does not want it.
+    #[error("no ring can be made")]
+    Make(#[source] virtio_queue::Error),
     /// Not a size of a split ring, or too large.
     #[error("queue {index} cannot have {size} entries, only a power of two up to {MAX_QUEUE_SIZE}")]
     Size { index: u32, size: u32 },
@@ -153,32 +161,17 @@ type Result<T> = std::result::Result<T, RingError>;
 
 impl Rings {
     /// `count` stopped rings, to be served by `workers`.
-    pub(crate) fn new(
-        count: u16,
-        workers: Workers,
-    ) -> std::result::Result<Self, virtio_queue::Error> {
-        let memory = GuestMemoryAtomic::new(Memory::new());
-        let ring = |_| {
-            Ok(Ring {
-                vring: Vring::new(memory.clone(), MAX_QUEUE_SIZE)?,
-                error_fd: ErrorFd::default(),
-                addresses: None,
-                kick: None,
-                started: false,
-                was_started: false,
-            })
-        };
-        let rings = (0..count)
-            .map(ring)
-            .collect::<std::result::Result<_, _>>()?;
-        Ok(Self {
+    pub(crate) fn new(count: u16, workers: Workers) -> Self {
+        Self {
             workers,
-            memory,
+            memory: GuestMemoryAtomic::new(Memory::new()),
             log: None,
-            rings,
+            rings: Vec::new(),
+            count,
+            all_enabled: false,
             tracking: None,
             said: Arc::default(),
-        })
+        }
     }
 
     /// The guest's memory as it is now.
@@ -222,6 +215,12 @@ impl Rings {
         idle
     }
 
+    /// Lets go of what is served, and of all rings; what is in flight is answered before.
+    pub(crate) fn dismiss(&mut self) {
+        self.workers.dismiss();
+        self.rings.clear();
+    }
+
     /// Gives all workers new memory, and waits until they use it.
     pub(crate) fn set_memory(&mut self, memory: Memory, takeover: Takeover) -> Result<()> {
         let shared = Arc::new(memory);
@@ -259,7 +258,7 @@ impl Rings {
     /// What in-flight tracking may be asked for.
     pub(crate) fn tracking_limits(&self) -> Limits {
         Limits {
-            queues: u16::try_from(self.rings.len()).unwrap_or(u16::MAX),
+            queues: self.count,
             queue_size: MAX_QUEUE_SIZE,
         }
     }
@@ -283,15 +282,9 @@ impl Rings {
     pub(crate) fn reset(&mut self) -> Result<()> {
         for index in 0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX) {
             self.stop(index)?;
-            let ring = self.ring(index)?;
-            ring.addresses = None;
-            ring.was_started = false;
-            *lock(&ring.error_fd) = None;
-            let mut state = ring.vring.get_mut();
-            state.set_enabled(false);
-            state.get_queue_mut().reset();
         }
-        self.tracking = None;
+        (self.tracking, self.all_enabled) = (None, false);
+        self.rings.clear();
         self.set_log(None)
     }
 
@@ -337,6 +330,7 @@ impl Rings {
 
     /// Has all rings take chains, or as soon as they start.
     pub(crate) fn enable_all(&mut self) -> Result<()> {
+        self.all_enabled = true;
         (0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX))
             .try_for_each(|index| self.set_enabled(index, true))
     }
@@ -510,16 +504,28 @@ impl Rings {
     }
 
     fn check(&self, index: u32) -> Result<u16> {
-        let count = self.rings.len();
+        let count = self.count;
         match u16::try_from(index) {
-            Ok(small) if usize::from(small) < count => Ok(small),
-            _ => Err(RingError::NoSuchQueue { index, count }),
+            Ok(small) if small < count => Ok(small),
+            Ok(_) | Err(_) => Err(RingError::NoSuchQueue { index, count }),
         }
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
-        let small = self.check(index)?;
-        Ok(&mut self.rings[usize::from(small)])
+        let small = usize::from(self.check(index)?);
+        while self.rings.len() <= small {
+            let vring = Vring::new(self.memory.clone(), MAX_QUEUE_SIZE).map_err(RingError::Make)?;
+            vring.set_enabled(self.all_enabled);
+            self.rings.push(Ring {
+                vring,
+                error_fd: ErrorFd::default(),
+                addresses: None,
+                kick: None,
+                started: false,
+                was_started: false,
+            });
+        }
+        Ok(&mut self.rings[small])
     }
 
     /// A ring that may be changed.

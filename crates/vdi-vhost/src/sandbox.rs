@@ -28,6 +28,7 @@
 
 mod filters;
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -56,17 +57,23 @@ const LANDLOCK: ABI = ABI::V10;
 /// The one capability that may be kept.
 const OPEN_ANY_FILE: Capability = Capability::CAP_DAC_OVERRIDE;
 
-/// What may have to be opened, or removed, while guests are served.
+/// What may have to be opened, made or removed while guests are served.
 #[derive(Debug)]
 pub(crate) struct Reach {
-    /// The image, and what it is opened for.
-    pub(crate) image: (PathBuf, Access),
-    /// The files of its parents.
+    /// The images, and what they are opened for.
+    pub(crate) images: Vec<(PathBuf, Access)>,
+    /// The files of their parents.
     pub(crate) parents: Vec<PathBuf>,
     /// Where parents are looked for.
     pub(crate) directories: Vec<PathBuf>,
+    /// Where images are that operators may add, and where snapshots are made.
+    pub(crate) image_dirs: Vec<PathBuf>,
     /// The sockets, which are removed at the end.
     pub(crate) sockets: Vec<PathBuf>,
+    /// Where sockets of disks that are added are made.
+    pub(crate) socket_dir: Option<PathBuf>,
+    /// Whether disks may be added.
+    pub(crate) grows: bool,
 }
 
 /// Why the daemon does not serve.
@@ -114,7 +121,7 @@ impl Sandbox {
         } else {
             tracing::debug!("landlock: {:?}", status.landlock);
         }
-        Ok(Self(Some(Arc::new(Filters::new(engine)?))))
+        Ok(Self(Some(Arc::new(Filters::new(engine, reach.grows)?))))
     }
 
     /// Filters the control thread's calls, when the threads that need others have started.
@@ -156,43 +163,65 @@ fn drop_capabilities(reach: &Reach) -> Result<(), CapsError> {
 
 fn restrict_files(reach: &Reach) -> Result<RestrictionStatus, RulesetError> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
-    let image = match reach.image.1 {
-        Access::ReadOnly => read,
-        Access::Writable => read | AccessFs::WriteFile | AccessFs::Truncate,
+    let write = read | AccessFs::WriteFile | AccessFs::Truncate;
+    let images = |wanted: Access| {
+        let of_kind = move |(_, access): &&(PathBuf, Access)| *access == wanted;
+        reach.images.iter().filter(of_kind).map(|(path, _)| path)
     };
+    let make = write | AccessFs::MakeReg | AccessFs::RemoveFile;
+    let make_sockets = AccessFs::MakeSock | AccessFs::RemoveFile;
     Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
         .scope(Scope::from_all(LANDLOCK))?
         .create()?
-        .add_rules(path_beneath_rules([&reach.image.0], image))?
+        .add_rules(path_beneath_rules(images(Access::ReadOnly), read))?
+        .add_rules(path_beneath_rules(images(Access::Writable), write))?
         .add_rules(path_beneath_rules(&reach.parents, read))?
         .add_rules(path_beneath_rules(&reach.directories, read))?
+        .add_rules(path_beneath_rules(&reach.image_dirs, make))?
         .add_rules(path_beneath_rules(
             reach.socket_directories(),
             AccessFs::RemoveFile,
         ))?
+        .add_rules(path_beneath_rules(&reach.socket_dir, make_sockets))?
         .restrict_self()
 }
 
 impl Reach {
-    fn socket_directories(&self) -> impl Iterator<Item = &Path> {
-        self.sockets.iter().map(|path| directory_of(path))
+    /// Forgets what is said twice: a thousand disks have few directories.
+    pub(crate) fn tidy(&mut self) {
+        for paths in [&mut self.parents, &mut self.directories] {
+            paths.sort_unstable();
+            paths.dedup();
+        }
     }
 
-    /// Whether everything can be opened, or removed, with the rights that are effective now.
+    fn socket_directories(&self) -> BTreeSet<&Path> {
+        self.sockets.iter().map(|path| directory_of(path)).collect()
+    }
+
+    /// Whether everything can be opened, made or removed with the rights that are effective now.
     fn is_ours(&self) -> bool {
         let (read, write) = (AccessFlags::R_OK, AccessFlags::W_OK);
         let search = AccessFlags::X_OK;
-        let image = match self.image.1 {
+        let of = |access: &Access| match access {
             Access::ReadOnly => read,
             Access::Writable => read | write,
         };
-        may(&self.image.0, image)
+        self.images
+            .iter()
+            .all(|(path, access)| may(path, of(access)))
             && self.parents.iter().all(|path| may(path, read))
             && self.directories.iter().all(|path| may(path, read | search))
             && self
+                .image_dirs
+                .iter()
+                .all(|path| may(path, read | write | search))
+            && self
                 .socket_directories()
+                .into_iter()
+                .chain(self.socket_dir.as_deref())
                 .all(|path| may(path, write | search))
     }
 }

@@ -18,20 +18,23 @@
 //!
 //! Not here: how images are opened (`vdi-core`), how their data are reached (`image_file`).
 
+use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use vdi_core::resize::{self, ResizeError};
 use vdi_core::{
-    Access, Capacity, ChainError, ChainOptions, Disk, HostFile, Locking, ModifiedParent, OpenError,
-    Storage, WriteError, find_chain,
+    Access, Capacity, ChainError, ChainOptions, CreateError, Disk, HostFile, Image, Locking,
+    OpenError, Storage, WriteError, create_child, find_chain,
 };
 
-use crate::args::{Args, Cache};
+use crate::args::Cache;
+use crate::config::DiskOptions;
 use crate::housekeeper::{Housekeepers, Kept};
 use crate::image_file::{DirectError, ImageFile};
+use crate::parents::{Parent, ParentError, Parents};
 
 /// How often an image that another daemon writes is looked at, until its header and map fit together.
 const LOOKS: u32 = 20;
@@ -42,12 +45,9 @@ const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// Which image is served, and how.
 #[derive(Debug)]
 pub(crate) struct Opening {
-    image: PathBuf,
-    access: Access,
-    parents: Vec<PathBuf>,
-    image_dirs: Vec<PathBuf>,
-    modified: ModifiedParent,
-    cache: Cache,
+    disk: DiskOptions,
+    /// Those of all disks.
+    parents: Arc<Parents>,
 }
 
 /// The open image: the disk and the ways to its data, the top image's first.
@@ -69,11 +69,18 @@ pub(crate) struct Turn {
     has_failed: bool,
 }
 
+/// The files of a disk, locked.
+#[derive(Debug)]
+struct Files {
+    top: Arc<HostFile>,
+    /// The nearest first.
+    parents: Vec<Arc<Parent>>,
+}
+
 #[derive(Debug)]
 struct Held {
     disk: Arc<Disk>,
-    /// The locked files of its images, the top one's first.
-    files: Vec<Arc<HostFile>>,
+    files: Files,
     /// None before the daemon is in its sandbox.
     housekeeper: Option<Kept>,
 }
@@ -90,6 +97,13 @@ pub(crate) enum TurnError {
         path: PathBuf,
         #[source]
         source: OpenError,
+    },
+    /// A parent cannot be trusted, or the process is out of descriptors.
+    #[error("cannot use the parent {}", path.display())]
+    Parent {
+        path: PathBuf,
+        #[source]
+        source: ParentError,
     },
     /// It cannot be read past the page cache.
     #[error("--cache direct is not possible")]
@@ -118,83 +132,106 @@ pub(crate) enum GrowError {
     Resize(#[from] ResizeError),
 }
 
+/// Why a disk was not frozen; it is as it was.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SnapshotError {
+    #[error("the disk is served read-only")]
+    ReadOnly,
+    #[error(
+        "{} is not in the directory of the image, where its child would look for it",
+        to.display()
+    )]
+    Elsewhere { to: PathBuf },
+    #[error("the image cannot be made exact")]
+    Close(#[from] WriteError),
+    #[error("the image cannot be read again")]
+    Examine(#[from] OpenError),
+    #[error("no child can be made")]
+    Create(#[from] CreateError),
+    #[error("cannot {step}")]
+    Name {
+        step: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
 impl Opening {
-    /// What the command line says.
-    pub(crate) fn new(args: &Args) -> Self {
-        Self {
-            image: args.blk_file.clone(),
-            access: if args.read_only {
-                Access::ReadOnly
-            } else {
-                Access::Writable
-            },
-            parents: args.parents.clone(),
-            image_dirs: args.image_dirs.clone(),
-            modified: if args.allow_modified_parent {
-                ModifiedParent::Allow
-            } else {
-                ModifiedParent::Refuse
-            },
-            cache: args.cache,
-        }
+    /// What the configuration says.
+    pub(crate) const fn new(disk: DiskOptions, parents: Arc<Parents>) -> Self {
+        Self { disk, parents }
     }
 
-    /// For what it is to be opened.
-    pub(crate) fn access(&self) -> Access {
-        self.access
+    /// How the disk is to be served.
+    pub(crate) const fn options(&self) -> &DiskOptions {
+        &self.disk
     }
 
     /// The files of the image's parents, and those that may become some.
     pub(crate) fn parents(&self) -> Result<Vec<PathBuf>, TurnError> {
         let chain = self.find(Access::ReadOnly, Locking::ForceShare)?;
         let parents = chain.iter().skip(1).map(|file| file.path().to_owned());
-        Ok(parents.chain(self.parents.iter().cloned()).collect())
+        Ok(parents.chain(self.disk.parents.iter().cloned()).collect())
     }
 
     /// Finds and locks the files of the image and its parents.
-    fn find(&self, access: Access, locking: Locking) -> Result<Vec<Arc<HostFile>>, TurnError> {
+    fn find(&self, access: Access, locking: Locking) -> Result<Vec<HostFile>, TurnError> {
         let options = ChainOptions {
-            parents: self.parents.clone(),
-            image_dirs: self.image_dirs.clone(),
+            parents: self.disk.parents.clone(),
+            image_dirs: self.disk.image_dirs.clone(),
             locking,
+            seen: Arc::clone(&self.parents.seen),
         };
-        let files = find_chain(&self.image, access, &options)?;
+        let files = find_chain(&self.disk.image, access, &options)?;
         for (nth, file) in files.iter().enumerate() {
             tracing::debug!("image {nth} is {}", file.path().display());
         }
-        Ok(files.into_iter().map(Arc::new).collect())
+        Ok(files)
     }
 
-    fn disk_of(&self, files: &[Arc<HostFile>], access: Access) -> Result<Disk, TurnError> {
-        let storage = |file: &Arc<HostFile>| Arc::clone(file) as Arc<dyn Storage>;
-        let storages = files.iter().map(storage).collect();
-        Disk::open_chain(storages, access, self.modified).map_err(|source| TurnError::Open {
-            path: self.image.clone(),
-            source,
-        })
+    /// The same, with parents that are shared.
+    fn lock(&self, access: Access) -> Result<Files, TurnError> {
+        let mut files = self.find(access, Locking::Locked)?.into_iter();
+        let top = Arc::new(files.next().expect("a chain begins with its top image"));
+        let share = |file: HostFile| {
+            let path = file.path().to_owned();
+            let shared = self.parents.share(file);
+            shared.map_err(|source| TurnError::Parent { path, source })
+        };
+        let parents = files.map(share).collect::<Result<_, _>>()?;
+        Ok(Files { top, parents })
+    }
+
+    /// The disk that these files are.
+    fn disk_of(&self, files: &Files, access: Access) -> Result<Disk, TurnError> {
+        let parents: Vec<_> = files
+            .parents
+            .iter()
+            .map(|parent| Arc::clone(&parent.image))
+            .collect();
+        let top = Arc::clone(&files.top) as Arc<dyn Storage>;
+        let disk = Disk::open_over(top, access, &parents, self.disk.modified);
+        disk.map_err(|source| self.cannot_serve(source))
+    }
+
+    fn cannot_serve(&self, source: OpenError) -> TurnError {
+        let path = self.disk.image.clone();
+        TurnError::Open { path, source }
     }
 
     /// Opens the disk that these files are, and the ways to their data.
-    fn open(&self, files: &[Arc<HostFile>]) -> Result<Opened, TurnError> {
-        let disk = self.disk_of(files, self.access)?;
-        let mut images = Vec::new();
-        for (file, header) in files.iter().zip(disk.headers()) {
-            let is_top = images.is_empty();
-            let area = header.data_area();
-            let copy = || file.file().try_clone().map_err(TurnError::Duplicate);
-            images.push(match self.cache {
-                Cache::Writeback => ImageFile::buffered(copy()?),
-                Cache::Direct if is_top => ImageFile::direct(copy()?, self.access, area)?,
-                // A parent whose blocks lie askew may as well be read through the page cache.
-                Cache::Direct => match ImageFile::direct(copy()?, Access::ReadOnly, area) {
-                    Ok(direct) => direct,
-                    Err(_) => ImageFile::buffered(copy()?),
-                },
-            });
-        }
+    fn open(&self, files: &Files) -> Result<Opened, TurnError> {
+        let (access, cache) = (self.disk.access, self.disk.cache);
+        let disk = self.disk_of(files, access)?;
+        let file = files.top.file().try_clone().map_err(TurnError::Duplicate)?;
+        let top = match cache {
+            Cache::Writeback => ImageFile::buffered(file),
+            Cache::Direct => ImageFile::direct(file, access, disk.data_area())?,
+        };
+        let parents = files.parents.iter().map(|parent| parent.data(cache));
         Ok(Opened {
+            images: std::iter::once(top).chain(parents).collect(),
             disk: Arc::new(disk),
-            images: images.into(),
         })
     }
 
@@ -204,7 +241,11 @@ impl Opening {
     pub(crate) fn look(&self) -> Result<Disk, TurnError> {
         let look = || {
             let files = self.find(Access::ReadOnly, Locking::ForceShare)?;
-            self.disk_of(&files, Access::ReadOnly)
+            let storages = files
+                .into_iter()
+                .map(|file| Arc::new(file) as Arc<dyn Storage>);
+            let disk = Disk::open_chain(storages.collect(), Access::ReadOnly, self.disk.modified);
+            disk.map_err(|source| self.cannot_serve(source))
         };
         for _ in 1..LOOKS {
             if let Ok(disk) = look() {
@@ -227,6 +268,11 @@ impl Turn {
         }
     }
 
+    /// How the disk is served.
+    pub(crate) const fn options(&self) -> &DiskOptions {
+        self.opening.options()
+    }
+
     /// The open disk, if it is our turn.
     pub(crate) fn disk(&self) -> Option<&Arc<Disk>> {
         self.held.as_ref().map(|held| &held.disk)
@@ -240,17 +286,17 @@ impl Turn {
     /// Opens and locks the image. Nothing may be held.
     pub(crate) fn begin(&mut self) -> Result<Opened, TurnError> {
         if self.has_failed {
-            let path = self.opening.image.clone();
+            let path = self.opening.disk.image.clone();
             return Err(TurnError::Failed { path });
         }
-        let files = self.opening.find(self.opening.access, Locking::Locked)?;
+        let files = self.opening.lock(self.opening.disk.access)?;
         self.hold(files)
     }
 
-    fn hold(&mut self, files: Vec<Arc<HostFile>>) -> Result<Opened, TurnError> {
+    fn hold(&mut self, files: Files) -> Result<Opened, TurnError> {
         let opened = self.opening.open(&files)?;
         for warning in opened.disk.warnings() {
-            tracing::warn!("{}: {warning}", self.opening.image.display());
+            tracing::warn!("{}: {warning}", self.opening.disk.image.display());
         }
         self.held = Some(Held {
             disk: Arc::clone(&opened.disk),
@@ -263,7 +309,7 @@ impl Turn {
     /// Has the disk that is held looked after.
     pub(crate) fn keep_house(&mut self, housekeepers: &Arc<Housekeepers>) {
         if let Some(held) = &mut self.held {
-            held.housekeeper = Some(housekeepers.keep(&held.disk, &self.opening.image));
+            held.housekeeper = Some(housekeepers.keep(&held.disk, &self.opening.disk.image));
         }
     }
 
@@ -288,6 +334,62 @@ impl Turn {
         Ok((self.hold(files)?, grown))
     }
 
+    /// Freezes the disk as it is: the image gets the name `to`, and an empty child of it takes its place. The disk must be held,
+    /// and nobody may be at work with it. What is returned is to be served from now on, whether there is a child or not.
+    pub(crate) fn snapshot(
+        &mut self,
+        to: &Path,
+    ) -> Result<(Opened, Result<(), SnapshotError>), TurnError> {
+        let Some(Held {
+            disk,
+            files,
+            housekeeper,
+        }) = self.held.take()
+        else {
+            return Err(TurnError::NotHeld);
+        };
+        drop(housekeeper);
+        let frozen = self.freeze(&disk, &files, to);
+        self.has_failed |= disk.is_failed();
+        drop(disk);
+        let files = if frozen.is_ok() {
+            // The lock for writing goes: the image is a parent now.
+            drop(files);
+            self.opening.disk.parents.insert(0, to.to_owned());
+            self.opening.lock(self.opening.disk.access)?
+        } else {
+            files
+        };
+        Ok((self.hold(files)?, frozen))
+    }
+
+    /// Makes the image exact and durable, and puts a child in its place.
+    fn freeze(&self, disk: &Arc<Disk>, files: &Files, to: &Path) -> Result<(), SnapshotError> {
+        let image = &self.opening.disk.image;
+        if self.opening.disk.access == Access::ReadOnly {
+            return Err(SnapshotError::ReadOnly);
+        }
+        if to.parent() != image.parent() {
+            return Err(SnapshotError::Elsewhere { to: to.to_owned() });
+        }
+        if self.is_untidy {
+            disk.close_tidily()?;
+        } else {
+            disk.close()?;
+        }
+        // As it is now, not as it was opened.
+        let now = Image::examine(Arc::clone(&files.top) as Arc<dyn Storage>)?;
+        let child = Child::make(image, &now)?;
+        let failed = |step, source| SnapshotError::Name { step, source };
+        std::fs::hard_link(image, to)
+            .map_err(|error| failed("give the image its new name", error))?;
+        if let Err(error) = child.take_place(image) {
+            let _ = std::fs::remove_file(to);
+            return Err(failed("put the child in its place", error));
+        }
+        Ok(())
+    }
+
     /// Makes everything durable and lets the image go; whoever opens it finds it as after a crash, without harm. The
     /// workers must have ended.
     pub(crate) fn end(&mut self) {
@@ -310,7 +412,7 @@ impl Turn {
 
     /// Closes the image for good: its count and length are exact afterwards. If it was let go of and nobody else has it,
     /// that is made up for.
-    pub(crate) fn close(mut self) -> Result<(), WriteError> {
+    pub(crate) fn close(&mut self) -> Result<(), WriteError> {
         if let Some(Held {
             disk, housekeeper, ..
         }) = self.held.take()
@@ -325,13 +427,48 @@ impl Turn {
         if !self.is_untidy || self.has_failed {
             return Ok(());
         }
-        let opened = self.opening.find(Access::Writable, Locking::Locked);
+        let opened = self.opening.lock(Access::Writable);
         match opened.and_then(|files| self.opening.disk_of(&files, Access::Writable)) {
             Ok(disk) => disk.close_tidily(),
             Err(error) => {
                 tracing::debug!("not closed once more: {}", crate::chain_of(&error));
                 Ok(())
             }
+        }
+    }
+}
+
+/// A new child under a name of its own; it goes away unless it takes another's place.
+struct Child {
+    path: Option<PathBuf>,
+}
+
+impl Child {
+    fn make(of: &Path, parent: &Image) -> Result<Self, CreateError> {
+        let mut name = of.file_name().unwrap_or_default().to_owned();
+        name.push(".new-child");
+        let path = of.with_file_name(name);
+        // One that is there is what a daemon that was killed left of such a step.
+        let _ = std::fs::remove_file(&path);
+        let header = parent.header();
+        create_child(&path, header, header.block_size().bytes(), None)?;
+        Ok(Self { path: Some(path) })
+    }
+
+    /// Durably: the file was synced when it was made, the names are now.
+    fn take_place(mut self, of: &Path) -> io::Result<()> {
+        if let Some(path) = &self.path {
+            std::fs::rename(path, of)?;
+        }
+        self.path = None;
+        File::open(crate::sandbox::directory_of(of))?.sync_all()
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
         }
     }
 }

@@ -60,7 +60,7 @@ fn look_at(file: HostFile) -> Result<(Image, Looked), Failure> {
 fn look_at_chain(args: &InfoArgs) -> Result<Vec<Looked>, Failure> {
     let options = chain_options(&args.open.chain, locking(&args.open));
     let modified = modified_parent(&args.open.chain);
-    let mut images: Vec<Image> = Vec::new();
+    let mut images: Vec<Arc<Image>> = Vec::new();
     let mut chain: Vec<Looked> = Vec::new();
     for file in find_files(&args.file, Access::ReadOnly, &options)? {
         let path = file.path().to_owned();
@@ -71,7 +71,7 @@ fn look_at_chain(args: &InfoArgs) -> Result<Vec<Looked>, Failure> {
                 child_looked.warn(&error);
             }
         }
-        images.push(image);
+        images.push(Arc::new(image));
         chain.push(looked);
     }
     // Alone an image shows all that it has.

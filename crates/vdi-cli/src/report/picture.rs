@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use vdi_core::layout::{Grid, Shown};
 use vdi_core::{Capacity, Image};
@@ -15,7 +16,7 @@ pub(crate) const MOST_LANES: usize = 6;
 /// A disk to be drawn: its images, the top one first, and their files.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scene<'a> {
-    pub(crate) images: &'a [Image],
+    pub(crate) images: &'a [Arc<Image>],
     pub(crate) files: &'a [PathBuf],
 }
 
@@ -65,7 +66,7 @@ impl Scene<'_> {
 impl Lane {
     /// The only image of the lane.
     pub(crate) fn image<'a>(&self, scene: &Scene<'a>) -> Option<&'a Image> {
-        (self.depths.len() == 1).then(|| &scene.images[self.depths.start])
+        (self.depths.len() == 1).then(|| &*scene.images[self.depths.start])
     }
 
     /// What shows of the lane's images in a cell.

@@ -136,7 +136,23 @@ const CONTROL: &[i64] = &[
     libc::SYS_rseq,
 ];
 
-/// What nothing here ever calls. `clone3` is not among them: its flags are out of a filter's sight, so it must seem not to
+/// What the control thread of a process does whose disks come and go: it makes sockets in the file system, images, and names for
+/// them. Where, landlock says.
+const GROWING: &[i64] = &[
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_umask,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_link,
+    libc::SYS_linkat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+];
+
+/// What nothing here ever calls, but for what is [`GROWING`] in a process whose disks come and go. `clone3` is not among them: its flags are out of a filter's sight, so it must seem not to
 /// exist, and threads are made by `clone`.
 const DEADLY: &[i64] = &[
     // Other programs and processes.
@@ -213,16 +229,16 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 impl Filters {
     /// The filters for this process.
-    pub(crate) fn new(engine: EngineChoice) -> Result<Self, Error> {
+    pub(crate) fn new(engine: EngineChoice, grows: bool) -> Result<Self, Error> {
         let listed = |rules| compile(rules, UNLISTED, SeccompAction::Allow);
-        let deadly = compile(
-            plain(&[DEADLY]),
-            SeccompAction::Allow,
-            SeccompAction::KillProcess,
-        )?;
+        let mut deadly = plain(&[DEADLY]);
+        if grows {
+            deadly.retain(|call, _| *call != libc::SYS_socket && !GROWING.contains(call));
+        }
+        let deadly = compile(deadly, SeccompAction::Allow, SeccompAction::KillProcess)?;
         Ok(Self {
             deadly,
-            control: listed(control()?)?,
+            control: listed(control(grows)?)?,
             worker: listed(worker(engine)?)?,
             housekeeper: listed(housekeeper()?)?,
         })
@@ -292,12 +308,20 @@ fn worker(engine: EngineChoice) -> Result<Rules, Error> {
     Ok(rules)
 }
 
-fn control() -> Result<Rules, Error> {
+fn control(grows: bool) -> Result<Rules, Error> {
     let mut rules = housekeeper()?;
     rules.append(&mut plain(&[WAITS, CONTROL]));
-    // Existing files are opened, none is made or emptied.
-    let existing = without_bits(2, libc::O_CREAT | libc::O_TRUNC)?;
-    rules.insert(libc::SYS_openat, vec![existing]);
+    // Existing files are opened, none is emptied; nor made, unless snapshots are.
+    let mut never = libc::O_TRUNC;
+    if grows {
+        rules.append(&mut plain(&[GROWING]));
+        let domain = u64::from(libc::AF_UNIX.cast_unsigned());
+        let local = SeccompRule::new(vec![equals(0, domain)?])?;
+        rules.insert(libc::SYS_socket, vec![local]);
+    } else {
+        never |= libc::O_CREAT;
+    }
+    rules.insert(libc::SYS_openat, vec![without_bits(2, never)?]);
     // Sockets block or do not.
     let fionbio = i32::try_from(libc::FIONBIO).unwrap_or_default();
     rules.insert(libc::SYS_ioctl, one_of(1, &[fionbio])?);
@@ -356,7 +380,7 @@ mod tests {
     #[test]
     fn a_call_is_listed_once_and_never_both_needed_and_deadly() {
         let auto = EngineChoice::Auto;
-        for needed in [control(), worker(auto), housekeeper()] {
+        for needed in [control(false), worker(auto), housekeeper()] {
             let needed = needed.unwrap();
             assert!(DEADLY.iter().all(|call| !needed.contains_key(call)));
         }
@@ -370,7 +394,7 @@ mod tests {
     #[test]
     fn rings_are_made_by_nobody_and_used_by_workers_alone() {
         let (sync, auto) = (EngineChoice::Sync, EngineChoice::Auto);
-        for rules in [control(), worker(sync), housekeeper()] {
+        for rules in [control(false), worker(sync), housekeeper()] {
             let rules = rules.unwrap();
             assert!(RING.iter().all(|call| !rules.contains_key(call)));
         }

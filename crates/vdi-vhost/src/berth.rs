@@ -1,0 +1,182 @@
+//! A disk's place in this process: what serves it, where its front end connects, and the thread that hears that.
+//!
+//! ```text
+//! door ─► (a connection) ─► a thread: session ─► backend ─► workers
+//!   ▲                             │
+//!   └──── opened again ◄──────────┘ the front end is gone
+//! ```
+//!
+//! One front end is served at a time; others wait in the socket's backlog. A thread exists only while one is there, so a disk that
+//! nobody uses costs none.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vdi_core::WriteError;
+
+use crate::backend::Backend;
+use crate::complaints::About;
+use crate::session::{self, Said, ServeError};
+use crate::socket::SocketFile;
+
+/// Where a disk's front ends come from.
+#[derive(Debug)]
+pub(crate) enum Door {
+    /// A socket where they connect, one after the other, and its file if that is ours.
+    Listener {
+        listener: UnixListener,
+        _file: Option<SocketFile>,
+    },
+    /// The one connection there will be (`--fd`).
+    Connected(Mutex<Option<UnixStream>>),
+}
+
+/// A disk that is served.
+pub(crate) struct Berth {
+    name: String,
+    door: Door,
+    backend: Arc<Mutex<Backend>>,
+    /// Has its session look up from its work.
+    poke: EventFd,
+    /// The session is to end, and no other to begin.
+    is_closing: AtomicBool,
+    session: Mutex<Option<JoinHandle<()>>>,
+    said: Said,
+}
+
+/// What is done when a session is over: with the reason for which the process cannot go on, if there is one.
+pub(crate) type Afterwards = Box<dyn FnOnce(&Arc<Berth>, Result<(), ServeError>) + Send>;
+
+impl Berth {
+    /// A place for a disk whose image is open, or will be.
+    pub(crate) fn new(
+        name: String,
+        about: &About,
+        door: Door,
+        backend: Backend,
+    ) -> io::Result<Self> {
+        if let Door::Listener { listener, .. } = &door {
+            listener.set_nonblocking(true)?;
+        }
+        Ok(Self {
+            name,
+            door,
+            backend: Arc::new(Mutex::new(backend)),
+            poke: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            is_closing: AtomicBool::new(false),
+            session: Mutex::new(None),
+            said: Said::about(about),
+        })
+    }
+
+    /// What operators call the disk.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What serves it. Locked while a message of the front end's, or a command, is carried out.
+    pub(crate) const fn backend(&self) -> &Arc<Mutex<Backend>> {
+        &self.backend
+    }
+
+    /// The same, locked.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Backend> {
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a session has said.
+    pub(crate) const fn said(&self) -> &Said {
+        &self.said
+    }
+
+    /// What becomes readable when a session should look up.
+    pub(crate) const fn poked(&self) -> &EventFd {
+        &self.poke
+    }
+
+    /// Has the session look up, if there is one.
+    pub(crate) fn poke(&self) {
+        // Full is as good as written to.
+        let _ = self.poke.write(1);
+    }
+
+    /// Whether the session is to end.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::Acquire)
+    }
+
+    /// Whether a front end is there.
+    pub(crate) fn is_connected(&self) -> bool {
+        let session = self.session();
+        session.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// What becomes readable when a front end comes.
+    pub(crate) fn listener(&self) -> Option<BorrowedFd<'_>> {
+        match &self.door {
+            Door::Listener { listener, .. } => Some(listener.as_fd()),
+            Door::Connected(_) => None,
+        }
+    }
+
+    /// Lets a front end in that waits at the door, and serves it on a thread of its own; false if there is none.
+    pub(crate) fn let_in(self: &Arc<Self>, afterwards: Afterwards) -> io::Result<bool> {
+        let stream = match &self.door {
+            Door::Listener { listener, .. } => match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if is_passing(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            },
+            Door::Connected(stream) => {
+                let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+                match stream.take() {
+                    Some(stream) => stream,
+                    None => return Ok(false),
+                }
+            }
+        };
+        let mut session = self.session();
+        if self.is_closing() {
+            return Ok(false);
+        }
+        let its = Arc::clone(self);
+        let thread = thread::Builder::new()
+            .name(format!("session-{}", self.name))
+            .spawn(move || {
+                let served = session::converse(stream, &its);
+                afterwards(&its, served);
+            })?;
+        // The last one's thread has nothing left to do.
+        *session = Some(thread);
+        Ok(true)
+    }
+
+    /// Ends the session, when what is in flight is answered, and closes the image. The last thing that is done with it.
+    pub(crate) fn close(self: Arc<Self>) -> Result<(), WriteError> {
+        self.is_closing.store(true, Ordering::Release);
+        self.poke();
+        let thread = self.session().take();
+        if let Some(thread) = thread {
+            // A session that panicked has said so.
+            let _ = thread.join();
+        }
+        self.lock().close()
+    }
+
+    fn session(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether accepting may work the next time: the peer has gone, or another resource is short.
+fn is_passing(error: &io::Error) -> bool {
+    let passing = [libc::EAGAIN, libc::EINTR, libc::ECONNABORTED, libc::EPROTO];
+    error
+        .raw_os_error()
+        .is_some_and(|errno| passing.contains(&errno))
+}

@@ -1,0 +1,430 @@
+//! Which disks are served, and how: what the command line, the configuration file and an operator's command say.
+//!
+//! ```toml
+//! control-socket = "/run/vdi-vhost/control.sock"
+//! socket-dir = "/run/vdi-vhost"         # a disk that names no socket gets NAME.sock here
+//! image-dirs = ["/var/lib/vdi-vhost"]   # disks may be added from here while the daemon runs, and made here by snapshots
+//!
+//! [defaults]                            # of all disks, also of those that are added later
+//! cache = "direct"
+//! parents = ["/var/lib/vdi-vhost/golden.vdi"]
+//!
+//! [[disk]]
+//! name = "web-1"
+//! image = "/var/lib/vdi-vhost/web-1.vdi"
+//! ```
+//!
+//! Relative paths in the file are relative to the file's own directory. What is wrong is told with its line.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer};
+use toml::Spanned;
+use vdi_core::{Access, ModifiedParent};
+
+use crate::args::{Args, Cache, MAX_QUEUES};
+use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
+
+/// Characters of the longest name of a disk: it is a part of a socket's name, of which the kernel takes 107 bytes.
+const LONGEST_NAME: usize = 64;
+
+/// What the only disk of a command line is called.
+const ONLY: &str = "disk";
+
+/// One disk to serve.
+#[derive(Clone, Debug)]
+pub(crate) struct DiskOptions {
+    /// What operators call it.
+    pub(crate) name: String,
+    /// The top image.
+    pub(crate) image: PathBuf,
+    /// Where front ends connect, if that is a path.
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) access: Access,
+    pub(crate) num_queues: u16,
+    pub(crate) cache: Cache,
+    pub(crate) parents: Vec<PathBuf>,
+    pub(crate) image_dirs: Vec<PathBuf>,
+    pub(crate) modified: ModifiedParent,
+    pub(crate) discard: Discard,
+    pub(crate) detect_zeroes: DetectZeroes,
+    pub(crate) serial: Option<Serial>,
+    /// It is opened when its first queue starts.
+    pub(crate) incoming: bool,
+}
+
+/// A disk as it is written down; what is missing is as in the defaults.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct DiskTable {
+    name: Option<String>,
+    image: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    read_only: Option<bool>,
+    num_queues: Option<u16>,
+    cache: Option<Cache>,
+    parents: Option<Vec<PathBuf>>,
+    image_dirs: Option<Vec<PathBuf>>,
+    allow_modified_parent: Option<bool>,
+    discard: Option<Discard>,
+    detect_zeroes: Option<DetectZeroes>,
+    #[serde(default, deserialize_with = "serial")]
+    serial: Option<Serial>,
+    incoming: Option<bool>,
+}
+
+/// The configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct File {
+    control_socket: Option<PathBuf>,
+    socket_dir: Option<PathBuf>,
+    #[serde(default)]
+    image_dirs: Vec<PathBuf>,
+    #[serde(default)]
+    defaults: DiskTable,
+    #[serde(default)]
+    disk: Vec<Spanned<DiskTable>>,
+}
+
+/// What a process serves.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    /// Where operators send commands.
+    pub(crate) control_socket: Option<PathBuf>,
+    /// Where the sockets of disks are made that name none.
+    pub(crate) socket_dir: Option<PathBuf>,
+    /// Where images may be that are opened or made later.
+    pub(crate) image_dirs: Vec<PathBuf>,
+    /// Of disks that are added.
+    pub(crate) defaults: DiskTable,
+    /// Those that are served from the start.
+    pub(crate) disks: Vec<DiskOptions>,
+}
+
+/// Why a configuration file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("cannot read {}", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{} is no configuration: {message}", path.display())]
+    Syntax { path: PathBuf, message: String },
+    #[error("{}, line {line}", path.display())]
+    Disk {
+        path: PathBuf,
+        line: usize,
+        #[source]
+        source: DiskError,
+    },
+    #[error("{}, line {line}: a disk called {name} or with the same image or socket is there already", path.display())]
+    Twice {
+        path: PathBuf,
+        line: usize,
+        name: String,
+    },
+}
+
+/// Why a disk cannot be served as it is written down.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DiskError {
+    #[error("the disk has no `{what}`")]
+    Missing { what: &'static str },
+    #[error(
+        "a disk cannot be called {name:?}; take up to {LONGEST_NAME} letters, digits, `-`, `_` and `.`, no `.` in front"
+    )]
+    Name { name: String },
+    #[error("num-queues is {found}; it can be 1 to {MAX_QUEUES}")]
+    Queues { found: u16 },
+    #[error("the disk names no `socket`, and there is no `socket-dir` to make one in")]
+    NoSocket,
+    #[error("{} is no absolute path", path.display())]
+    Relative { path: PathBuf },
+}
+
+impl DiskOptions {
+    /// The one disk of a command line, if there is one.
+    pub(crate) fn of(args: &Args) -> Option<Self> {
+        Some(Self {
+            name: ONLY.to_owned(),
+            image: args.blk_file.clone()?,
+            socket: args.socket_path.clone(),
+            access: access(args.read_only),
+            num_queues: args.num_queues,
+            cache: args.cache,
+            parents: args.parents.clone(),
+            image_dirs: args.image_dirs.clone(),
+            modified: modified(args.allow_modified_parent),
+            discard: args.discard,
+            detect_zeroes: args.detect_zeroes,
+            serial: args.serial.clone(),
+            incoming: args.incoming,
+        })
+    }
+}
+
+impl DiskTable {
+    /// The disk that is meant, with these for what is not said.
+    pub(crate) fn resolve(
+        self,
+        defaults: &Self,
+        socket_dir: Option<&Path>,
+    ) -> Result<DiskOptions, DiskError> {
+        let name = self.name.ok_or(DiskError::Missing { what: "name" })?;
+        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty()
+            || name.len() > LONGEST_NAME
+            || name.starts_with('.')
+            || !name.chars().all(fits)
+        {
+            return Err(DiskError::Name { name });
+        }
+        let in_dir = || socket_dir.map(|dir| dir.join(format!("{name}.sock")));
+        let socket = self.socket.or_else(in_dir).ok_or(DiskError::NoSocket)?;
+        let found = self.num_queues.or(defaults.num_queues);
+        let num_queues = found.unwrap_or(MAX_QUEUES);
+        if !(1..=MAX_QUEUES).contains(&num_queues) {
+            return Err(DiskError::Queues { found: num_queues });
+        }
+        let image = self.image.ok_or(DiskError::Missing { what: "image" })?;
+        let yes = |own: Option<bool>, default: Option<bool>| own.or(default).unwrap_or(false);
+        let list = |own: Option<_>, default: &Option<Vec<PathBuf>>| {
+            own.or_else(|| default.clone()).unwrap_or_default()
+        };
+        Ok(DiskOptions {
+            image,
+            socket: Some(socket),
+            access: access(yes(self.read_only, defaults.read_only)),
+            num_queues,
+            cache: self.cache.or(defaults.cache).unwrap_or(Cache::Writeback),
+            parents: list(self.parents, &defaults.parents),
+            image_dirs: list(self.image_dirs, &defaults.image_dirs),
+            modified: modified(yes(
+                self.allow_modified_parent,
+                defaults.allow_modified_parent,
+            )),
+            discard: self.discard.or(defaults.discard).unwrap_or(Discard::Unmap),
+            detect_zeroes: self
+                .detect_zeroes
+                .or(defaults.detect_zeroes)
+                .unwrap_or(DetectZeroes::Off),
+            serial: self.serial.or_else(|| defaults.serial.clone()),
+            incoming: yes(self.incoming, defaults.incoming),
+            name,
+        })
+    }
+
+    /// The files of parents that are named.
+    pub(crate) fn parent_files(&self) -> &[PathBuf] {
+        self.parents.as_deref().unwrap_or_default()
+    }
+
+    /// The first path that depends on where the process is.
+    pub(crate) fn relative(&self) -> Result<(), DiskError> {
+        let lists = self.parents.iter().chain(&self.image_dirs).flatten();
+        let mut all = self.image.iter().chain(&self.socket).chain(lists);
+        all.find(|path| path.is_relative()).map_or(Ok(()), |path| {
+            let path = path.clone();
+            Err(DiskError::Relative { path })
+        })
+    }
+
+    /// Makes paths that are relative begin at `dir`.
+    fn anchor(&mut self, dir: &Path) {
+        let lists = self.parents.iter_mut().chain(&mut self.image_dirs);
+        let own = self.image.iter_mut().chain(&mut self.socket);
+        own.chain(lists.flatten())
+            .for_each(|path| *path = dir.join(&*path));
+    }
+}
+
+impl Config {
+    /// What a command line without a file says.
+    pub(crate) fn of(args: &Args) -> Self {
+        Self {
+            control_socket: args.control_socket.clone(),
+            socket_dir: None,
+            image_dirs: Vec::new(),
+            defaults: DiskTable::default(),
+            disks: DiskOptions::of(args).into_iter().collect(),
+        }
+    }
+
+    /// Reads a configuration file.
+    pub(crate) fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let mut file: File = toml::from_str(text).map_err(|error| ConfigError::Syntax {
+            path: path.to_owned(),
+            message: error.to_string(),
+        })?;
+        let dir = match path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            Some(_) | None => Path::new("."),
+        };
+        let absolute = |path: PathBuf| dir.join(path);
+        file.defaults.anchor(dir);
+        let socket_dir = file.socket_dir.map(absolute);
+        let mut disks: Vec<DiskOptions> = Vec::with_capacity(file.disk.len());
+        let mut taken = BTreeSet::new();
+        for table in file.disk {
+            let line = line_of(text, &table.span());
+            let mut table = table.into_inner();
+            table.anchor(dir);
+            let disk = table.resolve(&file.defaults, socket_dir.as_deref());
+            let disk = disk.map_err(|source| ConfigError::Disk {
+                path: path.to_owned(),
+                line,
+                source,
+            })?;
+            let new = [
+                Some(PathBuf::from(format!("name {}", disk.name))),
+                Some(disk.image.clone()),
+                disk.socket.clone(),
+            ];
+            if !new.into_iter().flatten().all(|key| taken.insert(key)) {
+                return Err(ConfigError::Twice {
+                    path: path.to_owned(),
+                    line,
+                    name: disk.name,
+                });
+            }
+            disks.push(disk);
+        }
+        Ok(Self {
+            control_socket: file.control_socket.map(absolute),
+            socket_dir,
+            image_dirs: file.image_dirs.into_iter().map(absolute).collect(),
+            defaults: file.defaults,
+            disks,
+        })
+    }
+}
+
+fn access(read_only: bool) -> Access {
+    if read_only {
+        Access::ReadOnly
+    } else {
+        Access::Writable
+    }
+}
+
+fn modified(allow: bool) -> ModifiedParent {
+    if allow {
+        ModifiedParent::Allow
+    } else {
+        ModifiedParent::Refuse
+    }
+}
+
+/// The line that a part of the text begins in, the first one being 1.
+fn line_of(text: &str, span: &Range<usize>) -> usize {
+    let before = text.get(..span.start).unwrap_or(text);
+    1 + before.matches('\n').count()
+}
+
+fn serial<'de, D: Deserializer<'de>>(source: D) -> Result<Option<Serial>, D::Error> {
+    let text = String::deserialize(source)?;
+    let wrong = || {
+        let limit =
+            format!("a serial number has at most {SERIAL_BYTES} printable ASCII characters");
+        serde::de::Error::custom(limit)
+    };
+    Serial::new(&text).map(Some).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/etc/fleet.toml"))
+    }
+
+    #[test]
+    fn a_disk_is_as_it_says_and_else_as_the_defaults_say() {
+        let config = parse(
+            r#"
+            socket-dir = "sockets"
+            image-dirs = ["/images"]
+            [defaults]
+            cache = "direct"
+            parents = ["golden.vdi"]
+            num-queues = 4
+            [[disk]]
+            name = "a"
+            image = "/images/a.vdi"
+            [[disk]]
+            name = "b"
+            image = "b.vdi"
+            socket = "/run/b"
+            cache = "writeback"
+            read-only = true
+            serial = "B1"
+            "#,
+        );
+        let config = config.unwrap();
+        let [a, b] = &config.disks[..] else {
+            panic!("two disks");
+        };
+        assert_eq!(a.socket, Some("/etc/sockets/a.sock".into()));
+        assert_eq!((a.cache, a.num_queues), (Cache::Direct, 4));
+        assert_eq!(a.parents, [PathBuf::from("/etc/golden.vdi")]);
+        assert_eq!(a.access, Access::Writable);
+        assert_eq!(b.image, PathBuf::from("/etc/b.vdi"));
+        assert_eq!((b.cache, b.access), (Cache::Writeback, Access::ReadOnly));
+        assert_eq!(b.serial, Serial::new("B1"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_line() {
+        let disk = "[[disk]]\nname = \"a\"\nimage = \"a\"\nsocket = \"s\"\n";
+        for (text, line) in [
+            ("x = 1\n".to_owned(), "line 1"),
+            (format!("{disk}cash = \"direct\"\n"), "line 5"),
+            (format!("{disk}cache = \"none\"\n"), "line 5"),
+            (format!("{disk}num-queues = 257\n"), "line 1"),
+            (format!("{disk}{disk}"), "line 5"),
+            (format!("{disk}[[disk]]\nname = \"b\"\n"), "line 5"),
+            (
+                "\n[[disk]]\nname = \"../a\"\nimage = \"a\"\n".to_owned(),
+                "line 2",
+            ),
+            (
+                format!("{disk}serial = \"123456789012345678901\"\n"),
+                "line 5",
+            ),
+        ] {
+            let error = parse(&text).expect_err(&text);
+            let said = crate::chain_of(&error);
+            assert!(said.contains(line), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_disk_without_a_socket_needs_a_directory_for_one() {
+        let table = || DiskTable {
+            name: Some("a".to_owned()),
+            image: Some("/a".into()),
+            ..DiskTable::default()
+        };
+        let none = DiskTable::default();
+        assert_eq!(
+            table().resolve(&none, None).unwrap_err(),
+            DiskError::NoSocket
+        );
+        let disk = table().resolve(&none, Some(Path::new("/run"))).unwrap();
+        assert_eq!(disk.socket, Some("/run/a.sock".into()));
+    }
+}

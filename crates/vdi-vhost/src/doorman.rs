@@ -1,0 +1,86 @@
+//! The thread that hears who comes: front ends at the doors of disks, operators, signals, the kernel's word that memory is gone. It
+//! only opens; what comes after is done by a thread for each. It also tells the service manager that all goes round.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::EventFd;
+
+use crate::control::ControlSocket;
+use crate::fleet::Fleet;
+use crate::service::Manager;
+use crate::session::ServeError;
+
+/// Knocks that are heard at once; more are by the next look.
+const KNOCKS: usize = 64;
+
+/// What is listened to beside the doors, by number.
+const SIGNAL: u64 = 0;
+const FAULT: u64 = 1;
+const OPERATOR: u64 = 2;
+const END: u64 = 3;
+
+/// What there is to hear.
+pub(crate) struct Ears<'a> {
+    /// Becomes readable when the process should end.
+    pub(crate) signals: &'a UnixStream,
+    /// Becomes readable when memory that a front end shares could not be accessed.
+    pub(crate) faults: &'a EventFd,
+    /// Where operators send commands.
+    pub(crate) control: Option<&'a Arc<ControlSocket>>,
+    /// Who is told that this thread goes round.
+    pub(crate) manager: &'a Manager,
+}
+
+/// Opens doors until a signal comes, an operator wants it to end, or the only connection ends.
+pub(crate) fn serve(fleet: &Arc<Fleet>, ears: &Ears<'_>) -> Result<(), ServeError> {
+    let doors = fleet.knocks();
+    let hear = |fd: BorrowedFd<'_>, number| {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, number);
+        doors
+            .add(fd, event)
+            .map_err(|errno| ServeError::Wait(errno.into()))
+    };
+    hear(ears.signals.as_fd(), SIGNAL)?;
+    hear(ears.faults.as_fd(), FAULT)?;
+    hear(fleet.ending().as_fd(), END)?;
+    if let Some(control) = ears.control {
+        hear(control.as_fd(), OPERATOR)?;
+    }
+    // The longest that epoll can wait is 24 days.
+    let beat = ears
+        .manager
+        .interval()
+        .map_or(EpollTimeout::NONE, |interval| {
+            EpollTimeout::try_from(interval).unwrap_or(EpollTimeout::MAX)
+        });
+    let mut events = [EpollEvent::empty(); KNOCKS];
+    loop {
+        ears.manager.beat();
+        let count = match doors.wait(&mut events, beat) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
+            Err(errno) => return Err(ServeError::Wait(errno.into())),
+        };
+        for event in &events[..count] {
+            match event.data() {
+                SIGNAL => return Ok(()),
+                END => return fleet.fatal().map_or(Ok(()), Err),
+                FAULT => {
+                    // Read, so that it is heard once.
+                    let _ = ears.faults.read();
+                    fleet.poke_all();
+                }
+                OPERATOR => {
+                    if let Some(control) = ears.control {
+                        control.let_in(fleet);
+                    }
+                }
+                number => fleet.knocked(number).map_err(ServeError::Accept)?,
+            }
+        }
+    }
+}

@@ -1,0 +1,369 @@
+//! All disks of this process: they come from the configuration and from operators, and go when they are removed or all ends.
+//!
+//! What they have in common is here: the crew that serves their queues, the housekeepers, the parents, and what tells the door's
+//! thread (`doorman`) that somebody knocks.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vdi_core::WriteError;
+
+use crate::backend::Backend;
+use crate::berth::{Berth, Door};
+use crate::complaints::About;
+use crate::config::{Config, DiskError, DiskOptions, DiskTable};
+use crate::crew::Crew;
+use crate::device::{Device, Serial, Zeros};
+use crate::housekeeper::Housekeepers;
+use crate::parents::Parents;
+use crate::session::ServeError;
+use crate::socket::{SocketError, SocketFile};
+use crate::turn::{Opened, Opening, Turn, TurnError};
+use crate::workers::Workers;
+
+/// Most disks: each has a descriptor for its image, one for its socket and some more, and the kernel gives a process a
+/// million at most.
+const MOST_DISKS: usize = 65_536;
+
+/// The first number of a disk at the door; the others that are waited for have smaller ones (`doorman`).
+const FIRST: u64 = 16;
+
+/// All disks.
+pub(crate) struct Fleet {
+    config: Config,
+    crew: Arc<Crew>,
+    housekeepers: Arc<Housekeepers>,
+    parents: Arc<Parents>,
+    doors: Epoll,
+    next: AtomicU64,
+    disks: Mutex<BTreeMap<u64, Arc<Berth>>>,
+    /// Why all has to end, if it has to.
+    fatal: Mutex<Option<ServeError>>,
+    /// The only connection there would be has ended, or something fatal happened, or an operator wants it.
+    end: EventFd,
+}
+
+/// A disk whose image and socket are open, and which nobody serves yet.
+pub(crate) struct Readied {
+    options: DiskOptions,
+    turn: Turn,
+    opened: Option<Opened>,
+    device: Device,
+    door: Door,
+}
+
+/// Why there is no such disk, or no more than there were.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FleetError {
+    #[error(transparent)]
+    Options(#[from] DiskError),
+    #[error("a disk called {name} is there already")]
+    Exists { name: String },
+    #[error("there is no disk called {name}")]
+    NoSuchDisk { name: String },
+    #[error("there are {count} disks; say which one is meant")]
+    WhichDisk { count: usize },
+    #[error("there are {MOST_DISKS} disks, the most that are served")]
+    TooMany,
+    #[error(transparent)]
+    Turn(#[from] TurnError),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("the disk has no descriptor left, or no memory")]
+    Host(#[source] io::Error),
+    #[error("the image could not be closed clean")]
+    Close(#[from] WriteError),
+}
+
+impl Readied {
+    /// Opens an image, unless it is to wait, and makes its socket, unless there is one.
+    pub(crate) fn new(
+        options: DiskOptions,
+        parents: &Arc<Parents>,
+        door: Option<Door>,
+    ) -> Result<Self, FleetError> {
+        let opening = Opening::new(options.clone(), Arc::clone(parents));
+        let (turn, opened, device) = if options.incoming {
+            let device = make_device(&options, &opening.look()?, options.access);
+            (Turn::waiting(opening), None, device)
+        } else {
+            let mut turn = Turn::waiting(opening);
+            let opened = turn.begin()?;
+            let device = make_device(&options, &opened.disk, opened.disk.access());
+            (turn, Some(opened), device)
+        };
+        let door = match (door, &options.socket) {
+            (Some(door), _) => door,
+            (None, Some(path)) => {
+                let (file, listener) = SocketFile::listen(path)?;
+                Door::Listener {
+                    listener,
+                    _file: Some(file),
+                }
+            }
+            (None, None) => return Err(DiskError::NoSocket.into()),
+        };
+        Ok(Self {
+            options,
+            turn,
+            opened,
+            device,
+            door,
+        })
+    }
+
+    /// What is about to be served.
+    pub(crate) fn describe(&self) -> String {
+        format!(
+            "serving {} ({} bytes){}",
+            self.options.image.display(),
+            self.device.capacity().bytes(),
+            if self.options.incoming {
+                ", when it is our turn"
+            } else {
+                ""
+            }
+        )
+    }
+}
+
+impl Fleet {
+    /// No disks yet.
+    pub(crate) fn new(
+        config: Config,
+        crew: Arc<Crew>,
+        housekeepers: Arc<Housekeepers>,
+        parents: Arc<Parents>,
+        doors: Epoll,
+    ) -> io::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self {
+            config,
+            crew,
+            housekeepers,
+            parents,
+            doors,
+            next: AtomicU64::new(FIRST),
+            disks: Mutex::default(),
+            fatal: Mutex::default(),
+            end: EventFd::from_flags(flags)?,
+        })
+    }
+
+    /// What tells who knocks. Made before the sandbox is sealed.
+    pub(crate) fn doors() -> io::Result<Epoll> {
+        Ok(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?)
+    }
+
+    /// What is waited for at the doors.
+    pub(crate) const fn knocks(&self) -> &Epoll {
+        &self.doors
+    }
+
+    /// What becomes readable when all is to end.
+    pub(crate) const fn ending(&self) -> &EventFd {
+        &self.end
+    }
+
+    /// Has all end.
+    pub(crate) fn end(&self) {
+        let _ = self.end.write(1);
+    }
+
+    /// Opens a disk that an operator describes, and serves it.
+    pub(crate) fn add(self: &Arc<Self>, table: DiskTable) -> Result<Arc<Berth>, FleetError> {
+        table.relative()?;
+        let (defaults, dir) = (&self.config.defaults, self.config.socket_dir.as_deref());
+        let options = table.resolve(defaults, dir)?;
+        self.refuse_twin(&options)?;
+        let readied = Readied::new(options, &self.parents, None)?;
+        tracing::info!("{}: {}", readied.options.name, readied.describe());
+        self.serve(readied)
+    }
+
+    /// Serves a disk from now on.
+    pub(crate) fn serve(self: &Arc<Self>, readied: Readied) -> Result<Arc<Berth>, FleetError> {
+        let about = if self.config.socket_dir.is_some() || self.config.disks.len() > 1 {
+            About::disk(&readied.options.name)
+        } else {
+            About::default()
+        };
+        let workers = Workers::new(&self.crew);
+        let housekeepers = Arc::clone(&self.housekeepers);
+        let device = Arc::new(readied.device);
+        let mut backend = Backend::new(device, readied.turn, workers, housekeepers, &about);
+        if let Some(opened) = readied.opened {
+            backend.serve(opened);
+        }
+        let name = readied.options.name.clone();
+        let berth = Berth::new(name, &about, readied.door, backend).map_err(FleetError::Host)?;
+        let berth = Arc::new(berth);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut disks = self.disks();
+            // Two operators may have asked for the same at once.
+            if disks.values().any(|other| other.name() == berth.name()) {
+                let name = berth.name().to_owned();
+                return Err(FleetError::Exists { name });
+            }
+            disks.insert(number, Arc::clone(&berth));
+        }
+        self.open_door(number, &berth)?;
+        Ok(berth)
+    }
+
+    fn open_door(self: &Arc<Self>, number: u64, berth: &Arc<Berth>) -> Result<(), FleetError> {
+        let Some(listener) = berth.listener() else {
+            // The one who is there already.
+            return self.knocked(number).map_err(FleetError::Host);
+        };
+        let added = self.doors.add(listener, knock(number));
+        added.map_err(|errno| FleetError::Host(errno.into()))
+    }
+
+    /// Lets in who waits at a disk's door.
+    pub(crate) fn knocked(self: &Arc<Self>, number: u64) -> io::Result<()> {
+        let Some(berth) = self.disks().get(&number).cloned() else {
+            return Ok(());
+        };
+        let fleet = Arc::clone(self);
+        let afterwards = move |berth: &Arc<Berth>, served| fleet.over(number, berth, served);
+        if !berth.let_in(Box::new(afterwards))? {
+            self.wait_for_next(number, &berth);
+        }
+        Ok(())
+    }
+
+    /// What a session's thread does last.
+    fn over(&self, number: u64, berth: &Berth, served: Result<(), ServeError>) {
+        if let Err(error) = served {
+            *self.fatal.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            self.end();
+        } else if berth.listener().is_none() {
+            self.end();
+        } else {
+            self.wait_for_next(number, berth);
+        }
+    }
+
+    fn wait_for_next(&self, number: u64, berth: &Berth) {
+        if let Some(listener) = berth.listener() {
+            // One that was removed meanwhile is no longer waited for.
+            let _ = self.doors.modify(listener, &mut knock(number));
+        }
+    }
+
+    /// Has all sessions look up: memory that one of them shares was cut, perhaps.
+    pub(crate) fn poke_all(&self) {
+        self.disks().values().for_each(|berth| berth.poke());
+    }
+
+    /// All disks, by name.
+    pub(crate) fn list(&self) -> Vec<Arc<Berth>> {
+        let mut all: Vec<_> = self.disks().values().cloned().collect();
+        all.sort_by(|one, other| one.name().cmp(other.name()));
+        all
+    }
+
+    /// The disk of this name; the only one, if none is said.
+    pub(crate) fn find(&self, name: Option<&str>) -> Result<Arc<Berth>, FleetError> {
+        let disks = self.disks();
+        let found = match name {
+            Some(name) => disks.values().find(|berth| berth.name() == name),
+            None if disks.len() == 1 => disks.values().next(),
+            None => return Err(FleetError::WhichDisk { count: disks.len() }),
+        };
+        let missing = || FleetError::NoSuchDisk {
+            name: name.unwrap_or_default().to_owned(),
+        };
+        found.cloned().ok_or_else(missing)
+    }
+
+    /// Ends the service of a disk: what is in flight is answered, its front end is disconnected, its image closed.
+    pub(crate) fn remove(&self, name: &str) -> Result<(), FleetError> {
+        let berth = {
+            let mut disks = self.disks();
+            let found = disks.iter().find(|(_, berth)| berth.name() == name);
+            let number = found.map(|(number, _)| *number);
+            number.and_then(|number| disks.remove(&number))
+        };
+        let name = name.to_owned();
+        let berth = berth.ok_or(FleetError::NoSuchDisk { name })?;
+        Ok(self.take_leave(berth)?)
+    }
+
+    /// Ends the service of all disks.
+    pub(crate) fn close(&self) -> Result<(), WriteError> {
+        let all = std::mem::take(&mut *self.disks());
+        let closed: Vec<_> = all
+            .into_values()
+            .map(|berth| self.take_leave(berth))
+            .collect();
+        closed.into_iter().collect()
+    }
+
+    /// Why all has to end, if it was not wanted.
+    pub(crate) fn fatal(&self) -> Option<ServeError> {
+        self.fatal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    fn take_leave(&self, berth: Arc<Berth>) -> Result<(), WriteError> {
+        if let Some(listener) = berth.listener() {
+            match self.doors.delete(listener) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(errno) => tracing::debug!("a door stays in the list: {errno}"),
+            }
+        }
+        berth.close()
+    }
+
+    fn refuse_twin(&self, options: &DiskOptions) -> Result<(), FleetError> {
+        let disks = self.disks();
+        if disks.len() >= MOST_DISKS {
+            return Err(FleetError::TooMany);
+        }
+        if disks.values().any(|berth| berth.name() == options.name) {
+            let name = options.name.clone();
+            return Err(FleetError::Exists { name });
+        }
+        Ok(())
+    }
+
+    fn disks(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Berth>>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Told once, until it is waited for again.
+fn knock(number: u64) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, number)
+}
+
+/// The device that guests see of a disk.
+pub(crate) fn make_device(
+    options: &DiskOptions,
+    disk: &vdi_core::Disk,
+    access: vdi_core::Access,
+) -> Device {
+    let uuid = || Serial::from_image_uuid(disk.header().uuid_image().into_bytes());
+    let zeros = Zeros {
+        discard: options.discard,
+        detect: options.detect_zeroes,
+        block_sectors: disk.header().block_size().bytes() / 512,
+    };
+    Device::new(
+        disk.capacity(),
+        access,
+        options.num_queues,
+        options.serial.clone().unwrap_or_else(uuid),
+        zeros,
+    )
+}
