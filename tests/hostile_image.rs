@@ -305,7 +305,7 @@ fn convert_to(raw: &Path, disk: &Arc<Disk>) {
     let mut go_on = |_| std::ops::ControlFlow::Continue(());
     let from = End::Image(Arc::clone(disk));
     let options = CopyOptions {
-        threads: Threads::of_this_host(),
+        threads: Threads::TO_COPY,
         sharing: Sharing::Auto,
     };
     convert::copy(&from, Destination::Raw(to), options, &mut go_on).unwrap();

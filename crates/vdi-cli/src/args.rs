@@ -162,15 +162,15 @@ pub(crate) struct ChainArgs {
 /// How many threads move data.
 #[derive(Debug, Args)]
 pub(crate) struct ThreadsArgs {
-    /// Threads that read and write, from 1 to 16 [default: one for each CPU, at least 8]
+    /// Threads that read and write, from 1 to 16 [default: 3 to copy, to compare one for each CPU, at least 8]
     #[arg(long, short = 'm', value_name = "N", value_parser = threads)]
     threads: Option<Threads>,
 }
 
 impl ThreadsArgs {
-    /// The number, wherever it comes from.
-    pub(crate) fn get(&self) -> Threads {
-        self.threads.unwrap_or_else(Threads::of_this_host)
+    /// The number that was asked for, or else the one that suits.
+    pub(crate) fn or(&self, suited: Threads) -> Threads {
+        self.threads.unwrap_or(suited)
     }
 }
 
@@ -197,7 +197,7 @@ impl CopyArgs {
     /// What the library makes of it.
     pub(crate) fn options(&self) -> CopyOptions {
         CopyOptions {
-            threads: self.threads.get(),
+            threads: self.threads.or(Threads::TO_COPY),
             sharing: match self.reflink {
                 Reflink::Auto => Sharing::Auto,
                 Reflink::Never => Sharing::Never,

@@ -6,8 +6,8 @@
 //! and renames nothing, prints nothing, and asks again and again whether to go on.
 //!
 //! ```text
-//! runs ─► pieces ─► read, look for zeros ─► places, in order ─► write      map, count, sync
-//!  one thread at a time      any thread      one at a time    any thread       the last
+//! runs ─► pieces ─► read ──────► look for zeros ─► places, in order ─► write      map, count, sync
+//!  one thread at a time         any thread        one at a time    any thread       the last
 //! ```
 //!
 //! Invariants:
@@ -29,11 +29,13 @@ mod zeros;
 use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::crew::{Stopped, Threads, share_out};
 use crate::disk::ReadError;
 use crate::units::FileOffset;
+use crate::writer::lock;
 
 pub use self::destination::Destination;
 pub use self::end::End;
@@ -43,9 +45,9 @@ use self::new_image::{Placed, Turn};
 pub use self::raw::{RawDisk, RawError};
 pub(crate) use self::zeros::is_zero;
 
-/// Bytes read and judged at a time. Writes to one file take turns, and so do threads that find places: where others want
-/// the CPUs too, each turn may have to wait for one, so there are not to be many.
-const PIECE_BYTES: u64 = 2 << 20;
+/// Bytes read and judged at a time: few enough to be in the CPU's cache still when they are written. Reads take turns, so do
+/// writes to one file, and so do threads that find places: there are not to be too many turns.
+const PIECE_BYTES: u64 = 512 << 10;
 
 /// Bytes shared at a time. It may take long where the source's extents are small, or not yet
 /// written by the host.
@@ -129,6 +131,7 @@ pub fn copy(
         files: from.files(),
         to: &to,
         done: &done,
+        one_reads: Mutex::new(()),
     };
     let pieces = copier.pieces(options.sharing);
     let desk = Vec::new;
@@ -168,6 +171,8 @@ struct Copier<'c> {
     to: &'c Destination,
     /// Bytes of the disk that are done.
     done: &'c AtomicU64,
+    /// Held while data are read: the host reads ahead, and in large folios, only where it sees one read follow the other.
+    one_reads: Mutex<()>,
 }
 
 impl<'c> Copier<'c> {
@@ -206,7 +211,7 @@ impl<'c> Copier<'c> {
     ) -> Result<(), CopyError> {
         let start = disk.start;
         let data = fit(buf, disk.end - start);
-        self.from.read(stored, start, data)?;
+        self.read(stored, start, data)?;
         let parts = if self.to.reads_zeros() {
             let pieces = zeros::nonzero_pieces(data, start);
             pieces
@@ -254,7 +259,7 @@ impl<'c> Copier<'c> {
         while done < len_bytes {
             let at_disk = to.disk.start + done;
             let data = fit(buf, PIECE_BYTES.min(len_bytes - done));
-            self.from.read(from.plus(done), at_disk, data)?;
+            self.read(from.plus(done), at_disk, data)?;
             for part in zeros::nonzero_pieces(data, at_disk) {
                 let skip = part.start as u64;
                 self.write(&data[part], at_disk + skip, to.at.plus(done + skip))?;
@@ -269,6 +274,11 @@ impl<'c> Copier<'c> {
         let zeros = fit(buf, disk.end - disk.start);
         zeros.fill(0);
         self.write(zeros, disk.start, FileOffset(disk.start))
+    }
+
+    fn read(&self, stored: Stored, at_bytes: u64, buf: &mut [u8]) -> Result<(), CopyError> {
+        let _one = lock(&self.one_reads);
+        self.from.read(stored, at_bytes, buf)
     }
 
     fn write(&self, data: &[u8], at_bytes: u64, at: FileOffset) -> Result<(), CopyError> {

@@ -30,9 +30,11 @@ impl Threads {
         (1..=Self::MOST).contains(&count).then_some(Self(count))
     }
 
-    /// One for each CPU that this program may use, but at least eight, since they wait for storage more than for
-    /// CPUs: with sources out of the page cache eight took half the time of two (two CPUs), and no
-    /// longer than two with all in memory.
+    /// To copy: one that reads, one that looks for zeros, one that writes. Reads take turns, and the host lets writes to one
+    /// file take turns, so that more only wait.
+    pub const TO_COPY: Self = Self(3);
+
+    /// To compare: one for each CPU that this program may use, but at least eight, since they wait for storage more than for CPUs.
     pub fn of_this_host() -> Self {
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         Self(cpus.clamp(8, Self::MOST))

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::process::ExitCode;
 
+use vdi_core::Threads;
 use vdi_core::compare::{self, Comparison, Strictness};
 
 use crate::EXIT_DIFFERENT;
@@ -18,7 +19,7 @@ pub(super) fn compare(args: &CompareArgs) -> Result<ExitCode, Failure> {
     } else {
         Strictness::Contents
     };
-    let threads = args.threads.get();
+    let threads = args.threads.or(Threads::of_this_host());
     let compared = compare::compare(&first, &second, strictness, threads, &mut |_| {
         ControlFlow::Continue(())
     });
