@@ -1,16 +1,17 @@
 //! `vdi-vhost`: a vhost-user-blk back end that serves VirtualBox VDI images.
 //!
 //! ```text
-//! session ─► backend ─► rings ─► workers ─► crew ─► worker ─► seat ─► queue ─► chain ─► request
-//!  (one control thread)                           (a thread each)                         │
-//!                                  inflight ◄──────────────────────────────┘
-//!                                     │ image_file
-//!                                     ▼
-//!                                  engine ─► transfer, ring
+//! doorman ─► fleet ─► berth ─► session ─► backend ─► rings ─► workers ─► crew ─► worker ─► seat ─► queue ─► chain ─► request
+//!    │                 (a disk)   (a thread while               (a disk's way   (threads)   (a disk's                      │
+//!    └► control               its front end is there)             to them)                  place there)                   │
+//!                                                                                    inflight ◄────────────────────────────┘
+//!                                                                                       │ image_file
+//!                                                                                       ▼
+//!                                                                                    engine ─► transfer, ring
 //! ```
 //!
-//! This file opens the image, puts the parts together and takes them apart again in order: queues are drained, then the
-//! image is closed, then the socket goes away.
+//! This file opens the images, puts the parts together and takes them apart again in order: queues are drained, then the
+//! images are closed, then the sockets go away.
 
 mod access;
 mod args;

@@ -16,7 +16,10 @@
 //!    lies in the directories where parents are looked for (read only). A rule holds for the file that has the name now: one that takes its
 //!    place cannot be opened. Files are removed only from the directories of the sockets, nothing is made or executed. No TCP, and no signals or
 //!    abstract sockets to other programs, as far as the kernel knows how to forbid that; a kernel without landlock is warned of.
-//! 4. The control thread's filter of system calls.
+//!    In a process whose disks come and go (`--config`) images can be opened and made in the directories that the configuration names for that, and
+//!    sockets be made in theirs.
+//! 4. The control thread's filter of system calls; sessions and operators have threads that inherit it. Only a process whose disks come and go makes
+//!    new sockets, local ones.
 //!
 //! What this cannot do: threads share their memory, so who runs code in one can have the others make their calls for him. And
 //! io_uring does what it is told behind a filter's back. So the rings of the workers can only move data (`ring`), and once the sandbox is
