@@ -35,6 +35,7 @@ use crate::engine::EngineChoice;
 use crate::fault;
 use crate::housekeeper::Housekeepers;
 use crate::image_file::ImageFile;
+use crate::limits::Group;
 use crate::memory::{self, Memory, Region};
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::ring::owned;
@@ -154,6 +155,8 @@ impl Bench {
             images: data.expect("descriptors are left").into(),
             device: Arc::clone(&device),
             complaints: Arc::new(Complaints::default()),
+            stats: Arc::default(),
+            throttle: Arc::default(),
         };
         let (orders, inbox) = mpsc::channel();
         let worker = Worker::new(EngineChoice::Sync, Arc::clone(&doorbell), inbox);
@@ -385,6 +388,31 @@ impl Daemon {
             said: Said::default(),
             _silent: silent,
         }
+    }
+
+    /// What the disk did, as JSON.
+    ///
+    /// # Panics
+    /// Never: the numbers can be written.
+    #[must_use]
+    pub fn stats(&self) -> String {
+        let backend = self.backend.lock().unwrap_or_else(PoisonError::into_inner);
+        serde_json::to_string(&backend.stats()).expect("numbers can be written")
+    }
+
+    /// Limits the disk, and the group that it is alone in; both as JSON.
+    ///
+    /// # Panics
+    /// If these are no limits.
+    pub fn limit(&self, own: &str, group: &str) {
+        let [own, limits] = [own, group].map(serde_json::from_str);
+        let group = Arc::new(Group::default());
+        let backend = self.backend.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = group.set_limits(&limits.expect("limits"));
+        set.expect("they make sense");
+        backend.set_group(Some(group));
+        let set = backend.set_limits(&own.expect("limits"));
+        set.expect("they make sense");
     }
 
     /// Serves a front end until it goes away.
