@@ -273,6 +273,57 @@ fn what_an_operator_gets_wrong_changes_nothing() {
 }
 
 #[test]
+fn what_a_disk_did_is_counted_by_kind_and_stays_counted() {
+    let fleet = Fleet::start("");
+    for _ in 0..2 {
+        let mut a = fleet.driver("a");
+        for nth in 0..3 {
+            a.write(nth * 8, &[1; 4096]);
+        }
+        a.read(0, 8192);
+        a.flush();
+    }
+    let stats = fleet.ask("stats", &json!({"disk": "a"})).unwrap();
+    let of = |kind: &str| ["requests", "bytes", "errors"].map(|what| stats[kind][what].clone());
+    assert_eq!(of("write"), [6, 24576, 0]);
+    assert_eq!(of("read"), [2, 16384, 0]);
+    assert_eq!(of("flush"), [2, 0, 0]);
+    assert_eq!(stats["in_flight_requests"], 0);
+    let other = fleet.ask("stats", &json!({"disk": "b"})).unwrap();
+    assert_eq!(other["write"]["requests"], 0);
+}
+
+#[test]
+fn a_disk_that_is_limited_is_held_and_its_neighbour_is_not() {
+    let fleet = Fleet::start("");
+    let limit = |limits: Value| fleet.ask("set-limits", &json!({"disk": "a", "limits": limits}));
+    assert_eq!(
+        limit(json!({"iops_total_max": 5})),
+        Err("not-possible".to_owned())
+    );
+    limit(json!({"iops_total": 50})).unwrap();
+    let (mut a, mut b) = (fleet.driver("a"), fleet.driver("b"));
+    let before = std::time::Instant::now();
+    for _ in 0..30 {
+        a.read(0, 512);
+        for _ in 0..20 {
+            b.read(0, 512);
+        }
+    }
+    // A bucket of a tenth of a second, five requests, and one that goes over its brim.
+    assert!(before.elapsed() >= Duration::from_millis(24 * 20 - 20));
+    let stats = |disk: &str| fleet.ask("stats", &json!({"disk": disk})).unwrap();
+    assert!(stats("a")["throttled_requests"].as_u64().unwrap() >= 5);
+    assert_eq!(stats("b")["throttled_requests"], 0);
+    // One that is held ends all the same.
+    limit(json!({"iops_total": 1})).unwrap();
+    a.read(0, 512);
+    drop(a);
+    limit(json!({})).unwrap();
+    fleet.ask("remove", &json!({"disk": "a"})).unwrap();
+}
+
+#[test]
 fn a_front_end_that_floods_a_disk_with_half_messages_does_not_hold_up_another() {
     let fleet = Fleet::start("");
     let mut rude = UnixStream::connect(fleet.path("sockets/a.sock")).unwrap();

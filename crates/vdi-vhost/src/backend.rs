@@ -32,8 +32,10 @@ use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
 use crate::fault::Account;
 use crate::housekeeper::Housekeepers;
+use crate::limits::{Group, Limits, LimitsError, Throttle};
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
+use crate::stats::{Stats, StatsSnapshot};
 use crate::tracking::{Tracking, TrackingError};
 use crate::turn::{GrowError, Opened, SnapshotError, Turn, TurnError};
 use crate::workers::{Served, Workers};
@@ -44,6 +46,8 @@ pub(crate) struct Backend {
     turn: Turn,
     housekeepers: Arc<Housekeepers>,
     complaints: Arc<Complaints>,
+    stats: Arc<Stats>,
+    throttle: Arc<Throttle>,
     rings: Rings,
     /// What became of what this session's front end shares.
     account: Account,
@@ -142,6 +146,8 @@ impl Backend {
             housekeepers,
             complaints: Arc::new(Complaints::about(about.clone())),
             account: Account::default(),
+            stats: Arc::default(),
+            throttle: Arc::default(),
             channel: None,
             log: None,
             loading: None,
@@ -172,6 +178,8 @@ impl Backend {
             images: opened.images,
             device: Arc::clone(&self.device),
             complaints: Arc::clone(&self.complaints),
+            stats: Arc::clone(&self.stats),
+            throttle: Arc::clone(&self.throttle),
         });
     }
 
@@ -223,6 +231,21 @@ impl Backend {
     /// The size of the disk.
     pub(crate) fn capacity(&self) -> Capacity {
         self.device.capacity()
+    }
+
+    /// What the disk did since the daemon was started.
+    pub(crate) fn stats(&self) -> StatsSnapshot {
+        self.stats.snapshot()
+    }
+
+    /// Limits the disk from now on; requests that wait for older limits heed these within a tenth of a second.
+    pub(crate) fn set_limits(&self, limits: &Limits) -> std::result::Result<(), LimitsError> {
+        self.throttle.set_limits(limits)
+    }
+
+    /// Has the disk share the limits of a group beside its own, or not any more.
+    pub(crate) fn set_group(&self, group: Option<Arc<Group>>) {
+        self.throttle.set_group(group);
     }
 
     /// How many requests the host failed.

@@ -9,6 +9,8 @@
 //! {"version": 1, "execute": "remove", "arguments": {"disk": "web-2"}}
 //! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
 //! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
+//! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
@@ -43,7 +45,9 @@ use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
 use crate::fleet::{Fleet, FleetError};
+use crate::limits::{Limits, LimitsError};
 use crate::socket::{SocketError, SocketFile};
+use crate::stats::StatsSnapshot;
 
 /// The version of the messages.
 const VERSION: u32 = 1;
@@ -89,6 +93,11 @@ enum Command {
         disk: Option<String>,
         to: PathBuf,
     },
+    Stats(Option<Which>),
+    SetLimits {
+        disk: Option<String>,
+        limits: Limits,
+    },
     Shutdown,
 }
 
@@ -117,6 +126,7 @@ enum Outcome {
 enum Returned {
     Info(Info),
     List { disks: Vec<Info> },
+    Stats(Box<StatsSnapshot>),
     Nothing {},
 }
 
@@ -258,6 +268,16 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             berth.lock().snapshot(&to)?;
             Returned::Info(Info::of(&berth))
         }
+        Command::Stats(which) => {
+            let disk = which.and_then(|which| which.disk);
+            let stats = fleet.find(disk.as_deref())?.lock().stats();
+            Returned::Stats(Box::new(stats))
+        }
+        Command::SetLimits { disk, limits } => {
+            let berth = fleet.find(disk.as_deref())?;
+            berth.lock().set_limits(&limits)?;
+            Returned::Info(Info::of(&berth))
+        }
         Command::Shutdown => {
             fleet.end();
             Returned::Nothing {}
@@ -292,6 +312,8 @@ enum Failed {
     Fleet(#[from] FleetError),
     #[error(transparent)]
     Disk(#[from] ControlError),
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
 }
 
 impl From<Failed> for Outcome {
@@ -310,7 +332,8 @@ impl From<Failed> for Outcome {
                 | FleetError::Socket(_)
                 | FleetError::Host(_),
             )
-            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_)) => "not-possible",
+            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_))
+            | Failed::Limits(_) => "not-possible",
             Failed::Fleet(FleetError::Close(_))
             | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_)) => "broken",
         };

@@ -38,6 +38,7 @@ use crate::fault::{self, Account};
 use crate::fleet::make_device;
 use crate::housekeeper::Housekeepers;
 use crate::image_file::ImageFile;
+use crate::limits::Group;
 use crate::memory::{self, Memory, Region};
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::ring::owned;
@@ -156,6 +157,8 @@ impl Bench {
             images: data.expect("descriptors are left").into(),
             device: Arc::clone(&device),
             complaints: Arc::new(Complaints::default()),
+            stats: Arc::default(),
+            throttle: Arc::default(),
         };
         let (orders, inbox) = mpsc::channel();
         let worker = Worker::new(EngineChoice::Sync, Arc::clone(&doorbell), inbox);
@@ -375,6 +378,31 @@ impl Daemon {
         Self {
             berth: berth.expect("descriptors are left"),
         }
+    }
+
+    /// What the disk did, as JSON.
+    ///
+    /// # Panics
+    /// Never: the numbers can be written.
+    #[must_use]
+    pub fn stats(&self) -> String {
+        let backend = self.berth.lock();
+        serde_json::to_string(&backend.stats()).expect("numbers can be written")
+    }
+
+    /// Limits the disk, and the group that it is alone in; both as JSON.
+    ///
+    /// # Panics
+    /// If these are no limits.
+    pub fn limit(&self, own: &str, group: &str) {
+        let [own, limits] = [own, group].map(serde_json::from_str);
+        let group = Arc::new(Group::default());
+        let backend = self.berth.lock();
+        let set = group.set_limits(&limits.expect("limits"));
+        set.expect("they make sense");
+        backend.set_group(Some(group));
+        let set = backend.set_limits(&own.expect("limits"));
+        set.expect("they make sense");
     }
 
     /// Serves a front end until it goes away.

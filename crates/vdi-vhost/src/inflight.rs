@@ -25,6 +25,7 @@ use vdi_core::{
     Visit, WriteError,
 };
 
+use crate::clock::Moment;
 use crate::command::SeatNumber;
 use crate::complaints::Complaints;
 use crate::device::Device;
@@ -33,6 +34,7 @@ use crate::image_file::ImageFile;
 use crate::memory;
 use crate::request::{Reply, Request, Segments, Status};
 use crate::ring::{GuestBuffer, WatchKey};
+use crate::stats::{Tally, Ticket};
 use crate::transfer::{Operation, Transfer};
 use crate::worker::DOORBELL;
 
@@ -101,6 +103,11 @@ pub(crate) struct Tools {
     pub(crate) inline_left: u64,
     /// Transfers of one seat beyond which it takes no more chains.
     pub(crate) share: usize,
+    /// When this turn began.
+    pub(crate) now: Moment,
+    /// A test moves the time.
+    #[cfg(test)]
+    pub(crate) is_stopped: bool,
     /// Whose kicks are watched.
     watches: BTreeMap<WatchKey, (SeatNumber, u16)>,
     last_watch: u32,
@@ -113,9 +120,21 @@ impl Tools {
             engine,
             inline_left: INLINE_BYTES,
             share: MAX_TRANSFERS,
+            now: Moment::now(),
+            #[cfg(test)]
+            is_stopped: false,
             watches: BTreeMap::new(),
             last_watch: DOORBELL.0,
         }
+    }
+
+    /// Sets the clock, unless a test did.
+    pub(crate) fn set_clock(&mut self, now: Moment) {
+        #[cfg(test)]
+        if self.is_stopped {
+            return;
+        }
+        self.now = now;
     }
 
     /// Whether so much is in flight that no more chains are taken.
@@ -176,6 +195,8 @@ pub(crate) struct Desk {
     pub(crate) transfers: usize,
     /// Says what is wrong.
     pub(crate) complaints: Arc<Complaints>,
+    /// Counts what is done.
+    pub(crate) tally: Tally,
     /// Wakes the worker when parked requests should be tried again.
     pub(crate) waker: Waker,
     /// Requests that wait for room or for another request (W7).
@@ -240,6 +261,7 @@ impl Failure {
 #[derive(Debug)]
 pub(crate) struct Active {
     key: Key,
+    ticket: Ticket,
     reply: Reply,
     work: Work,
     /// Transfers that are not over.
@@ -331,8 +353,14 @@ impl Active {
         request: Request,
         context: &mut Context<'_>,
     ) -> (Self, Next) {
+        let ticket = Ticket {
+            kind: request.kind(),
+            bytes: request.bytes(),
+            taken: context.tools.now,
+        };
         let mut active = Self {
             key,
+            ticket,
             reply,
             work: Work::Nothing,
             outstanding: 0,
@@ -431,9 +459,9 @@ impl Active {
         self.give_up()
     }
 
-    /// The duty to answer, and what went wrong on our side.
-    pub(crate) fn finish(self) -> (Reply, Option<Failure>) {
-        (self.reply, self.failure)
+    /// The duty to answer, what went wrong on our side, and how it is counted.
+    pub(crate) fn finish(self) -> (Reply, Option<Failure>, Ticket) {
+        (self.reply, self.failure, self.ticket)
     }
 
     fn read_window(&mut self, context: &mut Context<'_>) -> Next {

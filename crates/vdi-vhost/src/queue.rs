@@ -213,13 +213,18 @@ impl Queue {
         !self.left_behind.is_empty() || index.map(u16::from_le) != Some(queue.next_avail())
     }
 
-    /// Takes up to [`BURST`] heads; none are left if there are fewer.
-    pub(crate) fn take_heads(&mut self, memory: &Memory) -> Result<Heads, Broken> {
+    /// Whether the next chains are those that an earlier daemon had in flight.
+    pub(crate) fn is_recovering(&self) -> bool {
+        !self.left_behind.is_empty()
+    }
+
+    /// Takes up to `most` heads; none are left if there are fewer.
+    pub(crate) fn take_heads(&mut self, memory: &Memory, most: u16) -> Result<Heads, Broken> {
         if !self.left_behind.is_empty() {
-            let count = self.left_behind.len().min(usize::from(BURST));
+            let count = self.left_behind.len().min(usize::from(most));
             return Ok(self.left_behind.drain(..count).collect());
         }
-        let heads = available_heads(self.vring.get_mut().get_queue_mut(), memory)?;
+        let heads = available_heads(self.vring.get_mut().get_queue_mut(), memory, most)?;
         if let Some(tracker) = &mut self.tracker {
             // T1; a head that no descriptor has breaks the ring as soon as it is followed.
             for head in heads.iter().filter(|head| **head < self.size) {
@@ -316,21 +321,26 @@ impl Queue {
     }
 }
 
-/// Takes up to [`BURST`] heads from the available ring.
-fn available_heads(queue: &mut virtio_queue::Queue, memory: &Memory) -> Result<Heads, Error> {
+/// Takes up to `most` heads from the available ring.
+fn available_heads(
+    queue: &mut virtio_queue::Queue,
+    memory: &Memory,
+    most: u16,
+) -> Result<Heads, Error> {
     let (first, size) = (queue.next_avail(), queue.size());
     let available = queue.avail_idx(memory, Ordering::Acquire)? - Wrapping(first);
     if available.0 > size {
         return Err(Error::InvalidAvailRingIndex);
     }
     let mut heads = Heads::new();
-    for nth in 0..available.0.min(BURST) {
+    let count = available.0.min(most);
+    for nth in 0..count {
         let element = u64::from(first.wrapping_add(nth) % size);
         let at = part_of(queue.avail_ring(), AVAILABLE_HEADER_BYTES + 2 * element)?;
         let head = access::read(memory, at).map_err(Error::GuestMemory)?;
         heads.push(u16::from_le(head));
     }
-    queue.set_next_avail(first.wrapping_add(available.0.min(BURST)));
+    queue.set_next_avail(first.wrapping_add(count));
     Ok(heads)
 }
 

@@ -132,6 +132,51 @@ pub(crate) enum Request {
     GetId { into: GuestBuffer },
 }
 
+/// What kind of request it is, for those who count them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Flush,
+    Discard,
+    WriteZeroes,
+    GetId,
+}
+
+impl Kind {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 6;
+}
+
+impl Request {
+    /// Its kind.
+    pub(crate) fn kind(&self) -> Kind {
+        match self {
+            Self::Read { .. } => Kind::Read,
+            Self::Write { .. } => Kind::Write,
+            Self::Zero { segments } => match segments.first().map(|segment| segment.how) {
+                Some(Zeroing::Discard) => Kind::Discard,
+                Some(Zeroing::Release | Zeroing::Keep) | None => Kind::WriteZeroes,
+            },
+            Self::Flush => Kind::Flush,
+            Self::GetId { .. } => Kind::GetId,
+        }
+    }
+
+    /// Bytes of the disk that it is about.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::Read { into, .. } => into.len(),
+            Self::Write { from, .. } => from.len(),
+            Self::Zero { segments } => {
+                let sectors = segments.iter().map(|segment| segment.range.count());
+                sectors.sum::<u64>() * SECTOR_BYTES
+            }
+            Self::Flush | Self::GetId { .. } => 0,
+        }
+    }
+}
+
 /// One range of a discard or write-zeroes request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Segment {

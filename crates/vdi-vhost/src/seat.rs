@@ -20,19 +20,21 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Waker;
-use std::time::Instant;
+use std::time::Duration;
 
 use smallvec::SmallVec;
 use vdi_core::{Flush, Reservation};
 
+use crate::clock::Moment;
 use crate::command::{Ack, Command, Doorbell, SeatBell, SeatNumber, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::dirty::Guest;
 use crate::inflight::{Active, Context, Desk, Key, Next, Tools};
-use crate::memory::{self, Memory};
+use crate::limits::Gate;
+use crate::memory;
 use crate::promptness::Promptness;
 use crate::queue::{BURST, Broken, Mode, Queue};
-use crate::request::{self, Refused, Status};
+use crate::request::{self, Refused, Request, Status};
 use crate::ring::Fired;
 use crate::transfer::{Finished, Transfer};
 use crate::workers::Served;
@@ -48,13 +50,13 @@ enum Pending {
 /// One sync for all who wait for one.
 struct Sync {
     flush: Flush,
-    started: Instant,
     /// Requests that are committed after it (W2).
     data: Vec<Key>,
     /// What makes their data visible.
     reservations: Vec<Reservation>,
     /// Requests that are answered after it.
     flushes: Vec<Key>,
+    began: Moment,
 }
 
 /// Who waits for a sync that is done on the worker's time, but for those who want it.
@@ -85,6 +87,9 @@ pub(crate) struct Seat {
     pending: Option<(Pending, Ack)>,
     /// The queue that is the first to take chains: the one that could not, since there was too much in flight.
     first: u16,
+    gate: Gate,
+    /// Since when, as far as that is counted, and until when chains wait for a limit.
+    held: Option<(Moment, Moment)>,
     /// Whether the worker looks at this seat in every turn.
     pub(crate) is_active: bool,
     /// Whether the worker counts it among those that have queues.
@@ -108,6 +113,7 @@ impl Seat {
             complaints: served.complaints,
             waker: Waker::from(Arc::clone(&bell)),
             transfers: 0,
+            tally: served.stats.sit(),
             parked: Vec::new(),
             continuing: Vec::new(),
             written: Vec::new(),
@@ -127,6 +133,8 @@ impl Seat {
             inbox: VecDeque::new(),
             pending: None,
             first: 0,
+            gate: Gate::new(served.throttle),
+            held: None,
             is_active: false,
             is_counted: false,
         }
@@ -154,7 +162,13 @@ impl Seat {
 
     /// Whether queues may take chains now.
     pub(crate) fn is_open(&self, tools: &Tools) -> bool {
-        !self.is_closed() && self.desk.transfers < tools.share
+        let is_held = self.held.is_some_and(|(_, until)| tools.now < until);
+        !self.is_closed() && self.desk.transfers < tools.share && !is_held
+    }
+
+    /// Until when chains wait for a limit, if they do. Queues stay awake meanwhile: there is nothing to hear of them.
+    pub(crate) fn held_until(&self) -> Option<Moment> {
+        self.held.map(|(_, until)| until)
     }
 
     /// Whether there are chains to take.
@@ -247,6 +261,7 @@ impl Seat {
         let whose = (self.number, setup.index);
         let watch = kick.map(|kick| tools.watch(whose, kick)).transpose()?;
         self.guest = guest;
+        self.desk.tally.restarted(setup.left_behind.len());
         self.queues.insert(setup.index, Queue::new(setup, watch));
         Ok(())
     }
@@ -327,22 +342,27 @@ impl Seat {
         if let Next::Answer(status, data_bytes) = step(active, &mut context)
             && let Some(active) = queue.release(key.head)
         {
-            answer(
-                queue,
-                &self.guest.memory,
-                active,
-                status,
-                data_bytes,
-                &self.desk.complaints,
-            );
+            let answer = (status, data_bytes);
+            send_answer(queue, &self.guest, active, answer, &mut self.desk);
         }
     }
 
     /// Takes chains from all queues that may have some, and starts their requests.
     pub(crate) fn take(&mut self, tools: &mut Tools) {
-        if self.is_closed() {
-            return;
+        let held = self.held.take();
+        if !self.is_closed() {
+            self.take_from_all(tools, held.is_some());
         }
+        if let Some((since, _)) = held {
+            self.desk.tally.was_held(tools.now.since(since));
+        }
+        if held.is_some() != self.held.is_some() {
+            self.gate.set_held(self.held.is_some());
+        }
+    }
+
+    fn take_from_all(&mut self, tools: &mut Tools, was_held: bool) {
+        let is_limited = self.gate.is_limited();
         let awake = self.queues.iter().filter(|(_, queue)| queue.is_awake());
         let mut awake: SmallVec<[u16; 8]> = awake.map(|(index, _)| *index).collect();
         let first = std::mem::take(&mut self.first);
@@ -359,8 +379,22 @@ impl Seat {
             let desk = &mut self.desk;
             let mut context = Context { desk, tools };
             let whose = (self.number, index);
-            if let Err(why) = take_from(whose, queue, &self.guest, &mut context) {
-                break_ring(index, queue, &self.guest, &why, &self.desk.complaints);
+            let taken = if is_limited {
+                let gate = (&mut self.gate, was_held);
+                take_as_limited(whose, queue, &self.guest, gate, &mut context)
+            } else {
+                take_from(whose, queue, &self.guest, BURST, &mut context).map(|_| None)
+            };
+            match taken {
+                Ok(None) => {}
+                Ok(Some(until)) => {
+                    // Others may have chains that are not held.
+                    if self.held.is_none() {
+                        self.first = index;
+                    }
+                    self.held = Some((tools.now, until));
+                }
+                Err(why) => break_ring(index, queue, &self.guest, &why, &self.desk.complaints),
             }
         }
     }
@@ -390,10 +424,10 @@ impl Seat {
         let (data, reservations) = desk.unsynced.drain(..).unzip();
         self.syncing = Some(Sync {
             flush,
-            started: Instant::now(),
             data,
             reservations,
             flushes: std::mem::take(&mut desk.unflushed),
+            began: Moment::now(),
         });
         let token = Key::sync(self.number).token();
         let sync = Transfer::sync(token, Arc::clone(&self.sync_file));
@@ -416,7 +450,9 @@ impl Seat {
         let Some(mut sync) = self.syncing.take() else {
             return;
         };
-        self.promptness.took(sync.started.elapsed());
+        let nanos = Moment::now().since(sync.began);
+        self.promptness.took(Duration::from_nanos(nanos));
+        self.desk.tally.synced(nanos, result.is_ok());
         let disk = &self.desk.disk;
         let result = disk.end_data_sync(sync.flush, result, &mut sync.reservations);
         let result = result.map_err(Arc::new);
@@ -473,6 +509,12 @@ impl Seat {
         }
     }
 
+    /// Counts what this turn brought about; its answers are published.
+    pub(crate) fn account(&mut self, began: Moment, ended: Moment) {
+        let in_flight = self.queues.values().map(Queue::in_flight).sum();
+        self.desk.tally.turn_is_over(began, ended, in_flight);
+    }
+
     /// Acknowledges the pending command if what it waits for has happened; what to acknowledge when the seat is gone.
     fn acknowledge(&mut self, tools: &mut Tools) -> Option<Ack> {
         let busy = |queue: &Queue| queue.in_flight() > 0;
@@ -511,29 +553,65 @@ impl Seat {
     }
 }
 
-/// Takes one burst of chains from a queue.
+/// Takes one burst of chains from a queue, as far as limits let it; until when the next one is held.
+fn take_as_limited(
+    whose: (SeatNumber, u16),
+    queue: &mut Queue,
+    guest: &Guest,
+    (gate, was_held): (&mut Gate, bool),
+    context: &mut Context<'_>,
+) -> Result<Option<Moment>, Broken> {
+    let now = context.tools.now;
+    for _ in 0..BURST {
+        if queue.is_recovering() {
+            take_from(whose, queue, guest, 1, context)?;
+            continue;
+        }
+        if !queue.has_chains(&guest.memory) {
+            break;
+        }
+        if let Err(until) = gate.admit(now) {
+            return Ok(Some(until));
+        }
+        let moved = take_from(whose, queue, guest, 1, context)?;
+        gate.charge(now, moved);
+        context.desk.tally.throttled(u64::from(was_held));
+    }
+    Ok(None)
+}
+
+/// Takes up to `most` chains from a queue; how many bytes they move.
 fn take_from(
     (seat, index): (SeatNumber, u16),
     queue: &mut Queue,
     guest: &Guest,
+    most: u16,
     context: &mut Context<'_>,
-) -> Result<(), Broken> {
+) -> Result<u64, Broken> {
     let memory = &guest.memory;
-    let heads = queue.take_heads(memory)?;
+    let mut moved = 0;
+    let heads = queue.take_heads(memory, most)?;
     debug_assert!(heads.len() <= usize::from(BURST));
     for head in heads {
         let chain = queue.walk(memory, head);
         let device = &context.desk.device;
         let parsed = chain.map(|chain| request::parse(guest, chain, head, device));
         if memory::is_lost(memory) {
-            return Ok(()); // F2
+            return Ok(moved); // F2
         }
         match parsed? {
             Ok((reply, request)) => {
+                if let Request::Read { into: data, .. } | Request::Write { from: data, .. } =
+                    &request
+                {
+                    moved += data.len();
+                }
                 if let Some(bytes) = context.at_once(&request) {
                     if memory::is_lost(memory) {
-                        return Ok(()); // F2
+                        return Ok(moved); // F2
                     }
+                    let tally = &mut context.desk.tally;
+                    tally.at_once(request.kind(), request.bytes());
                     queue.give_back(reply.send(memory, Status::Ok, bytes));
                     continue;
                 }
@@ -546,12 +624,12 @@ fn take_from(
                 match next {
                     Next::Wait => queue.keep(head, active),
                     Next::Answer(status, bytes) => {
-                        let complaints = &context.desk.complaints;
-                        answer(queue, memory, active, status, bytes, complaints);
+                        send_answer(queue, guest, active, (status, bytes), context.desk);
                     }
                 }
             }
             Err(Refused::WithStatus(reply, status)) => {
+                context.desk.tally.refused();
                 if status == Status::IoError {
                     let line = format_args!("queue {index}: the guest sent an impossible request");
                     context.desk.complaints.warn(line);
@@ -561,7 +639,7 @@ fn take_from(
             Err(Refused::Unanswerable) => return Err(Broken::Unanswerable { head }),
         }
     }
-    Ok(())
+    Ok(moved)
 }
 
 /// Leaves a ring alone that the guest broke, unless it was the front end that took it away.
@@ -571,21 +649,22 @@ fn break_ring(index: u16, queue: &mut Queue, guest: &Guest, why: &Broken, compla
     }
 }
 
-/// Answers a request that is over (R2).
-fn answer(
+/// Answers a request that is over (R2), with a status and the bytes of data that were written to its buffers.
+fn send_answer(
     queue: &mut Queue,
-    memory: &Memory,
+    guest: &Guest,
     active: Active,
-    status: Status,
-    data_bytes: u64,
-    complaints: &Complaints,
+    (status, data_bytes): (Status, u64),
+    desk: &mut Desk,
 ) {
-    let (reply, failure) = active.finish();
+    let (reply, failure, ticket) = active.finish();
+    let memory = &guest.memory;
     if memory::is_lost(memory) {
         return; // F2: the front end is about to hear that the session is over.
     }
     if let Some(failure) = failure {
-        failure.tell(complaints);
+        failure.tell(&desk.complaints);
     }
+    desk.tally.over(ticket, status);
     queue.give_back(reply.send(memory, status, data_bytes));
 }

@@ -19,8 +19,9 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::clock::{self, Moment};
 use crate::command::{Command, Doorbell, Order, SeatNumber};
 use crate::engine::{Engine, EngineChoice, Wait};
 use crate::inflight::{INLINE_BYTES, Key, MAX_TRANSFERS, Tools};
@@ -145,6 +146,9 @@ impl Worker {
     pub(crate) fn turn(&mut self) -> bool {
         let wait = self.may_wait();
         self.tools.engine.turn(wait);
+        if wait != Wait::No {
+            self.tools.set_clock(Moment::now());
+        }
         self.tools.inline_left = INLINE_BYTES;
         self.hear();
         self.reap();
@@ -176,18 +180,26 @@ impl Worker {
                 polled |= seat.is_polled();
             }
         });
-        match sleep {
-            false => {
-                self.nap = SHORTEST_NAP;
-                Wait::No
-            }
-            true if polled => {
-                let nap = self.nap;
-                self.nap = (nap + nap / NAP_GROWTH).min(LONGEST_NAP);
-                Wait::AtMost(nap)
-            }
-            true => Wait::Forever,
+        if !sleep {
+            self.nap = SHORTEST_NAP;
+            return Wait::No;
         }
+        let nap = polled.then_some(self.nap);
+        if polled {
+            self.nap = (self.nap + self.nap / NAP_GROWTH).min(LONGEST_NAP);
+        }
+        let wait = nap.into_iter().chain(self.hold()).min();
+        wait.map_or(Wait::Forever, Wait::AtMost)
+    }
+
+    /// How long until limits let the first of those go on that wait for them.
+    fn hold(&mut self) -> Option<Duration> {
+        let (now, mut first) = (self.tools.now, None);
+        self.seats.for_each_active(|seat| {
+            let until = seat.held_until();
+            first = [first, until].into_iter().flatten().min();
+        });
+        first.map(|until| Duration::from_nanos(until.since(now)))
     }
 
     /// Whether there is more to do before guests are asked to kick. Looks for a while if that was worth it lately.
@@ -204,15 +216,18 @@ impl Worker {
         if self.tools.engine.has_unsubmitted() || !self.patience.looks() {
             return false;
         }
-        let start = Instant::now();
-        while start.elapsed() < LOOK {
+        let mut now = Moment::now();
+        let end = now.plus(clock::nanos(LOOK));
+        while now < end {
             for _ in 0..LOOKS_PER_CLOCK {
                 if self.has_more() {
                     self.patience.found();
+                    self.tools.set_clock(now);
                     return true;
                 }
                 std::hint::spin_loop();
             }
+            now = Moment::now();
         }
         self.patience.missed();
         false
@@ -284,6 +299,15 @@ impl Worker {
         });
     }
 
+    /// Has all seats count what this turn brought about. What comes now begins when it ended.
+    fn account(&mut self) {
+        let began = self.tools.now;
+        self.tools.set_clock(Moment::now());
+        let ended = self.tools.now;
+        self.seats
+            .for_each_active(|seat| seat.account(began, ended));
+    }
+
     /// Ends the turn of all seats, and those that are told to leave.
     fn settle(&mut self) {
         let (tools, mut leaving) = (&mut self.tools, Vec::new());
@@ -300,6 +324,7 @@ impl Worker {
             self.seats.with_queues = with_queues;
             self.tools.share = (MAX_TRANSFERS / with_queues.max(1)).max(LEAST_SHARE);
         }
+        self.account();
         for (number, ack) in leaving {
             if let Some(place) = self.seats.all.get_mut(number as usize) {
                 *place = None;

@@ -15,6 +15,8 @@ use crate::crew::{Crew, done};
 use crate::device::Device;
 use crate::dirty::Guest;
 use crate::image_file::ImageFile;
+use crate::limits::Throttle;
+use crate::stats::Stats;
 
 /// What all workers serve.
 #[derive(Debug, Clone)]
@@ -27,6 +29,10 @@ pub(crate) struct Served {
     pub(crate) device: Arc<Device>,
     /// What is said about wrong requests.
     pub(crate) complaints: Arc<Complaints>,
+    /// What it did.
+    pub(crate) stats: Arc<Stats>,
+    /// How much it may do.
+    pub(crate) throttle: Arc<Throttle>,
 }
 
 /// The crew, for one disk; dropping it ends all service to that, after what is in flight.

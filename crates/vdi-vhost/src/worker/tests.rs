@@ -16,13 +16,16 @@ use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::clock::Moment;
 use crate::command::{Ack, Setup};
 use crate::complaints::Complaints;
 use crate::dirty::Guest;
 use crate::fuzzing::{self, GuestMemory, Wishes};
 use crate::image_file::ImageFile;
+use crate::limits::{Group, Limits, Throttle};
 use crate::memory::Memory;
 use crate::queue::{Mode, Vring};
+use crate::stats::{KindSnapshot, Stats};
 use crate::workers::Served;
 
 /// Where a queue's parts are in its share of the memory.
@@ -51,6 +54,8 @@ struct TestDisk {
     memory: File,
     guest: Guest,
     kicks: Vec<EventFd>,
+    stats: Arc<Stats>,
+    throttle: Arc<Throttle>,
     taken: Vec<u16>,
 }
 
@@ -121,11 +126,14 @@ impl Scene {
         device.ack_features(wishes.features);
         let image = ImageFile::buffered(file.file().try_clone().unwrap());
         let sync_file = image.file_for_syncs();
+        let (stats, throttle) = (Arc::<Stats>::default(), Arc::<Throttle>::default());
         let served = Served {
             disk: Arc::clone(&disk),
             images: [image].into(),
             device: Arc::new(device),
             complaints: Arc::new(Complaints::default()),
+            stats: Arc::clone(&stats),
+            throttle: Arc::clone(&throttle),
         };
         let sit = Command::Sit(Box::new(served), sync_file);
         assert!(self.tell(number, sit).try_recv().unwrap().is_ok());
@@ -142,36 +150,47 @@ impl Scene {
             memory,
             guest,
             kicks: Vec::new(),
+            stats,
+            throttle,
             taken: Vec::new(),
         };
         for index in 0..2 {
-            self.start(&mut disk, index);
+            self.start(&mut disk, index, Vec::new());
         }
         disk
     }
 
-    fn start(&mut self, disk: &mut TestDisk, index: u16) {
+    /// Starts a queue, or starts it again where it stopped.
+    fn start(&mut self, disk: &mut TestDisk, index: u16, left_behind: Vec<u16>) {
         let shared = GuestMemoryAtomic::new(Memory::clone(&disk.guest.memory));
         let vring = Vring::new(shared, 16).unwrap();
         vring.set_queue_size(16);
         let base = SHARE * u64::from(index);
         let placed = vring.set_queue_info(base, base + AVAILABLE, base + USED);
         placed.unwrap();
-        vring.get_mut().get_queue_mut().set_ready(true);
+        let place = usize::from(index);
+        if disk.taken.len() == place {
+            disk.taken.push(0);
+            disk.kicks.push(fuzzing::eventfd());
+        }
+        {
+            let mut state = vring.get_mut();
+            let queue = state.get_queue_mut();
+            queue.set_ready(true);
+            queue.set_next_avail(disk.taken[place]);
+            queue.set_next_used(disk.taken[place]);
+        }
         let setup = Setup {
             index,
             vring,
             error_fd: Arc::new(Mutex::new(None)),
             mode: Mode::Running,
             tracker: None,
-            left_behind: Vec::new(),
+            left_behind,
         };
-        let kick = fuzzing::eventfd();
-        let heard = fuzzing::copy(&kick).into();
+        let heard = fuzzing::copy(&disk.kicks[place]).into();
         let start = Command::Start(Box::new(setup), Some(heard), disk.guest.clone());
         assert!(self.tell(disk.number, start).try_recv().unwrap().is_ok());
-        disk.kicks.push(kick);
-        disk.taken.push(0);
     }
 }
 
@@ -336,4 +355,210 @@ fn a_sync_that_anybody_at_any_disk_would_wait_for_is_not_done_on_the_threads_tim
     scene.worker.sync();
     scene.turn();
     assert!(other.is_answered(0) && disk.is_answered(0));
+}
+
+/// Limits by QEMU's names.
+fn limits(json: &str) -> Limits {
+    serde_json::from_str(json).unwrap()
+}
+
+/// A second that a test chose.
+fn second(seconds: u64) -> Moment {
+    Moment(seconds * 1_000_000_000)
+}
+
+impl Scene {
+    /// Stops the clock at this time.
+    fn set_clock(&mut self, now: Moment) {
+        self.worker.tools.is_stopped = true;
+        self.worker.tools.now = now;
+    }
+}
+
+#[test]
+fn a_disk_that_is_held_delays_no_other_disk_at_its_worker_and_goes_on_when_it_is_time() {
+    let mut scene = Scene::new();
+    let (mut flooded, mut other) = (scene.seat(0), scene.seat(1));
+    scene.set_clock(second(10));
+    let limited = flooded
+        .throttle
+        .set_limits(&limits(r#"{"iops_total": 10}"#));
+    limited.unwrap();
+    // The bucket holds one; the next goes over its brim.
+    for _ in 0..2 {
+        flooded.offer(0, IN, 0);
+        scene.turn();
+        assert!(flooded.is_answered(0));
+    }
+    flooded.offer(0, IN, 0);
+    flooded.offer(1, IN, 0);
+    for _ in 0..100 {
+        other.offer(0, IN, 0);
+        scene.turn();
+        assert!(other.is_answered(0));
+        assert!(!flooded.is_answered(0) && !flooded.is_answered(1));
+    }
+    // It waits for the time, and for nothing else.
+    assert!(
+        matches!(scene.worker.may_wait(), Wait::AtMost(time) if time == Duration::from_millis(100))
+    );
+    scene.set_clock(second(10).plus(99_999_999));
+    scene.turn();
+    assert!(!flooded.is_answered(0) && !flooded.is_answered(1));
+    scene.set_clock(second(10).plus(100_000_000));
+    scene.turn();
+    assert!(flooded.is_answered(0) != flooded.is_answered(1));
+    // The queue that had to wait comes first.
+    let (first, last) = if flooded.is_answered(0) {
+        (0, 1)
+    } else {
+        (1, 0)
+    };
+    flooded.offer(first, IN, 0);
+    scene.set_clock(second(10).plus(200_000_000));
+    scene.turn();
+    assert!(flooded.is_answered(last) && !flooded.is_answered(first));
+    scene.set_clock(second(11));
+    scene.turn();
+    assert!(flooded.is_answered(0) && flooded.is_answered(1));
+    assert_eq!(scene.worker.may_wait(), Wait::Forever);
+    let stats = flooded.stats.snapshot();
+    assert_eq!((stats.read.requests, stats.throttled_requests), (5, 3));
+    assert_eq!(stats.throttled_us, 1_000_000);
+    assert_eq!(other.stats.snapshot().throttled_requests, 0);
+}
+
+#[test]
+fn a_disk_that_is_held_obeys_at_once() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    scene.set_clock(second(10));
+    let slow = limits(r#"{"iops_total": 1}"#);
+    disk.throttle.set_limits(&slow).unwrap();
+    for queue in [0, 1] {
+        disk.offer(queue, IN, 0);
+        scene.turn();
+    }
+    assert!(disk.is_answered(0) && !disk.is_answered(1));
+    let done = |acknowledged: Receiver<io::Result<()>>| {
+        let done = acknowledged.try_recv();
+        assert!(done.unwrap().is_ok());
+    };
+    done(scene.tell(0, Command::Pause(1)));
+    scene.turn();
+    // Nothing is held that may not go on anyway.
+    assert_eq!(scene.worker.may_wait(), Wait::Forever);
+    done(scene.tell(0, Command::Resume(1)));
+    let same = Command::Guest(disk.guest.clone(), crate::command::Takeover::WhenIdle);
+    done(scene.tell(0, same));
+    scene.turn();
+    assert!(!disk.is_answered(1));
+    assert!(matches!(scene.worker.may_wait(), Wait::AtMost(_)));
+    // New limits are heeded as soon as it looks, a tenth of a second later at most.
+    disk.throttle.set_limits(&Limits::default()).unwrap();
+    scene.set_clock(second(10).plus(100_000_000));
+    scene.turn();
+    assert!(disk.is_answered(1));
+    disk.throttle.set_limits(&slow).unwrap();
+    for queue in [0, 0, 1] {
+        disk.offer(queue, IN, 0);
+        scene.turn();
+    }
+    assert!(!disk.is_answered(1));
+    done(scene.tell(0, Command::Stop(1)));
+    done(scene.tell(0, Command::Leave));
+    assert_eq!(Arc::strong_count(&disk.disk), 1);
+    assert_eq!(disk.stats.snapshot().read.requests, 3);
+}
+
+#[test]
+fn what_a_dead_daemon_left_in_flight_is_not_held() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    scene.set_clock(second(10));
+    disk.offer(1, IN, 0);
+    scene.turn();
+    let slow = limits(r#"{"iops_total": 1}"#);
+    disk.throttle.set_limits(&slow).unwrap();
+    disk.offer(0, IN, 0);
+    disk.offer(0, IN, 0);
+    scene.turn();
+    assert!(!disk.is_answered(0));
+    assert!(scene.tell(0, Command::Stop(1)).try_recv().is_ok());
+    scene.start(&mut disk, 1, vec![0]);
+    scene.turn();
+    assert!(!disk.is_answered(0));
+    let stats = disk.stats.snapshot();
+    assert_eq!((stats.restarted_requests, stats.read.requests), (1, 3));
+}
+
+#[test]
+fn disks_of_a_group_share_its_limit_at_one_worker() {
+    let mut scene = Scene::new();
+    let mut disks = [scene.seat(0), scene.seat(1)];
+    scene.set_clock(second(10));
+    let group = Arc::new(Group::default());
+    group.set_limits(&limits(r#"{"iops_total": 10}"#)).unwrap();
+    for disk in &disks {
+        disk.throttle.set_group(Some(Arc::clone(&group)));
+    }
+    for step in 0..40 {
+        scene.set_clock(second(10).plus(step * 100_000_000));
+        for disk in &mut disks {
+            if disk.is_answered(0) {
+                disk.offer(0, IN, 0);
+            }
+        }
+        scene.turn();
+    }
+    let reads = disks.map(|disk| disk.stats.snapshot().read.requests);
+    assert_eq!(reads.iter().sum::<u64>(), 41);
+    assert!(reads[0].abs_diff(reads[1]) <= 1, "{reads:?}");
+}
+
+#[test]
+fn a_load_is_counted_by_kind_with_the_time_from_taking_to_answering() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    scene.set_clock(second(1));
+    let flush = 4;
+    for kind in [IN, IN, IN] {
+        disk.offer(0, kind, 3);
+        scene.turn();
+    }
+    // It waits for room in the image.
+    disk.offer(0, OUT, 3);
+    scene.turn();
+    assert_eq!(disk.stats.snapshot().in_flight_requests, 1);
+    scene.set_clock(second(1).plus(2_500_000));
+    scene.do_chores(&disk);
+    disk.offer(1, flush, 0);
+    scene.turn();
+    scene.turn();
+    assert!(disk.is_answered(0) && disk.is_answered(1));
+    let stats = disk.stats.snapshot();
+    let of = |kind: &KindSnapshot| {
+        let late = kind
+            .latencies
+            .iter()
+            .rev()
+            .find(|bucket| bucket.requests > 0);
+        let slowest = late.map(|bucket| bucket.at_most_us);
+        (
+            kind.requests,
+            kind.bytes,
+            kind.errors,
+            kind.latency_us,
+            slowest,
+        )
+    };
+    assert_eq!(of(&stats.read), (3, 1536, 0, 0, Some(Some(1))));
+    assert_eq!(of(&stats.write), (1, 512, 0, 2500, Some(Some(3072))));
+    assert_eq!(of(&stats.flush), (1, 0, 0, 0, Some(Some(1))));
+    assert_eq!(of(&stats.discard), (0, 0, 0, 0, None));
+    assert_eq!((stats.syncs, stats.failed_syncs), (1, 0));
+    assert_eq!((stats.in_flight_requests, stats.refused_requests), (0, 0));
+    // Numbers stay when the seat goes.
+    assert!(scene.tell(0, Command::Leave).try_recv().unwrap().is_ok());
+    assert_eq!(disk.stats.snapshot(), stats);
 }
