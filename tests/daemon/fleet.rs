@@ -224,6 +224,23 @@ fn a_snapshot_holds_what_was_answered_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_frozen_image_has_no_room_left_that_nobody_uses() {
+    let fleet = Fleet::start("");
+    let (image, to) = (fleet.path("d.vdi"), fleet.path("frozen.vdi"));
+    tool::vdi(words!["create", image, "20G"]).expect_code(0);
+    let add = json!({"name": "d", "image": image});
+    fleet.ask("add", &add).unwrap();
+    let mut driver = fleet.driver("d");
+    driver.write(0, &[1; 512]);
+    let command = json!({"disk": "d", "to": to});
+    fleet.ask("snapshot", &command).unwrap();
+    // Neither leaks nor bytes behind the end.
+    tool::vdi(words!["check", to]).expect_code(0);
+    driver.write(0, &[2; 512]);
+    assert_eq!(driver.read(0, 1024), [[2; 512], [0; 512]].concat());
+}
+
+#[test]
 fn what_an_operator_gets_wrong_changes_nothing() {
     let fleet = Fleet::start("");
     let elsewhere = scratch();
