@@ -165,6 +165,7 @@ fn plan_at_most(
         }
         let survey =
             Survey::of(storage, &layout, unreadable, most_changes).map_err(PlanError::Read)?;
+        let survey = survey.that_knows(&plan.report);
         let (blocks, left, unnamed) = survey.plan(storage).map_err(PlanError::Read)?;
         plan.left.extend(left);
         plan.left.extend(leaks(&plan.report, &blocks));

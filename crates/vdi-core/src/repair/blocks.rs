@@ -14,7 +14,7 @@ use std::io;
 use std::ops::{ControlFlow, Range};
 
 use super::{Left, Unreadable};
-use crate::check::{LISTED_PER_KIND, Layout, for_each_entry};
+use crate::check::{Finding, LISTED_PER_KIND, Layout, Report, for_each_entry};
 use crate::storage::Storage;
 use crate::units::{DataArea, FileBlock, FileOffset};
 
@@ -147,6 +147,9 @@ pub(super) struct Survey<'l> {
     /// Entries that are left because they cannot be read, a few of them.
     left: Vec<Left>,
     left_unnamed: u64,
+    /// What the check says of blocks that are away, and whether some of them stay there.
+    away: Option<Finding>,
+    leaves_away: bool,
     /// The lowest legal number that is left so: the file must not reach it.
     lowest_left: Option<u32>,
     /// An entry that no sector needs names a block that the file does not have.
@@ -161,6 +164,8 @@ const CANNOT_BE_READ: &str = "nothing of the block is in the file; give --drop-u
 const NO_ROOM: &str =
     "no free file block can take it as long as blocks behind the end of the file are kept";
 const GEOMETRY: &str = "blocks_in_image is not what disk_size and block_size need, so space that seems free may not be; \
+     the image works as it is";
+const AWAY: &str = "blocks_in_image is not what disk_size and block_size need, so no file block is surely free to take them; \
      the image works as it is";
 const KEPT: &str = "space is given back when no block is unreadable any more";
 
@@ -182,6 +187,8 @@ impl<'l> Survey<'l> {
             len_needed: layout.len_bytes,
             left: Vec::new(),
             left_unnamed: 0,
+            away: None,
+            leaves_away: false,
             lowest_left: None,
             pinned: false,
             goes_on: false,
@@ -194,6 +201,13 @@ impl<'l> Survey<'l> {
             ControlFlow::Continue(())
         })?;
         Ok(survey)
+    }
+
+    /// Takes from the check whether entries with too high numbers name blocks that are away, which is no corruption.
+    pub(super) fn that_knows(mut self, report: &Report) -> Self {
+        let is_away = |finding: &&Finding| matches!(finding, Finding::BlocksAway { .. });
+        self.away = report.findings().iter().find(is_away).cloned();
+        self
     }
 
     fn visit(&mut self, block: u32, file_block: FileBlock) {
@@ -241,6 +255,10 @@ impl<'l> Survey<'l> {
     }
 
     fn leave(&mut self, block: u32, file_block: FileBlock, why: &'static str) {
+        if self.away.is_some() && file_block.get() >= self.layout.blocks_in_image {
+            self.leaves_away = true;
+            return;
+        }
         if self.left.len() < LISTED_PER_KIND {
             let finding = self.layout.misplaced(block, file_block);
             self.left.push(Left { finding, why });
@@ -353,7 +371,11 @@ impl<'l> Survey<'l> {
         })
     }
 
-    fn finish(self, changes: Vec<Change>, settled_end: Option<u32>) -> (BlockPlan, Vec<Left>, u64) {
+    fn finish(
+        mut self,
+        changes: Vec<Change>,
+        settled_end: Option<u32>,
+    ) -> (BlockPlan, Vec<Left>, u64) {
         let layout = self.layout;
         let ends = changes.iter().map(|change| match change.to {
             Target::Copy(to) => to.get() + 1,
@@ -384,6 +406,9 @@ impl<'l> Survey<'l> {
             (None, true) => Some(GEOMETRY),
             (None, false) => Some(KEPT),
         };
+        let away = self.away.filter(|_| self.leaves_away);
+        self.left
+            .extend(away.map(|finding| Left { finding, why: AWAY }));
         let plan = BlockPlan {
             lengthen: (len_needed > layout.len_bytes).then_some((layout.len_bytes, len_needed)),
             cut_short: self.cut_short,
