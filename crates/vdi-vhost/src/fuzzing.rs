@@ -62,6 +62,7 @@ pub fn prepare() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         fault::catch().expect("a signal is caught");
+        crate::ring::calls::prepare();
         let lines = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG);
         // Whoever listens already hears them.
         let _ = lines.with_writer(io::sink).try_init();
