@@ -18,6 +18,9 @@ use vdi_tests::server::Server;
 /// How long a boot or a command may take. A healthy one takes a tenth of it.
 const PATIENCE: Duration = Duration::from_secs(100);
 
+/// A guest that hangs is killed after this long. A healthy one takes a tenth of it, on a busy machine a half.
+const LIFETIME: Duration = Duration::from_secs(300);
+
 /// How much of the console a panic shows, in lines.
 const SHOWN: usize = 40;
 
@@ -59,7 +62,7 @@ impl Vm {
         let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ci/guest");
         let mut command = Command::new(guest.join("run"));
         command.arg("--drive").arg(directory.path());
-        command.args(["--timeout", &PATIENCE.as_secs().to_string()]);
+        command.args(["--timeout", &LIFETIME.as_secs().to_string()]);
         command.args(["--cpus", &boot.cpus.to_string()]);
         if let Some((daemon, queues, options)) = boot.disk {
             command.arg("--socket").arg(daemon.socket());

@@ -12,8 +12,8 @@ use crate::image::Image;
 use crate::qemu;
 use crate::server::{Server, binary};
 
-/// A guest that hangs is killed after this long. A healthy one takes a tenth of it.
-const GUEST_TIMEOUT_S: u32 = 150;
+/// A guest that hangs is killed after this long. A healthy one takes a twentieth of it.
+const GUEST_TIMEOUT_S: u32 = 300;
 
 /// An empty dynamic image of `size_bytes`, made by `vdi create`.
 ///
