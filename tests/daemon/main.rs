@@ -10,6 +10,7 @@ mod blkio;
 mod chains;
 mod connections;
 mod corpus;
+mod ctl;
 mod cut_memory;
 mod device;
 mod dirty_log;

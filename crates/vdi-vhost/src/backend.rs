@@ -35,7 +35,7 @@ use crate::housekeeper::Housekeepers;
 use crate::limits::{Group, Limits, LimitsError, Throttle};
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
-use crate::stats::{Stats, StatsSnapshot};
+use crate::stats::Stats;
 use crate::tracking::{Tracking, TrackingError};
 use crate::turn::{GrowError, Opened, SnapshotError, Turn, TurnError};
 use crate::workers::{Served, Workers};
@@ -234,8 +234,8 @@ impl Backend {
     }
 
     /// What the disk did since the daemon was started.
-    pub(crate) fn stats(&self) -> StatsSnapshot {
-        self.stats.snapshot()
+    pub(crate) const fn stats(&self) -> &Arc<Stats> {
+        &self.stats
     }
 
     /// Limits the disk from now on; requests that wait for older limits heed these within a tenth of a second.

@@ -23,6 +23,7 @@ use crate::backend::Backend;
 use crate::complaints::About;
 use crate::session::{self, Said, ServeError};
 use crate::socket::SocketFile;
+use crate::stats::{Stats, StatsSnapshot};
 
 /// Where a disk's front ends come from.
 #[derive(Debug)]
@@ -41,6 +42,8 @@ pub(crate) struct Berth {
     name: String,
     door: Door,
     backend: Arc<Mutex<Backend>>,
+    /// What the backend counts, which is looked at without its lock.
+    stats: Arc<Stats>,
     /// Has its session look up from its work.
     poke: EventFd,
     /// The session is to end, and no other to begin.
@@ -66,6 +69,7 @@ impl Berth {
         Ok(Self {
             name,
             door,
+            stats: Arc::clone(backend.stats()),
             backend: Arc::new(Mutex::new(backend)),
             poke: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             is_closing: AtomicBool::new(false),
@@ -87,6 +91,11 @@ impl Berth {
     /// The same, locked.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Backend> {
         self.backend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the disk did since the daemon was started. It waits for nobody.
+    pub(crate) fn stats(&self) -> StatsSnapshot {
+        self.stats.snapshot()
     }
 
     /// What a session has said.

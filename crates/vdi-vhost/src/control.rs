@@ -10,6 +10,7 @@
 //! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
 //! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "stats-of-all"}
 //! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
@@ -94,6 +95,7 @@ enum Command {
         to: PathBuf,
     },
     Stats(Option<Which>),
+    StatsOfAll,
     SetLimits {
         disk: Option<String>,
         limits: Limits,
@@ -127,6 +129,7 @@ enum Returned {
     Info(Info),
     List { disks: Vec<Info> },
     Stats(Box<StatsSnapshot>),
+    StatsOfAll { disks: Vec<NamedStats> },
     Nothing {},
 }
 
@@ -146,6 +149,14 @@ struct Info {
     failed_requests: u64,
     /// Whether a failure ended all writing until the daemon is started again.
     failed: bool,
+}
+
+/// What a disk did, with its name.
+#[derive(Debug, Serialize)]
+struct NamedStats {
+    name: String,
+    #[serde(flatten)]
+    stats: StatsSnapshot,
 }
 
 impl ControlSocket {
@@ -270,8 +281,16 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         }
         Command::Stats(which) => {
             let disk = which.and_then(|which| which.disk);
-            let stats = fleet.find(disk.as_deref())?.lock().stats();
+            let stats = fleet.find(disk.as_deref())?.stats();
             Returned::Stats(Box::new(stats))
+        }
+        Command::StatsOfAll => {
+            let named = |berth: &Arc<Berth>| NamedStats {
+                name: berth.name().to_owned(),
+                stats: berth.stats(),
+            };
+            let disks = fleet.list().iter().map(named).collect();
+            Returned::StatsOfAll { disks }
         }
         Command::SetLimits { disk, limits } => {
             let berth = fleet.find(disk.as_deref())?;

@@ -98,7 +98,7 @@ pub(crate) struct KindSnapshot {
     pub(crate) bytes: u64,
     /// From when they were taken until the guest had their answers, added up.
     pub(crate) latency_us: u64,
-    /// The same one by one.
+    /// The same one by one, but for buckets with no requests.
     pub(crate) latencies: Vec<Bucket>,
 }
 
@@ -193,7 +193,8 @@ impl KindSnapshot {
             at_most_us: bound_us(nth),
             requests: sum(&|block| &block.buckets[nth]),
         };
-        let latencies: Vec<_> = (0..BUCKETS).map(bucket).collect();
+        let is_some = |bucket: &Bucket| bucket.requests > 0;
+        let latencies: Vec<_> = (0..BUCKETS).map(bucket).filter(is_some).collect();
         Self {
             requests: latencies.iter().map(|bucket| bucket.requests).sum(),
             errors: sum(&|block| &block.errors),
