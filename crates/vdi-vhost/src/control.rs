@@ -48,7 +48,7 @@ use crate::config::DiskTable;
 use crate::fleet::{Fleet, FleetError};
 use crate::limits::{Limits, LimitsError};
 use crate::socket::{SocketError, SocketFile};
-use crate::stats::StatsSnapshot;
+use crate::stats::{StatsSnapshot, Usage};
 
 /// The version of the messages.
 const VERSION: u32 = 1;
@@ -128,7 +128,7 @@ enum Outcome {
 enum Returned {
     Info(Info),
     List { disks: Vec<Info> },
-    Stats(Box<StatsSnapshot>),
+    Stats(Box<NamedStats>),
     StatsOfAll { disks: Vec<NamedStats> },
     Nothing {},
 }
@@ -151,10 +151,12 @@ struct Info {
     failed: bool,
 }
 
-/// What a disk did, with its name.
+/// What a disk did and takes, with its name.
 #[derive(Debug, Serialize)]
 struct NamedStats {
     name: String,
+    #[serde(flatten)]
+    usage: Usage,
     #[serde(flatten)]
     stats: StatsSnapshot,
 }
@@ -281,15 +283,12 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         }
         Command::Stats(which) => {
             let disk = which.and_then(|which| which.disk);
-            let stats = fleet.find(disk.as_deref())?.stats();
-            Returned::Stats(Box::new(stats))
+            let berth = fleet.find(disk.as_deref())?;
+            Returned::Stats(Box::new(NamedStats::of(&berth)))
         }
         Command::StatsOfAll => {
-            let named = |berth: &Arc<Berth>| NamedStats {
-                name: berth.name().to_owned(),
-                stats: berth.stats(),
-            };
-            let disks = fleet.list().iter().map(named).collect();
+            let all = fleet.list();
+            let disks = all.iter().map(|berth| NamedStats::of(berth)).collect();
             Returned::StatsOfAll { disks }
         }
         Command::SetLimits { disk, limits } => {
@@ -303,6 +302,16 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         }
     };
     Ok(Outcome::Return(returned))
+}
+
+impl NamedStats {
+    fn of(berth: &Berth) -> Self {
+        Self {
+            name: berth.name().to_owned(),
+            usage: berth.usage(),
+            stats: berth.stats(),
+        }
+    }
 }
 
 impl Info {

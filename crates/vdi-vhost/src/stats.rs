@@ -87,6 +87,25 @@ pub(crate) struct StatsSnapshot {
     pub(crate) syncs_us: u64,
 }
 
+/// What a disk takes, and how it fares.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    /// The size that the guest sees.
+    pub(crate) size_bytes: u64,
+    /// The unit of allocation.
+    pub(crate) block_bytes: u64,
+    /// Blocks with storage in the top image.
+    pub(crate) allocated_blocks: u64,
+    /// Blocks that lost theirs since the daemon was started.
+    pub(crate) released_blocks: u64,
+    /// Length of the top image's file.
+    pub(crate) file_bytes: u64,
+    /// Requests that the host failed.
+    pub(crate) failed_requests: u64,
+    /// Whether a failure ended all writing until the daemon is started again.
+    pub(crate) failed: bool,
+}
+
 /// What was counted of one kind of request.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct KindSnapshot {
@@ -180,6 +199,20 @@ impl Stats {
             failed_syncs: sum(|block| &block.failed_syncs),
             syncs_us: sum(|block| &block.syncs_ns) / 1000,
         }
+    }
+}
+
+impl StatsSnapshot {
+    /// All kinds.
+    pub(crate) const fn kinds(&self) -> [(Kind, &KindSnapshot); Kind::COUNT] {
+        [
+            (Kind::Read, &self.read),
+            (Kind::Write, &self.write),
+            (Kind::Flush, &self.flush),
+            (Kind::Discard, &self.discard),
+            (Kind::WriteZeroes, &self.write_zeroes),
+            (Kind::GetId, &self.get_id),
+        ]
     }
 }
 
