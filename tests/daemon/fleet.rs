@@ -19,13 +19,13 @@ use vdi_tests::stop::StopOnDrop;
 use vdi_tests::{qemu, tool, words};
 
 /// A daemon for the disks `a` and `b`, children of one golden image, and more.
-struct Fleet {
-    server: Server,
-    place: TempDir,
+pub(crate) struct Fleet {
+    pub(crate) server: Server,
+    pub(crate) place: TempDir,
 }
 
 impl Fleet {
-    fn start(more: &str) -> Self {
+    pub(crate) fn start(more: &str) -> Self {
         let place = scratch();
         let path = |name: &str| place.path().join(name);
         qemu::create(&path("golden.vdi"), "24M");
@@ -58,17 +58,17 @@ impl Fleet {
         Self { server, place }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.place.path().join(name)
     }
 
-    fn driver(&self, disk: &str) -> Driver {
+    pub(crate) fn driver(&self, disk: &str) -> Driver {
         let socket = self.path(&format!("sockets/{disk}.sock"));
         Driver::connect(&socket, &Options::new().queues(2)).unwrap()
     }
 
     /// Sends a command; what it returns, or its error's class.
-    fn ask(&self, command: &str, arguments: &Value) -> Result<Value, String> {
+    pub(crate) fn ask(&self, command: &str, arguments: &Value) -> Result<Value, String> {
         let mut stream = UnixStream::connect(self.path("control")).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let line = json!({"version": 1, "execute": command, "arguments": arguments});
@@ -82,7 +82,7 @@ impl Fleet {
         }
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let list = self.ask("list", &json!(null)).unwrap();
         let disks = list["disks"].as_array().unwrap().iter();
         disks

@@ -4,6 +4,7 @@
 //! found out by whoever uses it. Sources: `qemu-img(1)`, whose names and meanings
 //! are kept where it has them.
 
+mod ctl;
 mod edit;
 
 use std::ffi::OsString;
@@ -17,7 +18,8 @@ use vdi_core::convert::{CopyOptions, Sharing};
 
 use crate::size;
 
-pub(crate) use self::edit::{CompactArgs, ResizeArgs, SetArgs, SnapshotArgs};
+pub(crate) use self::ctl::{AddArgs, CtlArgs, CtlCommand, Limit};
+pub(crate) use self::edit::{CompactArgs, NewSize, ResizeArgs, SetArgs, SnapshotArgs};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -25,7 +27,8 @@ Exit codes:
      are the same
   1  not done, because of an error (bad arguments, too); for `check`: not checked; for `compare`: the
      disks differ
-  2  for `check` and `repair`: the image is corrupt; for `compare`: not compared, because of an error
+  2  for `check` and `repair`: the image is corrupt; for `compare`: not compared, because of an error;
+     for `ctl`: no daemon answers
   3  only `check` and `repair`: nothing is corrupt, but space is leaked";
 
 const EXAMPLES: &str = "\
@@ -66,6 +69,7 @@ pub(crate) enum Verb {
     Rebase(RebaseArgs),
     Compare(CompareArgs),
     Clone(CloneArgs),
+    Ctl(Box<CtlArgs>),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }

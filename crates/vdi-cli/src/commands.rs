@@ -6,6 +6,7 @@ mod commit;
 mod compact;
 mod compare;
 mod convert;
+mod ctl;
 mod info;
 mod map;
 mod rebase;
@@ -113,6 +114,8 @@ pub(crate) enum Failure {
     ResizeRefused(#[from] resize::Refused),
     #[error(transparent)]
     Daemon(#[from] DaemonError),
+    #[error(transparent)]
+    NotSent(#[from] ctl::NotSent),
     #[error("cannot set the fields of {}", path.display())]
     Set { path: PathBuf, source: SetError },
     #[error("cannot merge {} into its parent", path.display())]
@@ -161,6 +164,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Rebase(args) => rebase::rebase(&args),
         Verb::Compare(args) => compare::compare(&args),
         Verb::Clone(args) => clone::clone(&args),
+        Verb::Ctl(args) => ctl::run(*args),
         Verb::Completions(args) => completions(&args),
         Verb::Man(args) => man(&args),
     }

@@ -11,6 +11,7 @@ mod daemon;
 mod new_file;
 mod report;
 mod size;
+mod stats;
 
 use std::error::Error;
 use std::io;
@@ -18,7 +19,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::Cli;
+use crate::args::{Cli, Verb};
 use crate::commands::Failure;
 
 /// What `check` exits with when the image is corrupt, as `qemu-img check` does.
@@ -29,6 +30,8 @@ const EXIT_LEAKS: u8 = 3;
 const EXIT_DIFFERENT: u8 = 1;
 /// What `compare` exits with after an error.
 const EXIT_NOT_COMPARED: u8 = 2;
+/// What `ctl` exits with when no daemon answers, as opposed to one that refuses.
+const EXIT_NO_ANSWER: u8 = 2;
 
 fn main() -> ExitCode {
     let failed = match std::env::args_os().nth(1) {
@@ -46,13 +49,19 @@ fn main() -> ExitCode {
             return if is_error { failed } else { ExitCode::SUCCESS };
         }
     };
+    let is_ctl = matches!(cli.verb, Verb::Ctl(_));
     match commands::run(cli.verb) {
         Ok(code) => code,
         // The reader has seen enough (`vdi map | head`).
         Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => failed,
         Err(failure) => {
             eprintln!("vdi: error: {}", line_of_causes(&failure));
-            failed
+            match failure {
+                Failure::Daemon(error) if is_ctl && error.is_silence() => {
+                    ExitCode::from(EXIT_NO_ANSWER)
+                }
+                _ => failed,
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 //! JSON keys are those of `qemu-img` where it has them; others follow its manner.
 //! Names in the JSON output are stable: they may be added to, never changed.
 
+mod control;
 mod info;
 mod map;
 mod picture;
@@ -18,6 +19,7 @@ use std::path::Path;
 use serde::Serialize;
 use vdi_core::check::{Finding, MapSummary, Report, Severity};
 
+pub(crate) use self::control::{all_stats, disks, object, stats};
 pub(crate) use self::info::{Looked, info};
 pub(crate) use self::map::{map, map_json};
 pub(crate) use self::picture::Scene;

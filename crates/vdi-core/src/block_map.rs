@@ -21,7 +21,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::format::{ENTRY_BYTES, ENTRY_FREE, ENTRY_ZERO};
 use crate::header::Header;
@@ -56,6 +56,10 @@ impl BlockMapEntry {
         }
     }
 
+    const fn is_allocated(self) -> bool {
+        matches!(self, Self::Allocated(_))
+    }
+
     /// The entry as the file has it.
     pub const fn to_raw(self) -> u32 {
         match self {
@@ -71,6 +75,10 @@ impl BlockMapEntry {
 pub struct BlockMap {
     entries: Box<[AtomicU32]>,
     start: FileOffset,
+    /// How many of them are allocated.
+    count_allocated: AtomicU32,
+    /// How many stopped being that since they were loaded.
+    count_released: AtomicU64,
 }
 
 impl BlockMap {
@@ -109,9 +117,16 @@ impl BlockMap {
             }
         }
         let owners = judge.finish()?;
+        let mut allocated = 0;
+        for entry in &mut entries {
+            allocated +=
+                u32::from(BlockMapEntry::from_raw(*AtomicU32::get_mut(entry)).is_allocated());
+        }
         let map = Self {
             entries: entries.into_boxed_slice(),
             start: header.map_start(),
+            count_allocated: AtomicU32::new(allocated),
+            count_released: AtomicU64::new(0),
         };
         Ok((map, owners))
     }
@@ -123,7 +138,30 @@ impl BlockMap {
 
     /// Lets readers see a new entry. The file must have it already (W3).
     pub(crate) fn publish(&self, block: DiskBlock, entry: BlockMapEntry) {
-        self.entries[block.index()].store(entry.to_raw(), Ordering::Release);
+        let before = self.entries[block.index()].swap(entry.to_raw(), Ordering::AcqRel);
+        match (
+            BlockMapEntry::from_raw(before).is_allocated(),
+            entry.is_allocated(),
+        ) {
+            (false, true) => {
+                self.count_allocated.fetch_add(1, Ordering::Relaxed);
+            }
+            (true, false) => {
+                self.count_allocated.fetch_sub(1, Ordering::Relaxed);
+                self.count_released.fetch_add(1, Ordering::Relaxed);
+            }
+            (true, true) | (false, false) => {}
+        }
+    }
+
+    /// How many blocks are allocated, without looking at them.
+    pub(crate) fn count_allocated(&self) -> u32 {
+        self.count_allocated.load(Ordering::Relaxed)
+    }
+
+    /// How many entries stopped being allocated since they were loaded.
+    pub(crate) fn count_released(&self) -> u64 {
+        self.count_released.load(Ordering::Relaxed)
     }
 
     /// Where the entry of `block` lies in the file.

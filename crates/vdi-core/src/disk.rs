@@ -11,6 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Wake, Waker};
 use std::thread::Thread;
 
@@ -41,6 +42,17 @@ pub struct Disk {
 /// How many images a disk may have: each costs a descriptor and a map in memory, and a read of
 /// what none of them has asks all of them.
 pub const MOST_IMAGES: usize = 256;
+
+/// What an image takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Blocks of the disk that have storage.
+    pub allocated_blocks: u32,
+    /// Blocks that lost theirs since the disk was opened.
+    pub released_blocks: u64,
+    /// Bytes that the file is known to have; of a disk that is only read, those that its header tells of.
+    pub file_bytes: u64,
+}
 
 impl Disk {
     /// Opens the disk that one image file holds.
@@ -160,6 +172,19 @@ impl Disk {
     /// What is wrong with the images without harm to their readers.
     pub fn warnings(&self) -> impl Iterator<Item = Warning> {
         self.images.iter().flat_map(|image| image.header.warnings())
+    }
+
+    /// What the top image takes, now. It costs a few loads.
+    pub fn usage(&self) -> Usage {
+        let top = self.top();
+        let as_opened = || top.area.end_of(top.header.blocks_allocated()).0;
+        let writer = self.writer.as_ref();
+        Usage {
+            allocated_blocks: top.map.count_allocated(),
+            released_blocks: top.map.count_released(),
+            file_bytes: writer
+                .map_or_else(as_opened, |writer| writer.known_len.load(Ordering::Relaxed)),
+        }
     }
 
     /// Where the blocks lie in the top image's file.

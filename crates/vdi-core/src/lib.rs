@@ -56,7 +56,7 @@ pub use create::{CreateError, CreateOptions, NewKind, create, create_child};
 pub use crew::Threads;
 pub use disk::{
     Disk, Extent, Extents, Fill, Flush, InPlace, ModifiedParent, ReadError, Reservation, Reserve,
-    Source, WriteError, WriteExtent, Zeroing,
+    Source, Usage, WriteError, WriteExtent, Zeroing,
 };
 pub use header::{Header, HeaderError, ImageKind, ParentLink, Warning};
 pub use image::{Image, OpenError};

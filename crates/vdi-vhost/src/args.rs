@@ -10,6 +10,7 @@ use clap_complete::Shell;
 
 use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
 use crate::engine::EngineChoice;
+use crate::metrics::Endpoint;
 
 /// Most queues: the protocol's messages have 8 bits for the number of one.
 pub(crate) const MAX_QUEUES: u16 = 256;
@@ -39,7 +40,7 @@ pub(crate) struct Args {
 
     /// Serve many disks: those that this TOML file describes, and those that are added through its control socket. See vdi-vhost's
     /// docs/fleet.md for what it can say.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["blk_file", "socket_path", "fd", "control_socket",
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["blk_file", "socket_path", "fd", "control_socket", "metrics", "metrics_public",
           "read_only", "num_queues", "incoming", "cache", "parents", "image_dirs", "allow_modified_parent", "discard",
           "detect_zeroes", "serial"])]
     pub(crate) config: Option<PathBuf>,
@@ -56,6 +57,14 @@ pub(crate) struct Args {
     /// Where operators send commands; its file is its owner's alone. `vdi resize --online` speaks to it.
     #[arg(long, value_name = "PATH")]
     pub(crate) control_socket: Option<PathBuf>,
+
+    /// Where Prometheus finds metrics over HTTP (/metrics): a loopback address such as 127.0.0.1:9187, or unix:PATH.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) metrics: Option<Endpoint>,
+
+    /// Let metrics be read from other machines: names of disks, and how much they do.
+    #[arg(long, requires = "metrics")]
+    pub(crate) metrics_public: bool,
 
     /// Begin without the image, which another daemon serves: it is opened and locked when the first queue starts, for a
     /// guest that arrives by live migration.

@@ -35,7 +35,7 @@ use crate::housekeeper::Housekeepers;
 use crate::limits::{Group, Limits, LimitsError, Throttle};
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
-use crate::stats::{Stats, StatsSnapshot};
+use crate::stats::{Stats, Usage};
 use crate::tracking::{Tracking, TrackingError};
 use crate::turn::{GrowError, Opened, SnapshotError, Turn, TurnError};
 use crate::workers::{Served, Workers};
@@ -234,8 +234,22 @@ impl Backend {
     }
 
     /// What the disk did since the daemon was started.
-    pub(crate) fn stats(&self) -> StatsSnapshot {
-        self.stats.snapshot()
+    pub(crate) const fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    /// What the disk takes, and how it fares.
+    pub(crate) fn usage(&self) -> Usage {
+        let taken = self.turn.usage();
+        Usage {
+            size_bytes: self.capacity().bytes(),
+            block_bytes: self.device.block_bytes(),
+            allocated_blocks: taken.allocated_blocks.into(),
+            released_blocks: taken.released_blocks,
+            file_bytes: taken.file_bytes,
+            failed_requests: self.failed_requests(),
+            failed: self.has_failed(),
+        }
     }
 
     /// Limits the disk from now on; requests that wait for older limits heed these within a tenth of a second.

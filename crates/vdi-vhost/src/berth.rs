@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -23,6 +23,7 @@ use crate::backend::Backend;
 use crate::complaints::About;
 use crate::session::{self, Said, ServeError};
 use crate::socket::SocketFile;
+use crate::stats::{Stats, StatsSnapshot, Usage};
 
 /// Where a disk's front ends come from.
 #[derive(Debug)]
@@ -41,6 +42,10 @@ pub(crate) struct Berth {
     name: String,
     door: Door,
     backend: Arc<Mutex<Backend>>,
+    /// What the backend counts, which is looked at without its lock.
+    stats: Arc<Stats>,
+    /// What was seen of the backend when its lock could last be had at once.
+    usage: Mutex<Usage>,
     /// Has its session look up from its work.
     poke: EventFd,
     /// The session is to end, and no other to begin.
@@ -66,6 +71,8 @@ impl Berth {
         Ok(Self {
             name,
             door,
+            stats: Arc::clone(backend.stats()),
+            usage: Mutex::new(backend.usage()),
             backend: Arc::new(Mutex::new(backend)),
             poke: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             is_closing: AtomicBool::new(false),
@@ -87,6 +94,22 @@ impl Berth {
     /// The same, locked.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Backend> {
         self.backend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the disk did since the daemon was started. It waits for nobody.
+    pub(crate) fn stats(&self) -> StatsSnapshot {
+        self.stats.snapshot()
+    }
+
+    /// What the disk takes, and how it fares; a command that takes its time is not waited for.
+    pub(crate) fn usage(&self) -> Usage {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.backend.try_lock() {
+            Ok(backend) => *usage = backend.usage(),
+            Err(TryLockError::Poisoned(backend)) => *usage = backend.into_inner().usage(),
+            Err(TryLockError::WouldBlock) => {}
+        }
+        *usage
     }
 
     /// What a session has said.

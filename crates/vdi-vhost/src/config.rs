@@ -2,6 +2,7 @@
 //!
 //! ```toml
 //! control-socket = "/run/vdi-vhost/control.sock"
+//! metrics = "127.0.0.1:9187"
 //! socket-dir = "/run/vdi-vhost"         # a disk that names no socket gets NAME.sock here
 //! image-dirs = ["/var/lib/vdi-vhost"]   # disks may be added from here while the daemon runs, and made here by snapshots
 //!
@@ -26,6 +27,7 @@ use vdi_core::{Access, ModifiedParent};
 
 use crate::args::{Args, Cache, MAX_QUEUES};
 use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
+use crate::metrics::{Audience, Endpoint};
 
 /// Characters of the longest name of a disk: it is a part of a socket's name, of which the kernel takes 107 bytes.
 const LONGEST_NAME: usize = 64;
@@ -80,6 +82,9 @@ pub(crate) struct DiskTable {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct File {
     control_socket: Option<PathBuf>,
+    metrics: Option<Endpoint>,
+    #[serde(default)]
+    metrics_public: bool,
     socket_dir: Option<PathBuf>,
     #[serde(default)]
     image_dirs: Vec<PathBuf>,
@@ -94,6 +99,8 @@ struct File {
 pub(crate) struct Config {
     /// Where operators send commands.
     pub(crate) control_socket: Option<PathBuf>,
+    /// Where metrics are, and for whom.
+    pub(crate) metrics: Option<(Endpoint, Audience)>,
     /// Where the sockets of disks are made that name none.
     pub(crate) socket_dir: Option<PathBuf>,
     /// Where images may be that are opened or made later.
@@ -248,6 +255,7 @@ impl Config {
     pub(crate) fn of(args: &Args) -> Self {
         Self {
             control_socket: args.control_socket.clone(),
+            metrics: metrics(args.metrics.clone(), args.metrics_public),
             socket_dir: None,
             image_dirs: Vec::new(),
             defaults: DiskTable::default(),
@@ -304,12 +312,25 @@ impl Config {
         }
         Ok(Self {
             control_socket: file.control_socket.map(absolute),
+            metrics: metrics(
+                file.metrics.map(|place| place.anchored(dir)),
+                file.metrics_public,
+            ),
             socket_dir,
             image_dirs: file.image_dirs.into_iter().map(absolute).collect(),
             defaults: file.defaults,
             disks,
         })
     }
+}
+
+fn metrics(place: Option<Endpoint>, is_public: bool) -> Option<(Endpoint, Audience)> {
+    let audience = if is_public {
+        Audience::Anyone
+    } else {
+        Audience::Local
+    };
+    place.map(|place| (place, audience))
 }
 
 fn access(read_only: bool) -> Access {

@@ -10,6 +10,7 @@
 //! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
 //! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "stats-of-all"}
 //! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
@@ -47,7 +48,7 @@ use crate::config::DiskTable;
 use crate::fleet::{Fleet, FleetError};
 use crate::limits::{Limits, LimitsError};
 use crate::socket::{SocketError, SocketFile};
-use crate::stats::StatsSnapshot;
+use crate::stats::{StatsSnapshot, Usage};
 
 /// The version of the messages.
 const VERSION: u32 = 1;
@@ -94,6 +95,7 @@ enum Command {
         to: PathBuf,
     },
     Stats(Option<Which>),
+    StatsOfAll,
     SetLimits {
         disk: Option<String>,
         limits: Limits,
@@ -126,7 +128,8 @@ enum Outcome {
 enum Returned {
     Info(Info),
     List { disks: Vec<Info> },
-    Stats(Box<StatsSnapshot>),
+    Stats(Box<NamedStats>),
+    StatsOfAll { disks: Vec<NamedStats> },
     Nothing {},
 }
 
@@ -146,6 +149,16 @@ struct Info {
     failed_requests: u64,
     /// Whether a failure ended all writing until the daemon is started again.
     failed: bool,
+}
+
+/// What a disk did and takes, with its name.
+#[derive(Debug, Serialize)]
+struct NamedStats {
+    name: String,
+    #[serde(flatten)]
+    usage: Usage,
+    #[serde(flatten)]
+    stats: StatsSnapshot,
 }
 
 impl ControlSocket {
@@ -270,8 +283,13 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         }
         Command::Stats(which) => {
             let disk = which.and_then(|which| which.disk);
-            let stats = fleet.find(disk.as_deref())?.lock().stats();
-            Returned::Stats(Box::new(stats))
+            let berth = fleet.find(disk.as_deref())?;
+            Returned::Stats(Box::new(NamedStats::of(&berth)))
+        }
+        Command::StatsOfAll => {
+            let all = fleet.list();
+            let disks = all.iter().map(|berth| NamedStats::of(berth)).collect();
+            Returned::StatsOfAll { disks }
         }
         Command::SetLimits { disk, limits } => {
             let berth = fleet.find(disk.as_deref())?;
@@ -284,6 +302,16 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         }
     };
     Ok(Outcome::Return(returned))
+}
+
+impl NamedStats {
+    fn of(berth: &Berth) -> Self {
+        Self {
+            name: berth.name().to_owned(),
+            usage: berth.usage(),
+            stats: berth.stats(),
+        }
+    }
 }
 
 impl Info {

@@ -168,6 +168,11 @@ impl Device {
             .store(capacity.bytes(), Ordering::Release);
     }
 
+    /// The unit of allocation.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        u64::from(self.zeros.block_sectors) * 512
+    }
+
     /// What guests may do with the disk.
     pub(crate) fn access(&self) -> vdi_core::Access {
         if self.read_only {

@@ -388,7 +388,7 @@ impl Daemon {
     #[must_use]
     pub fn stats(&self) -> String {
         let backend = self.berth.lock();
-        serde_json::to_string(&backend.stats()).expect("numbers can be written")
+        serde_json::to_string(&backend.stats().snapshot()).expect("numbers can be written")
     }
 
     /// Limits the disk, and the group that it is alone in; both as JSON.

@@ -40,6 +40,7 @@ mod inflight;
 mod limits;
 mod log;
 mod memory;
+mod metrics;
 mod parents;
 mod patience;
 mod promptness;
@@ -78,6 +79,7 @@ use crate::crew::Crew;
 use crate::doorman::Ears;
 use crate::fleet::{Fleet, FleetError, Readied};
 use crate::housekeeper::Housekeepers;
+use crate::metrics::{Metrics, MetricsError};
 use crate::parents::Parents;
 use crate::sandbox::{Reach, Sandbox, SandboxError};
 use crate::service::{ActivationError, Handed, Manager};
@@ -118,6 +120,8 @@ enum Fatal {
     Faults(#[source] io::Error),
     #[error("cannot wait for front ends")]
     Doors(#[source] io::Error),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     #[error("cannot start the threads that serve queues")]
     Crew(#[source] io::Error),
     #[error(transparent)]
@@ -174,6 +178,9 @@ fn run(args: &Args) -> Result<(), Fatal> {
         .map(|disk| Readied::new(disk.clone(), &parents, door.take()))
         .collect::<Result<Vec<_>, _>>()?;
     let control = open_control(&config, handed.control)?.map(Arc::new);
+    let metrics = config.metrics.as_ref();
+    let metrics = metrics.map(|(place, audience)| place.listen(*audience));
+    let metrics = metrics.transpose()?;
     let what = match &readied[..] {
         [only] => only.describe(),
         all => format!("serving {} disks", all.len()),
@@ -193,6 +200,8 @@ fn run(args: &Args) -> Result<(), Fatal> {
     for disk in readied {
         fleet.serve(disk)?;
     }
+    let metrics = metrics.map(|place| Metrics::start(place, &fleet, &sandbox));
+    let metrics = metrics.transpose()?;
     let ears = Ears {
         signals: &signals,
         faults,
@@ -202,7 +211,8 @@ fn run(args: &Args) -> Result<(), Fatal> {
     manager.ready(&what);
     let served = doorman::serve(&fleet, &ears);
     manager.stopping();
-    drop(control);
+    // It looks at disks, which go now.
+    drop((control, metrics));
     let closed = fleet.close();
     served?;
     closed?;
@@ -222,6 +232,8 @@ fn reach(args: &Args, config: &Config, parents: &Arc<Parents>) -> Result<Reach, 
         grows: args.config.is_some(),
     };
     reach.sockets.extend(config.control_socket.clone());
+    let metrics = config.metrics.as_ref().and_then(|(place, _)| place.file());
+    reach.sockets.extend(metrics.cloned());
     let defaults = config.defaults.parent_files();
     reach.parents.extend(defaults.iter().cloned());
     for disk in &config.disks {

@@ -18,7 +18,7 @@
 //!    abstract sockets to other programs, as far as the kernel knows how to forbid that; a kernel without landlock is warned of.
 //!    In a process whose disks come and go (`--config`) images can be opened and made in the directories that the configuration names for that, and
 //!    sockets be made in theirs.
-//! 4. The control thread's filter of system calls; sessions and operators have threads that inherit it. Only a process whose disks come and go makes
+//! 4. The control thread's filter of system calls; sessions and operators have threads that inherit it, and the one that serves metrics narrows it. Only a process whose disks come and go makes
 //!    new sockets, local ones.
 //!
 //! What this cannot do: threads share their memory, so who runs code in one can have the others make their calls for him. And

@@ -87,6 +87,25 @@ pub(crate) struct StatsSnapshot {
     pub(crate) syncs_us: u64,
 }
 
+/// What a disk takes, and how it fares.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    /// The size that the guest sees.
+    pub(crate) size_bytes: u64,
+    /// The unit of allocation.
+    pub(crate) block_bytes: u64,
+    /// Blocks with storage in the top image.
+    pub(crate) allocated_blocks: u64,
+    /// Blocks that lost theirs since the daemon was started.
+    pub(crate) released_blocks: u64,
+    /// Length of the top image's file.
+    pub(crate) file_bytes: u64,
+    /// Requests that the host failed.
+    pub(crate) failed_requests: u64,
+    /// Whether a failure ended all writing until the daemon is started again.
+    pub(crate) failed: bool,
+}
+
 /// What was counted of one kind of request.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct KindSnapshot {
@@ -98,7 +117,7 @@ pub(crate) struct KindSnapshot {
     pub(crate) bytes: u64,
     /// From when they were taken until the guest had their answers, added up.
     pub(crate) latency_us: u64,
-    /// The same one by one.
+    /// The same one by one, but for buckets with no requests.
     pub(crate) latencies: Vec<Bucket>,
 }
 
@@ -183,6 +202,20 @@ impl Stats {
     }
 }
 
+impl StatsSnapshot {
+    /// All kinds.
+    pub(crate) const fn kinds(&self) -> [(Kind, &KindSnapshot); Kind::COUNT] {
+        [
+            (Kind::Read, &self.read),
+            (Kind::Write, &self.write),
+            (Kind::Flush, &self.flush),
+            (Kind::Discard, &self.discard),
+            (Kind::WriteZeroes, &self.write_zeroes),
+            (Kind::GetId, &self.get_id),
+        ]
+    }
+}
+
 impl KindSnapshot {
     fn of(blocks: &[Arc<Block>], kind: Kind) -> Self {
         let sum = |of: &dyn Fn(&KindBlock) -> &AtomicU64| -> u64 {
@@ -193,7 +226,8 @@ impl KindSnapshot {
             at_most_us: bound_us(nth),
             requests: sum(&|block| &block.buckets[nth]),
         };
-        let latencies: Vec<_> = (0..BUCKETS).map(bucket).collect();
+        let is_some = |bucket: &Bucket| bucket.requests > 0;
+        let latencies: Vec<_> = (0..BUCKETS).map(bucket).filter(is_some).collect();
         Self {
             requests: latencies.iter().map(|bucket| bucket.requests).sum(),
             errors: sum(&|block| &block.errors),

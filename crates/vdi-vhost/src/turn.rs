@@ -67,6 +67,8 @@ pub(crate) struct Turn {
     /// It was changed and let go of, so that count and length are not exact.
     is_untidy: bool,
     has_failed: bool,
+    /// What was taken when it was let go of.
+    last_usage: vdi_core::Usage,
 }
 
 /// The files of a disk, locked.
@@ -265,12 +267,23 @@ impl Turn {
             held: None,
             is_untidy: false,
             has_failed: false,
+            last_usage: vdi_core::Usage::default(),
         }
     }
 
     /// How the disk is served.
     pub(crate) const fn options(&self) -> &DiskOptions {
         self.opening.options()
+    }
+
+    /// What is taken, now or, if it is not our turn, when it last was.
+    pub(crate) fn usage(&self) -> vdi_core::Usage {
+        let Some(disk) = self.disk() else {
+            return self.last_usage;
+        };
+        let mut usage = disk.usage();
+        usage.released_blocks += self.last_usage.released_blocks;
+        usage
     }
 
     /// The open disk, if it is our turn.
@@ -319,6 +332,7 @@ impl Turn {
         &mut self,
         to: Capacity,
     ) -> Result<(Opened, Result<(), GrowError>), TurnError> {
+        self.last_usage = self.usage();
         let Some(Held {
             disk,
             files,
@@ -340,6 +354,7 @@ impl Turn {
         &mut self,
         to: &Path,
     ) -> Result<(Opened, Result<(), SnapshotError>), TurnError> {
+        self.last_usage = self.usage();
         let Some(Held {
             disk,
             files,
@@ -393,6 +408,7 @@ impl Turn {
     /// Makes everything durable and lets the image go; whoever opens it finds it as after a crash, without harm. The
     /// workers must have ended.
     pub(crate) fn end(&mut self) {
+        self.last_usage = self.usage();
         let Some(Held {
             disk, housekeeper, ..
         }) = self.held.take()

@@ -155,7 +155,7 @@ impl NewSize {
     }
 }
 
-fn new_size(text: &str) -> Result<NewSize, String> {
+pub(super) fn new_size(text: &str) -> Result<NewSize, String> {
     let parse = |text| size::parse(text).map_err(|error| error.to_string());
     match text.as_bytes().first() {
         Some(b'+') => parse(&text[1..]).map(NewSize::Larger),

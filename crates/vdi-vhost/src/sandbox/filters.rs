@@ -37,6 +37,8 @@ pub(crate) enum Role {
     Worker,
     /// Does the image's chores.
     Housekeeper,
+    /// Serves metrics.
+    Metrics,
 }
 
 /// What every thread does: memory, waiting for each other, ending, hearing a signal, saying something on standard error.
@@ -102,6 +104,16 @@ const WAITS: &[i64] = &[
     // They reach no file that is not open.
     libc::SYS_io_submit,
     libc::SYS_io_getevents,
+];
+
+/// How metrics are served: to callers who come to a socket that listens, and who are waited for.
+const METRICS: &[i64] = &[
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_accept4,
+    libc::SYS_read,
+    libc::SYS_recvfrom,
 ];
 
 /// What the control thread does beyond what the others do.
@@ -223,6 +235,7 @@ pub(crate) struct Filters {
     control: BpfProgram,
     worker: BpfProgram,
     housekeeper: BpfProgram,
+    metrics: BpfProgram,
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
@@ -241,6 +254,7 @@ impl Filters {
             control: listed(control(grows)?)?,
             worker: listed(worker(engine)?)?,
             housekeeper: listed(housekeeper()?)?,
+            metrics: listed(metrics()?)?,
         })
     }
 
@@ -251,6 +265,7 @@ impl Filters {
             Role::Control => &self.control,
             Role::Worker => &self.worker,
             Role::Housekeeper => &self.housekeeper,
+            Role::Metrics => &self.metrics,
         })
     }
 }
@@ -266,7 +281,20 @@ fn compile(
 }
 
 fn housekeeper() -> Result<Rules, Error> {
-    let mut rules = plain(&[COMMON, IMAGES]);
+    let mut rules = common()?;
+    rules.append(&mut plain(&[IMAGES]));
+    Ok(rules)
+}
+
+fn metrics() -> Result<Rules, Error> {
+    let mut rules = common()?;
+    rules.append(&mut plain(&[METRICS]));
+    rules.insert(libc::SYS_ioctl, blocking()?);
+    Ok(rules)
+}
+
+fn common() -> Result<Rules, Error> {
+    let mut rules = plain(&[COMMON]);
     // Memory is for data: nothing of it is ever made executable.
     let no_code = without_bits(2, libc::PROT_EXEC)?;
     rules.insert(libc::SYS_mmap, vec![no_code.clone()]);
@@ -322,9 +350,7 @@ fn control(grows: bool) -> Result<Rules, Error> {
         never |= libc::O_CREAT;
     }
     rules.insert(libc::SYS_openat, vec![without_bits(2, never)?]);
-    // Sockets block or do not.
-    let fionbio = i32::try_from(libc::FIONBIO).unwrap_or_default();
-    rules.insert(libc::SYS_ioctl, one_of(1, &[fionbio])?);
+    rules.insert(libc::SYS_ioctl, blocking()?);
     // Threads of this process, never another process.
     let (flags, thread) = (SeccompCmpArgLen::Qword, libc::CLONE_THREAD);
     let thread = u64::from(thread.cast_unsigned());
@@ -340,6 +366,11 @@ fn control(grows: bool) -> Result<Rules, Error> {
     let filter = i32::try_from(libc::SECCOMP_SET_MODE_FILTER).unwrap_or_default();
     rules.insert(libc::SYS_seccomp, one_of(0, &[filter])?);
     Ok(rules)
+}
+
+/// Sockets block or do not.
+fn blocking() -> Result<Vec<SeccompRule>, Error> {
+    one_of(1, &[i32::try_from(libc::FIONBIO).unwrap_or_default()])
 }
 
 /// The calls, whatever their arguments.
@@ -380,7 +411,7 @@ mod tests {
     #[test]
     fn a_call_is_listed_once_and_never_both_needed_and_deadly() {
         let auto = EngineChoice::Auto;
-        for needed in [control(false), worker(auto), housekeeper()] {
+        for needed in [control(false), worker(auto), housekeeper(), metrics()] {
             let needed = needed.unwrap();
             assert!(DEADLY.iter().all(|call| !needed.contains_key(call)));
         }
@@ -394,7 +425,7 @@ mod tests {
     #[test]
     fn rings_are_made_by_nobody_and_used_by_workers_alone() {
         let (sync, auto) = (EngineChoice::Sync, EngineChoice::Auto);
-        for rules in [control(false), worker(sync), housekeeper()] {
+        for rules in [control(false), worker(sync), housekeeper(), metrics()] {
             let rules = rules.unwrap();
             assert!(RING.iter().all(|call| !rules.contains_key(call)));
         }

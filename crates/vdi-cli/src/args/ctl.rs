@@ -1,0 +1,187 @@
+//! `vdi ctl`: the words of operators. Which of them make sense is for the daemon to say, so that there is one place that knows.
+
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand};
+use serde_json::Value;
+
+use super::edit::{NewSize, new_size};
+use crate::size;
+
+/// Where the daemon of a fleet is asked, by docs/fleet.md.
+const SOCKET: &str = "/run/vdi-vhost/control.sock";
+
+/// Tell a running daemon what to do, or ask it something
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The only disk of a daemon that was started without --config is called `disk`. Sizes take a unit as in `vdi create`.
+
+Exit codes:
+  0  done
+  1  the daemon refused, and everything is as it was; or bad arguments
+  2  no daemon was reached, or it gave no answer
+
+Examples:
+  vdi ctl list
+  vdi ctl stats vm1
+  vdi ctl add vm3 /var/lib/vdi-vhost/vm3.vdi --serial vm3
+  vdi ctl resize vm3 +10G
+  vdi ctl snapshot vm3 /var/lib/vdi-vhost/vm3-monday.vdi
+  vdi ctl set-limits vm3 iops_total=2000 bps_total=100M iops_total_max=8000
+  vdi ctl --socket /run/vdi-vhost/disk1.control info
+  vdi ctl raw '{\"version\": 1, \"execute\": \"list\"}'")]
+pub(crate) struct CtlArgs {
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH", default_value = SOCKET, global = true)]
+    pub(crate) socket: PathBuf,
+    /// Print what the daemon returns, as JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: CtlCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CtlCommand {
+    /// Show all disks
+    List,
+    /// Show a disk
+    Info(Which),
+    /// Show what a disk did since the daemon was started, or what all did
+    Stats(Which),
+    Add(Box<AddArgs>),
+    /// End the service of a disk: requests are answered, its front end is disconnected, the image closed
+    Remove {
+        /// The disk
+        disk: String,
+    },
+    /// Make a disk larger while its guest runs, which is told
+    Resize {
+        /// The disk
+        disk: String,
+        /// The new size, or what to add (+)
+        #[arg(value_name = "[+]SIZE", value_parser = new_size, allow_hyphen_values = true)]
+        size: NewSize,
+    },
+    /// Freeze a disk as it is at this instant; its guest goes on in a child that takes the image's old name
+    Snapshot {
+        /// The disk
+        disk: String,
+        /// The frozen image's new name, in the same directory
+        to: PathBuf,
+    },
+    /// Limit a disk from now on, instead of the limits it had
+    #[command(after_help = "\
+KEY is one of QEMU's: iops_total and bps_total per second, and iops_total_max and bps_total_max for what may come at once
+after a quiet time. `none` ends all limits.")]
+    SetLimits {
+        /// The disk
+        disk: String,
+        /// Limits, such as iops_total=2000 or bps_total=100M, or `none`
+        #[arg(value_name = "KEY=VALUE", required = true, value_parser = limit)]
+        limits: Vec<Limit>,
+    },
+    /// End the daemon: requests are answered, all images closed
+    Shutdown,
+    /// Send any message and print the answer as it comes
+    Raw {
+        /// One JSON object, such as {"version": 1, "execute": "list"}
+        #[arg(value_name = "JSON", value_parser = message)]
+        message: Value,
+    },
+}
+
+/// A disk, where it may be left out.
+#[derive(Debug, Args)]
+pub(crate) struct Which {
+    /// The disk; it can be left out if there is only one
+    pub(crate) disk: Option<String>,
+}
+
+/// Serve one more disk
+///
+/// What is not said is as in the [defaults] of the daemon's configuration.
+#[derive(Debug, Args)]
+pub(crate) struct AddArgs {
+    /// What the disk is to be called
+    pub(crate) name: String,
+    /// Its image
+    pub(crate) image: PathBuf,
+    /// Where its front end connects [default: NAME.sock in the daemon's socket-dir]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) disk_socket: Option<PathBuf>,
+    /// Serve it read-only
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// How many queues its front end may use
+    #[arg(long, value_name = "N")]
+    pub(crate) num_queues: Option<u16>,
+    /// Whether data go through the host's page cache or past it
+    #[arg(long, value_parser = PossibleValuesParser::new(["writeback", "direct"]))]
+    pub(crate) cache: Option<String>,
+    /// File of a parent (can be given several times)
+    #[arg(long = "parent", value_name = "FILE")]
+    pub(crate) parents: Vec<PathBuf>,
+    /// Directory with images that may be parents (can be given several times)
+    #[arg(long = "image-dir", value_name = "DIR")]
+    pub(crate) image_dirs: Vec<PathBuf>,
+    /// Take a parent that was written to after its child was made
+    #[arg(long)]
+    pub(crate) allow_modified_parent: bool,
+    /// Whether its guest can give space back
+    #[arg(long, value_parser = PossibleValuesParser::new(["unmap", "ignore"]))]
+    pub(crate) discard: Option<String>,
+    /// Whether data that are nothing but zeros take no space
+    #[arg(long, value_parser = PossibleValuesParser::new(["off", "on", "unmap"]))]
+    pub(crate) detect_zeroes: Option<String>,
+    /// The serial number that its guest sees
+    #[arg(long, value_name = "ID")]
+    pub(crate) serial: Option<String>,
+    /// Open it when its first queue starts
+    #[arg(long)]
+    pub(crate) incoming: bool,
+}
+
+/// One word of `set-limits`; no limit at all is `none`.
+pub(crate) type Limit = Option<(String, u64)>;
+
+fn limit(text: &str) -> Result<Limit, String> {
+    if text == "none" {
+        return Ok(None);
+    }
+    let (key, value) = text
+        .split_once('=')
+        .ok_or("not KEY=VALUE, such as iops_total=2000, nor `none`")?;
+    let key = key.replace('-', "_");
+    let value = if key.starts_with("bps") {
+        size::parse(value).map_err(|error| error.to_string())?
+    } else {
+        value.parse().map_err(|_| "not a number of requests")?
+    };
+    Ok(Some((key, value)))
+}
+
+fn message(text: &str) -> Result<Value, String> {
+    let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    value
+        .is_object()
+        .then_some(value)
+        .ok_or_else(|| "a message is one object".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bandwidths_are_sizes_and_rates_are_numbers() {
+        let some = |key: &str, value| Ok(Some((key.to_owned(), value)));
+        assert_eq!(limit("bps_total=100M"), some("bps_total", 100 << 20));
+        assert_eq!(limit("iops-total=5"), some("iops_total", 5));
+        assert_eq!(limit("none"), Ok(None));
+        for bad in ["", "iops_total", "iops_total=5k", "bps_total=-1"] {
+            assert!(limit(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! `vdi ctl` against running daemons: what operators type, what they see, and its exit codes.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use serde_json::Value;
+use vdi_tests::driver::Options;
+use vdi_tests::image::{Image, MIB};
+use vdi_tests::server::Launch;
+use vdi_tests::tool::{self, Answer};
+
+use crate::fleet::Fleet;
+
+fn ctl(socket: &Path, words: &[&str]) -> Answer {
+    let start = [
+        OsStr::new("ctl"),
+        OsStr::new("--socket"),
+        socket.as_os_str(),
+    ];
+    let words = words.iter().map(|word| OsStr::new(*word));
+    tool::vdi(start.into_iter().chain(words))
+}
+
+impl Fleet {
+    fn ctl(&self, words: &[&str]) -> Answer {
+        ctl(&self.path("control"), words)
+    }
+
+    fn ctl_json(&self, words: &[&str]) -> Value {
+        let words = [words, &["--json"]].concat();
+        self.ctl(&words).expect_code(0).json()
+    }
+}
+
+#[test]
+fn an_operator_adds_grows_freezes_limits_and_removes_a_disk_that_is_used() {
+    let fleet = Fleet::start("");
+    let image = fleet.path("c.vdi");
+    let image = image.to_str().unwrap();
+    let shown = fleet.ctl(&["add", "c", image, "--num-queues", "2", "--serial", "C"]);
+    assert!(shown.expect_code(0).out.contains("25165824 (24 MiB)"));
+    let mut driver = fleet.driver("c");
+    driver.write(0, &[7; 4096]);
+    assert!(driver.queue().get_id().starts_with(b"C"));
+
+    assert_eq!(
+        fleet.ctl_json(&["resize", "c", "+8M"])["size_bytes"],
+        32 * MIB
+    );
+    assert_eq!(
+        fleet.ctl_json(&["resize", "c", "40M"])["size_bytes"],
+        40 * MIB
+    );
+    assert_eq!(driver.read(0, 4096), [7; 4096]);
+    let frozen = fleet.path("c-monday.vdi");
+    fleet
+        .ctl(&["snapshot", "c", frozen.to_str().unwrap()])
+        .expect_code(0);
+    driver.write(0, &[8; 4096]);
+    assert!(frozen.exists());
+
+    fleet
+        .ctl(&["set-limits", "c", "iops_total=1000", "bps_total=10M"])
+        .expect_code(0);
+    fleet.ctl(&["set-limits", "c", "none"]).expect_code(0);
+
+    let listed = fleet.ctl(&["list"]).expect_code(0).out;
+    let rows: Vec<Vec<&str>> = listed
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(rows[0], ["NAME", "SIZE", "STATE", "IMAGE", "SOCKET"]);
+    assert_eq!(rows[1][..4], ["a", "24", "MiB", "idle"]);
+    assert_eq!(rows[3][..5], ["c", "40", "MiB", "in", "use"]);
+    assert_eq!(fleet.ctl_json(&["info", "c"])["connected"], true);
+
+    let stats = fleet.ctl(&["stats", "c"]).expect_code(0).out;
+    let writes = stats.lines().find(|line| line.starts_with("write "));
+    let writes: Vec<&str> = writes.unwrap().split_whitespace().collect();
+    assert_eq!(writes[..5], ["write", "2", "0", "8", "KiB"]);
+    let all = fleet.ctl(&["stats"]).expect_code(0).out;
+    assert_eq!(all.lines().count(), 4, "{all}");
+    assert_eq!(
+        fleet.ctl_json(&["stats"])["disks"][2]["write"]["requests"],
+        2
+    );
+
+    assert_eq!(fleet.ctl(&["remove", "c"]).expect_code(0).out, "");
+    assert!(!fleet.ctl(&["list"]).out.contains("c.vdi"));
+    fleet.ctl(&["shutdown"]).expect_code(0);
+    assert_eq!(fleet.server.wait().code, Some(0));
+}
+
+#[test]
+fn what_a_daemon_refuses_is_told_with_its_class_and_what_to_do() {
+    let fleet = Fleet::start("");
+    let image = fleet.path("c.vdi");
+    let image = image.to_str().unwrap();
+    for (words, said) in [
+        (
+            &["info", "x"][..],
+            "(no-such-disk): there is no disk called x; `vdi ctl list` shows",
+        ),
+        (&["info"], "(no-such-disk): there are 2 disks"),
+        (&["add", "a", image], "(exists): a disk called a is there"),
+        (&["add", "x", "/etc/passwd"], "(not-open): "),
+        (
+            &["add", "x", image, "--num-queues", "0"],
+            "(not-possible): num-queues is 0",
+        ),
+        (
+            &["set-limits", "a", "iops=5"],
+            "(not-understood): no command: unknown field `iops`",
+        ),
+        (
+            &["set-limits", "a", "none", "iops_total=5"],
+            "`none` ends all limits",
+        ),
+        (&["resize", "a", "1M"], "can only grow while it is served"),
+        (&["resize", "a", "1MB"], "is a power of 1000 to some"),
+        (&["raw", "5"], "a message is one object"),
+        (&["destroy", "a"], "unrecognized subcommand"),
+    ] {
+        let answer = fleet.ctl(words).expect_code(1);
+        assert!(answer.err.contains(said), "{words:?}: {answer:?}");
+        assert_eq!(answer.out, "", "{words:?}");
+    }
+    assert_eq!(fleet.names(), ["a", "b"]);
+}
+
+#[test]
+fn any_message_can_be_sent_as_it_is() {
+    let fleet = Fleet::start("");
+    let list = fleet.ctl(&["raw", r#"{"version": 1, "execute": "list"}"#]);
+    let list = list.expect_code(0).json();
+    assert_eq!(list["return"]["disks"][1]["name"], "b");
+    let refused = fleet.ctl(&["raw", r#"{"version": 9, "execute": "list"}"#]);
+    let refused = refused.expect_code(1).json();
+    assert_eq!(refused["error"]["class"], "not-understood");
+}
+
+#[test]
+fn the_only_disk_of_a_daemon_need_not_be_named() {
+    let image = Image::by_qemu(8 * MIB);
+    let place = tempfile::tempdir().unwrap();
+    let control = place.path().join("control");
+    let server = Launch::image(image.path())
+        .arg("--control-socket")
+        .arg(&control)
+        .start();
+    server.driver(&Options::new()).write(0, &[1; 512]);
+    let info = ctl(&control, &["info"]).expect_code(0).out;
+    assert!(info.contains("8388608 (8 MiB)"), "{info}");
+    let stats = ctl(&control, &["stats", "--json"]).expect_code(0).json();
+    assert_eq!(stats["disks"][0]["name"], "disk");
+    assert_eq!(stats["disks"][0]["write"]["bytes"], 512);
+    ctl(&control, &["resize", "disk", "9M"]).expect_code(0);
+    ctl(&control, &["shutdown"]).expect_code(0);
+    assert_eq!(server.wait().code, Some(0));
+}
+
+#[test]
+fn that_nobody_answers_has_an_exit_code_of_its_own() {
+    let place = tempfile::tempdir().unwrap();
+    let socket = place.path().join("control");
+    let answer = ctl(&socket, &["list"]).expect_code(2);
+    assert!(answer.err.contains("--control-socket"), "{answer:?}");
+    // One that hears and says nothing.
+    let listener = UnixListener::bind(&socket).unwrap();
+    let thread = std::thread::spawn(move || drop(listener.accept().unwrap()));
+    let answer = ctl(&socket, &["list"]).expect_code(2);
+    thread.join().unwrap();
+    assert!(
+        answer.err.contains("hung up without an answer"),
+        "{answer:?}"
+    );
+    fs::remove_file(socket).unwrap();
+}
