@@ -332,19 +332,7 @@ impl Turn {
         &mut self,
         to: Capacity,
     ) -> Result<(Opened, Result<(), GrowError>), TurnError> {
-        self.last_usage = self.usage();
-        let Some(Held {
-            disk,
-            files,
-            housekeeper,
-        }) = self.held.take()
-        else {
-            return Err(TurnError::NotHeld);
-        };
-        drop(housekeeper);
-        let grown = grow(&disk, to);
-        self.has_failed |= disk.is_failed();
-        drop(disk);
+        let (files, grown) = self.change(|_, disk, _| grow(disk, to))?;
         Ok((self.hold(files)?, grown))
     }
 
@@ -354,19 +342,7 @@ impl Turn {
         &mut self,
         to: &Path,
     ) -> Result<(Opened, Result<(), SnapshotError>), TurnError> {
-        self.last_usage = self.usage();
-        let Some(Held {
-            disk,
-            files,
-            housekeeper,
-        }) = self.held.take()
-        else {
-            return Err(TurnError::NotHeld);
-        };
-        drop(housekeeper);
-        let frozen = self.freeze(&disk, &files, to);
-        self.has_failed |= disk.is_failed();
-        drop(disk);
+        let (files, frozen) = self.change(|turn, disk, files| turn.freeze(disk, files, to))?;
         let files = if frozen.is_ok() {
             // The lock for writing goes: the image is a parent now.
             drop(files);
@@ -376,6 +352,24 @@ impl Turn {
             files
         };
         Ok((self.hold(files)?, frozen))
+    }
+
+    /// Has the disk that is held changed, with nobody looking after it. It is not held afterwards: its files are to be
+    /// opened anew, whatever became of the change.
+    fn change<E>(
+        &mut self,
+        change: impl FnOnce(&Self, &Arc<Disk>, &Files) -> Result<(), E>,
+    ) -> Result<(Files, Result<(), E>), TurnError> {
+        self.last_usage = self.usage();
+        let Held {
+            disk,
+            files,
+            housekeeper,
+        } = self.held.take().ok_or(TurnError::NotHeld)?;
+        drop(housekeeper);
+        let changed = change(self, &disk, &files);
+        self.has_failed |= disk.is_failed();
+        Ok((files, changed))
     }
 
     /// Makes the image exact and durable, and puts a child in its place.
