@@ -52,6 +52,7 @@ struct TestDisk {
     number: SeatNumber,
     disk: Arc<Disk>,
     memory: File,
+    image: File,
     guest: Guest,
     kicks: Vec<EventFd>,
     stats: Arc<Stats>,
@@ -148,6 +149,7 @@ impl Scene {
             number,
             disk,
             memory,
+            image: file.file().try_clone().unwrap(),
             guest,
             kicks: Vec::new(),
             stats,
@@ -578,6 +580,89 @@ fn what_a_dead_daemon_left_in_memory_that_is_gone_does_not_hold_its_queue_up() {
     disk.memory.set_len(0).unwrap();
     let ended = scene.tell(0, Command::Stop(1));
     assert!(ended.try_recv().unwrap().is_ok());
+}
+
+/// Where large reads go in the guest's memory.
+const LARGE: u64 = 1 << 20;
+
+/// A window of a read.
+const WINDOW: u64 = 16 << 20;
+
+impl Scene {
+    /// Lets a disk's guest have so much memory from [`LARGE`] on, and marks what is written of it there: which pages those are.
+    fn log_large(&mut self, disk: &mut TestDisk, len: u64) -> impl Fn() -> Vec<u64> + use<> {
+        let (log, log_bytes) = (tempfile::tempfile().unwrap(), (LARGE + len) / 4096 / 8 + 1);
+        log.set_len(log_bytes).unwrap();
+        disk.memory.set_len(LARGE + len).unwrap();
+        disk.guest = fuzzing::map(&GuestMemory {
+            file: &disk.memory,
+            regions: &[[0, LARGE + len, 0]],
+            log: Some((log.try_clone().unwrap(), log_bytes)),
+        });
+        let command = Command::Guest(disk.guest.clone(), Takeover::WhenIdle);
+        let told = self.tell(disk.number, command);
+        assert!(told.try_recv().unwrap().is_ok());
+        move || {
+            let mut bits = vec![0; usize::try_from(log_bytes).unwrap()];
+            log.read_exact_at(&mut bits, 0).unwrap();
+            let pages = (0_u64..).zip(bits).flat_map(|(byte, bits)| {
+                let pages = (0..8).filter(move |bit| bits >> bit & 1 == 1);
+                pages.map(move |bit| 8 * byte + bit)
+            });
+            pages
+                .filter_map(|page| page.checked_sub(LARGE / 4096))
+                .collect()
+        }
+    }
+}
+
+impl TestDisk {
+    /// Reads so much from a block on into the large memory.
+    fn offer_large(&mut self, block: u64, len: u64) {
+        self.offer(0, IN, block);
+        self.put(16, &LARGE.to_le_bytes());
+        self.put(24, &u32::try_from(len).unwrap().to_le_bytes());
+    }
+}
+
+#[test]
+fn what_a_large_read_wrote_is_marked_window_by_window() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    let len = 2 * WINDOW + 8192;
+    let marked = scene.log_large(&mut disk, len);
+    disk.offer_large(0, len);
+    let mut so_far = Vec::new();
+    for _ in 0..3 {
+        assert!(!disk.is_answered(0));
+        scene.turn();
+        so_far.push(marked());
+    }
+    assert!(disk.is_answered(0));
+    let windows = [0, WINDOW, len].map(|bytes| (0..bytes / 4096).collect::<Vec<_>>());
+    assert!(so_far == windows, "{:?}", so_far.iter().map(Vec::len));
+}
+
+#[test]
+fn a_read_that_fails_is_marked_as_far_as_it_may_have_come() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    disk.offer(0, OUT, 20);
+    scene.turn();
+    scene.do_chores(&disk);
+    assert!(disk.is_answered(0));
+    let marked = scene.log_large(&mut disk, 3 * WINDOW);
+    disk.image.set_len(4096).unwrap();
+    disk.offer_large(0, 3 * WINDOW);
+    for _ in 0..4 {
+        scene.turn();
+    }
+    assert_eq!(disk.used(0), disk.taken[0]);
+    let mut status = [0];
+    disk.memory.read_exact_at(&mut status, STATUS).unwrap();
+    assert_eq!(status, [1]);
+    // The block is the 21st MiB, in the second window; the third was not begun.
+    assert!(marked().into_iter().eq(0..2 * WINDOW / 4096));
 }
 
 #[test]
