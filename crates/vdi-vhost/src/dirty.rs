@@ -7,8 +7,9 @@
 //! - **D1** A page is marked after it was written, and before the ring stops: a front end that takes the mark away and
 //!   copies the page has the new contents, or finds the mark again.
 //! - **D2** The log changes only while nothing is in flight, so a request is either marked whole or was over before.
-//! - Marks are made for all that a request may write, whether it did or not: one too many costs a copy. What a chain names and its
-//!   request does not write is not marked: a guest could name terabytes of the same memory.
+//! - Marks are made for all that a request may have written, whether it did or not: one too many costs a copy. What a chain names and
+//!   its request does not write is not marked: a guest could name terabytes of the same memory. What a read writes is marked window by
+//!   window (`inflight`), since it may fill as much as the disk has.
 //!
 //! Source: vhost-user protocol, "Migration".
 
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use vhost::vhost_user::message::{VhostUserLog, VhostUserMemoryRegion};
-use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
+use vm_memory::{GuestAddress, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
 
 use crate::chain::Pieces;
 use crate::fault::Account;
@@ -82,11 +83,15 @@ pub(crate) struct Guest {
     pub(crate) log: Option<Arc<DirtyLog>>,
 }
 
-/// The buffers of a request that are marked when it is answered.
+/// What of a request's buffers is still to be marked.
 #[derive(Debug)]
 pub(crate) struct Dirty {
     log: Arc<DirtyLog>,
-    pieces: Pieces,
+    /// Those of its data, of which the first `used` are marked, and `marked` bytes in all.
+    data: Pieces,
+    used: usize,
+    marked: u64,
+    status_at: GuestAddress,
 }
 
 impl Guest {
@@ -98,21 +103,43 @@ impl Guest {
         }
     }
 
-    /// What is to be marked of buffers that may be written.
-    pub(crate) fn dirty(&self, pieces: impl FnOnce() -> Pieces) -> Option<Dirty> {
+    /// What is to be marked of buffers that may be written, and of a status.
+    pub(crate) fn dirty(
+        &self,
+        data: impl FnOnce() -> Pieces,
+        status_at: GuestAddress,
+    ) -> Option<Dirty> {
         self.log.as_ref().map(|log| Dirty {
             log: Arc::clone(log),
-            pieces: pieces(),
+            data: data(),
+            used: 0,
+            marked: 0,
+            status_at,
         })
     }
 }
 
 impl Dirty {
-    /// Marks them.
-    pub(crate) fn mark(&self) {
-        for piece in &self.pieces {
-            self.log.mark(piece.at.0, piece.len.into());
+    /// Marks the first `bytes` of the data, as far as they are not marked yet.
+    pub(crate) fn mark_data(&mut self, bytes: u64) {
+        let mut missing = bytes.saturating_sub(self.marked);
+        while let Some(piece) = self.data.get_mut(self.used)
+            && missing > 0
+        {
+            let len = u32::try_from(missing).map_or(piece.len, |most| most.min(piece.len));
+            self.log.mark(piece.at.0, len.into());
+            // In the guest's memory, or nothing would have been written.
+            piece.at = GuestAddress(piece.at.0.saturating_add(len.into()));
+            piece.len -= len;
+            self.used += usize::from(piece.len == 0);
+            self.marked += u64::from(len);
+            missing -= u64::from(len);
         }
+    }
+
+    /// Marks the status.
+    pub(crate) fn mark_status(&self) {
+        self.log.mark(self.status_at.0, 1);
     }
 }
 
@@ -121,6 +148,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+    use crate::chain::Piece;
 
     #[test]
     fn every_page_that_is_touched_is_marked_and_no_other() {
@@ -145,6 +173,47 @@ mod tests {
         expected[3] = 0b11_0000;
         expected[16] = 0b1000_0000;
         assert_eq!(bits, expected);
+    }
+
+    #[test]
+    fn data_are_marked_as_far_as_they_are_written_and_once() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8).unwrap();
+        let own = file.try_clone().unwrap();
+        let log = DirtyLog::map(&VhostUserLog::new(8, 0), own, &Account::default());
+        let guest = Guest {
+            log: Some(Arc::new(log.unwrap())),
+            ..Guest::none()
+        };
+        let piece = |page: u64, len| Piece {
+            at: GuestAddress(page * PAGE),
+            len,
+        };
+        let pieces = [piece(3, 8192), piece(20, 512), piece(30, 8192)];
+        let status_at = GuestAddress(40 * PAGE);
+        let mut dirty = guest.dirty(|| pieces.into_iter().collect(), status_at);
+        let dirty = dirty.as_mut().unwrap();
+        // What was marked before and is taken away does not come back.
+        let marked_by = |dirty: &mut Dirty, bytes| {
+            dirty.mark_data(bytes);
+            let mut bits = [0; 8];
+            file.read_exact_at(&mut bits, 0).unwrap();
+            file.write_all_at(&[0; 8], 0).unwrap();
+            let bits = u64::from_le_bytes(bits);
+            (0..64)
+                .filter(|page| bits >> page & 1 == 1)
+                .collect::<Vec<u64>>()
+        };
+        let none: Vec<u64> = Vec::new();
+        assert_eq!(marked_by(dirty, 0), none);
+        assert_eq!(marked_by(dirty, 4096), [3]);
+        assert_eq!(marked_by(dirty, 4096), none);
+        assert_eq!(marked_by(dirty, 8192 + 512 + 1), [4, 20, 30]);
+        assert_eq!(marked_by(dirty, 100), none);
+        assert_eq!(marked_by(dirty, u64::MAX), [30, 31]);
+        assert_eq!(marked_by(dirty, u64::MAX), none);
+        dirty.mark_status();
+        assert_eq!(marked_by(dirty, 0), [40]);
     }
 
     #[test]

@@ -38,9 +38,15 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// Mappings at once: the regions of all front ends, those that replace them, their logs and records of requests in flight. 16 for
-/// each of 1000 disks; one front end can have about 1000.
-const MAX_MAPPINGS: usize = 1 << 14;
+/// Mappings that every session may have whatever others do: four regions of memory and four that replace them, the log, the record of
+/// requests in flight and what replaces these, and as many again.
+const OWN_MAPPINGS: usize = 16;
+
+/// Mappings beyond those, of all sessions together: hot-plugged memory. A front end may have [`crate::memory::MAX_REGIONS`].
+const SHARED_MAPPINGS: usize = 1 << 14;
+
+/// Mappings at once: the own ones of 1024 sessions, and the shared ones. With those of [`MAX_RUNS`] they are fewer than a process can have.
+const MAX_MAPPINGS: usize = 1024 * OWN_MAPPINGS + SHARED_MAPPINGS;
 
 /// How many runs of pages are replaced before whole mappings are: every run makes two mappings more, of which a process can have 65530,
 /// and without which it cannot allocate. A thread stops soon after its first fault, so it takes many threads to get there.
@@ -71,6 +77,8 @@ struct Marks {
     is_lost: AtomicBool,
     /// Something was, or may have to be, and nobody looked since.
     is_suspected: AtomicBool,
+    /// How many mappings are watched; changes with [`FREE`].
+    mappings: AtomicUsize,
 }
 
 /// Slots that can be taken.
@@ -78,6 +86,22 @@ struct Free {
     given_back: Vec<usize>,
     /// From here on none has ever been taken.
     fresh: usize,
+    /// How many of [`SHARED_MAPPINGS`] are taken.
+    shared: usize,
+}
+
+/// Why a mapping cannot be watched.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum TooMany {
+    /// The session has its own, and others have the shared ones.
+    #[error(
+        "the front end has {mappings} mappings, and all {SHARED_MAPPINGS} that a daemon has beyond the first {OWN_MAPPINGS} of each front end \
+         are in use; share less memory regions, or serve fewer disks"
+    )]
+    Shared { mappings: usize },
+    /// There are more sessions than ever.
+    #[error("all {MAX_MAPPINGS} mappings that a daemon can watch are in use; serve fewer disks")]
+    All,
 }
 
 /// A mapping. `version` is odd while the others change, so that the handler never sees parts of two.
@@ -133,17 +157,21 @@ impl Marks {
 }
 
 impl Watch {
-    /// Watches over a mapping of pages of this size; `None` if there are too many.
-    pub(crate) fn over(mapping: Range<usize>, page: usize, account: &Account) -> Option<Self> {
+    /// Watches over a mapping of pages of this size.
+    pub(crate) fn over(
+        mapping: Range<usize>,
+        page: usize,
+        account: &Account,
+    ) -> Result<Self, TooMany> {
         let index = {
             let mut free = Free::lock();
-            let index = free.take()?;
+            let index = free.take(&account.0.mappings)?;
             USED.store(free.fresh, Ordering::Release);
             index
         };
         let account = account.clone();
         SLOTS[index].set(&mapping, page, Arc::as_ptr(&account.0));
-        Some(Self { index, account })
+        Ok(Self { index, account })
     }
 
     /// The account of the session that the mapping belongs to.
@@ -155,7 +183,7 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         SLOTS[self.index].set(&(0..0), 0, ptr::null());
-        Free::lock().given_back.push(self.index);
+        Free::lock().give_back(self.index, &self.account.0.mappings);
     }
 }
 
@@ -164,6 +192,7 @@ impl Free {
         Self {
             given_back: Vec::new(),
             fresh: 0,
+            shared: 0,
         }
     }
 
@@ -171,13 +200,30 @@ impl Free {
         FREE.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&mut self) -> Option<usize> {
-        let again = self.given_back.pop();
-        if again.is_none() && self.fresh < MAX_MAPPINGS {
-            self.fresh += 1;
-            return Some(self.fresh - 1);
+    /// A slot for a session that has so many `mappings`.
+    fn take(&mut self, mappings: &AtomicUsize) -> Result<usize, TooMany> {
+        let had = mappings.load(Ordering::Relaxed);
+        let is_shared = had >= OWN_MAPPINGS;
+        if is_shared && self.shared >= SHARED_MAPPINGS {
+            return Err(TooMany::Shared { mappings: had });
         }
-        again
+        let index = match self.given_back.pop() {
+            Some(again) => again,
+            None if self.fresh < MAX_MAPPINGS => {
+                self.fresh += 1;
+                self.fresh - 1
+            }
+            None => return Err(TooMany::All),
+        };
+        self.shared += usize::from(is_shared);
+        mappings.store(had + 1, Ordering::Relaxed);
+        Ok(index)
+    }
+
+    fn give_back(&mut self, index: usize, mappings: &AtomicUsize) {
+        let has = mappings.fetch_sub(1, Ordering::Relaxed) - 1;
+        self.shared -= usize::from(has >= OWN_MAPPINGS);
+        self.given_back.push(index);
     }
 }
 
@@ -388,16 +434,36 @@ mod tests {
     }
 
     #[test]
-    fn there_is_an_end_to_free_slots_and_what_is_given_back_is_free() {
+    fn a_session_that_takes_all_that_is_shared_leaves_every_other_its_own() {
         let mut free = Free::all();
-        let all: Vec<_> = std::iter::from_fn(|| free.take()).collect();
-        assert!(all.iter().copied().eq(0..MAX_MAPPINGS));
-        free.given_back.push(7);
-        free.given_back.push(9);
-        let mut again = [free.take(), free.take()];
-        again.sort_unstable();
-        assert_eq!(again, [Some(7), Some(9)]);
-        assert_eq!(free.take(), None);
+        let (greedy, full) = (AtomicUsize::new(0), OWN_MAPPINGS + SHARED_MAPPINGS);
+        let all: Vec<_> = std::iter::from_fn(|| free.take(&greedy).ok()).collect();
+        assert!(all.iter().copied().eq(0..full));
+        let refused = free.take(&greedy).unwrap_err();
+        assert_eq!(refused, TooMany::Shared { mappings: full });
+        let said = "the front end has 16400 mappings, and all 16384 that a daemon has beyond the first 16 of each front end";
+        assert!(refused.to_string().starts_with(said), "{refused}");
+
+        let own = |free: &mut Free| {
+            let session = AtomicUsize::new(0);
+            let taken: Vec<_> = std::iter::from_fn(|| free.take(&session).ok()).collect();
+            (session, taken)
+        };
+        let others: Vec<_> = (1..1024).map(|_| own(&mut free)).collect();
+        assert!(others.iter().all(|(_, taken)| taken.len() == OWN_MAPPINGS));
+        let one_more = AtomicUsize::new(0);
+        assert_eq!(free.take(&one_more), Err(TooMany::All));
+
+        // Whose it was does not matter for the slot, only for what is shared.
+        let (other, taken) = &others[0];
+        free.give_back(taken[3], other);
+        assert!(free.take(&greedy).is_err());
+        assert_eq!(free.take(other), Ok(taken[3]));
+        free.give_back(7, &greedy);
+        assert_eq!(free.take(other), Ok(7));
+        assert!(free.take(&greedy).is_err() && free.take(other).is_err());
+        free.give_back(7, other);
+        assert_eq!(free.take(&greedy), Ok(7));
     }
 
     #[test]

@@ -477,6 +477,8 @@ impl Active {
         if rest.is_empty() {
             return Next::Answer(Status::Ok, *total_bytes);
         }
+        // Transfers of the window before are over.
+        self.reply.wrote(*total_bytes - into.len());
         let capacity = context.desk.device.capacity();
         let (window, _) = split(capacity, *rest, WINDOW_SECTORS);
         let disk = Arc::clone(&context.desk.disk);
@@ -612,6 +614,12 @@ impl Active {
 
     /// Drops what was reserved, which leaves the disk as it was.
     fn give_up(&mut self) -> Next {
+        if let Work::Read {
+            into, total_bytes, ..
+        } = &self.work
+        {
+            self.reply.wrote(*total_bytes - into.len());
+        }
         self.work = Work::Nothing;
         Next::Answer(Status::IoError, 0)
     }

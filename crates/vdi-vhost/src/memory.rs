@@ -26,7 +26,7 @@ use vm_memory::{
     VolatileSlice,
 };
 
-use crate::fault::{Account, Watch};
+use crate::fault::{Account, TooMany, Watch};
 
 /// Most regions at once: what vhost in the kernel allows, so front ends already live with it.
 pub(crate) const MAX_REGIONS: usize = 509;
@@ -78,9 +78,13 @@ pub(crate) enum MemoryError {
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
-    /// Every mapping is watched.
-    #[error("the memory region at {base:#x} is one mapping too many")]
-    TooManyMappings { base: u64 },
+    /// Its front end has its share.
+    #[error("the memory region at {base:#x} cannot be watched")]
+    Watch {
+        base: u64,
+        #[source]
+        source: TooMany,
+    },
     /// The kernel refused.
     #[error("cannot examine the file of the memory region at {base:#x}")]
     Examine {
@@ -145,8 +149,9 @@ impl Region {
         let start = mapping.as_ptr() as usize;
         let watch = Watch::over(start..start + map_len, page_len, account);
         Ok(Self {
-            watch: watch.ok_or(MemoryError::TooManyMappings {
+            watch: watch.map_err(|source| MemoryError::Watch {
                 base: guest_phys_addr,
+                source,
             })?,
             mapping,
             skip: skip_len,

@@ -56,7 +56,7 @@ pub(crate) const BURST: u16 = 32;
 pub(crate) enum Mode {
     /// Takes chains.
     Running,
-    /// Takes none: disabled by the front end, or about to stop.
+    /// Takes none: disabled by the front end.
     Paused,
     /// Takes none any more: the guest broke the ring.
     Broken,
@@ -177,6 +177,13 @@ impl Queue {
         let _ = state.get_queue_mut().disable_notification(&*guest.memory);
         if let Some(log) = &guest.log {
             mark_used_ring(log, state.get_queue());
+        }
+    }
+
+    /// Takes no chains from now on.
+    pub(crate) fn pause(&mut self) {
+        if self.mode == Mode::Running {
+            self.mode = Mode::Paused;
         }
     }
 

@@ -71,7 +71,7 @@ impl Status {
 pub(crate) struct Reply {
     head: u16,
     status_at: GuestAddress,
-    /// What was written by then, for a migration.
+    /// What is to be marked, for a migration.
     dirty: Option<Box<Dirty>>,
 }
 
@@ -88,20 +88,26 @@ pub(crate) struct Used {
 impl Reply {
     /// The same for a request that writes at most the first `bytes` of `data`, and its status.
     fn marking(mut self, guest: &Guest, data: &Pieces, bytes: u64) -> Self {
-        let (at, len) = (self.status_at, 1);
-        let status = Piece { at, len };
-        let written = || first(data, bytes).chain([status]).collect();
-        self.dirty = guest.dirty(written).map(Box::new);
+        let written = || first(data, bytes).collect();
+        self.dirty = guest.dirty(written, self.status_at).map(Box::new);
         self
     }
 
+    /// The first `bytes` of the request's data may be written by now, and are not written any more (D1).
+    pub(crate) fn wrote(&mut self, bytes: u64) {
+        if let Some(dirty) = &mut self.dirty {
+            dirty.mark_data(bytes);
+        }
+    }
+
     /// Writes the status, after `data_bytes` of data were written.
-    pub(crate) fn send(self, memory: &Memory, status: Status, data_bytes: u64) -> Used {
+    pub(crate) fn send(mut self, memory: &Memory, status: Status, data_bytes: u64) -> Used {
         // It was part of the guest's memory when the chain was parsed. If the front end has taken it away since,
         // there is no one to tell.
         let _ = access::write(memory, self.status_at, status.byte());
+        self.wrote(data_bytes);
         if let Some(dirty) = &self.dirty {
-            dirty.mark(); // D1
+            dirty.mark_status(); // D1
         }
         let len = u32::try_from(data_bytes.saturating_add(1)).unwrap_or(u32::MAX);
         Used {
@@ -563,7 +569,8 @@ mod tests {
             else {
                 panic!("there is a status")
             };
-            let _used = reply.send(&disk.memory, Status::Ok, 0);
+            // Whatever is said to have been written.
+            let _used = reply.send(&disk.memory, Status::Ok, u64::MAX);
             let mut bits = [0_u8; 0x20];
             file.read_exact_at(&mut bits, 0).unwrap();
             (0..0x100)

@@ -10,6 +10,8 @@
 //! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
 //! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
 //!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile, and other seats' in any case.
+//!   What an earlier daemon left in flight counts, whether it was started again or not: a front end that stops a queue may forget
+//!   the record of it. Only a queue that was never enabled here leaves it there.
 //! - **F2** As soon as memory of the front end's is gone, no more chains are taken, no data become visible in the image and no answers
 //!   are given: the control thread is about to end the session.
 //! - Requests never wait for each other while holding something (W7), so draining always ends.
@@ -45,6 +47,17 @@ enum Pending {
     Stop(u16),
     Guest(Guest),
     Leave,
+}
+
+impl Pending {
+    /// Whether it waits for this queue, which then takes nothing new.
+    fn is_about(&self, index: u16) -> bool {
+        match self {
+            Self::Pause(paused) => *paused == index,
+            Self::Stop(stopped) => *stopped == index,
+            Self::Guest(_) | Self::Leave => true,
+        }
+    }
 }
 
 /// One sync for all who wait for one.
@@ -157,12 +170,26 @@ impl Seat {
 
     /// Whether there may be chains to take.
     pub(crate) fn is_awake(&self) -> bool {
-        self.queues.values().any(Queue::is_awake)
+        let mut queues = self.queues.iter();
+        queues.any(|(index, queue)| self.may_take(*index, queue))
+    }
+
+    /// Whether there may be chains to take from a queue, and it may take them.
+    fn may_take(&self, index: u16, queue: &Queue) -> bool {
+        queue.is_awake() && (queue.is_recovering() || !self.is_ending(index))
+    }
+
+    /// Whether a queue takes nothing but what an earlier daemon left in flight.
+    fn is_ending(&self, index: u16) -> bool {
+        let pending = self.pending.as_ref();
+        pending.is_some_and(|(pending, _)| pending.is_about(index))
     }
 
     /// Whether queues may take chains now.
     pub(crate) fn is_open(&self, tools: &Tools) -> bool {
-        let is_held = self.held.is_some_and(|(_, until)| tools.now < until);
+        let is_recovering = |queue: &Queue| queue.is_awake() && queue.is_recovering();
+        let is_held = self.held.is_some_and(|(_, until)| tools.now < until)
+            && !self.queues.values().any(is_recovering);
         !self.is_closed() && self.desk.transfers < tools.share && !is_held
     }
 
@@ -173,8 +200,10 @@ impl Seat {
 
     /// Whether there are chains to take.
     pub(crate) fn has_chains(&self) -> bool {
-        let has_chains = |queue: &Queue| queue.is_awake() && queue.has_chains(&self.guest.memory);
-        self.queues.values().any(has_chains)
+        let mut queues = self.queues.iter();
+        queues.any(|(index, queue)| {
+            self.may_take(*index, queue) && queue.has_chains(&self.guest.memory)
+        })
     }
 
     /// Whether nobody will say that there are chains to take.
@@ -184,9 +213,12 @@ impl Seat {
 
     /// Asks the guest to kick; true if nothing came in meanwhile.
     pub(crate) fn sleep(&mut self) -> bool {
-        let mut sleep = true;
+        let (mut sleep, pending) = (true, &self.pending);
         for (index, queue) in &mut self.queues {
-            if queue.is_awake() {
+            let is_ending = pending
+                .as_ref()
+                .is_some_and(|(pending, _)| pending.is_about(*index));
+            if queue.is_awake() && !is_ending {
                 match queue.sleep(&self.guest) {
                     Ok(asleep) => sleep &= asleep,
                     Err(why) => {
@@ -236,16 +268,12 @@ impl Seat {
                     queue.resume();
                 }
             }
-            Command::Pause(index) => return self.pause(index, Pending::Pause(index), ack),
-            Command::Stop(index) => return self.pause(index, Pending::Stop(index), ack),
+            Command::Pause(index) => return self.pending = Some((Pending::Pause(index), ack)),
+            Command::Stop(index) => return self.pending = Some((Pending::Stop(index), ack)),
             Command::Guest(guest, Takeover::WhenIdle) => {
-                self.pending = Some((Pending::Guest(guest), ack));
-                return;
+                return self.pending = Some((Pending::Guest(guest), ack));
             }
-            Command::Leave => {
-                self.pending = Some((Pending::Leave, ack));
-                return;
-            }
+            Command::Leave => return self.pending = Some((Pending::Leave, ack)),
         }
         // The control thread waits for it, or has died, and then nobody does.
         let _ = ack.send(result);
@@ -278,18 +306,9 @@ impl Seat {
         Ok(())
     }
 
-    fn pause(&mut self, index: u16, then: Pending, ack: Ack) {
-        if let Some(queue) = self.queues.get_mut(&index)
-            && queue.mode == Mode::Running
-        {
-            queue.mode = Mode::Paused;
-        }
-        self.pending = Some((then, ack));
-    }
-
-    /// Whether no queue may take chains, because the memory is about to change, or gone.
+    /// Whether no queue may take chains, because the memory is gone, or the disk about to.
     fn is_closed(&self) -> bool {
-        self.is_lost() || matches!(self.pending, Some((Pending::Guest(_) | Pending::Leave, _)))
+        self.is_lost() || matches!(self.pending, Some((Pending::Leave, _)))
     }
 
     /// Whether the front end took back memory that is in use (F2).
@@ -363,7 +382,8 @@ impl Seat {
 
     fn take_from_all(&mut self, tools: &mut Tools, was_held: bool) {
         let is_limited = self.gate.is_limited();
-        let awake = self.queues.iter().filter(|(_, queue)| queue.is_awake());
+        let awake = self.queues.iter();
+        let awake = awake.filter(|(index, queue)| self.may_take(**index, queue));
         let mut awake: SmallVec<[u16; 8]> = awake.map(|(index, _)| *index).collect();
         let first = std::mem::take(&mut self.first);
         let before = awake.partition_point(|index| *index < first);
@@ -373,13 +393,15 @@ impl Seat {
                 self.first = index;
                 return;
             }
+            let is_ending = self.is_ending(index);
             let Some(queue) = self.queues.get_mut(&index) else {
                 continue;
             };
             let desk = &mut self.desk;
             let mut context = Context { desk, tools };
             let whose = (self.number, index);
-            let taken = if is_limited {
+            // Of a queue that is ending, one burst is all from before.
+            let taken = if is_limited && !is_ending {
                 let gate = (&mut self.gate, was_held);
                 take_as_limited(whose, queue, &self.guest, gate, &mut context)
             } else {
@@ -517,20 +539,28 @@ impl Seat {
 
     /// Acknowledges the pending command if what it waits for has happened; what to acknowledge when the seat is gone.
     fn acknowledge(&mut self, tools: &mut Tools) -> Option<Ack> {
-        let busy = |queue: &Queue| queue.in_flight() > 0;
+        let is_lost = self.is_lost();
+        let has_left = |queue: &Queue| queue.mode == Mode::Running && queue.is_recovering();
+        let busy = |queue: &Queue| queue.in_flight() > 0 || (has_left(queue) && !is_lost);
         let wait = match &self.pending {
             None => return None,
             Some((Pending::Pause(index) | Pending::Stop(index), _)) => {
                 self.queues.get(index).is_some_and(busy)
             }
-            Some((Pending::Guest(_) | Pending::Leave, _)) => self.queues.values().any(busy),
+            Some((Pending::Guest(_), _)) => self.queues.values().any(busy),
+            // What is left is recorded, and for the next one.
+            Some((Pending::Leave, _)) => self.queues.values().any(|queue| queue.in_flight() > 0),
         };
         if wait {
             return None;
         }
         let (pending, ack) = self.pending.take()?;
         match pending {
-            Pending::Pause(_) => {}
+            Pending::Pause(index) => {
+                if let Some(queue) = self.queues.get_mut(&index) {
+                    queue.pause();
+                }
+            }
             Pending::Stop(index) => {
                 if let Some(watch) = self.queues.remove(&index).and_then(|queue| queue.watch) {
                     tools.unwatch(watch);

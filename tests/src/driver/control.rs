@@ -255,6 +255,18 @@ impl Control {
     /// # Errors
     /// If the back end refuses.
     pub fn attach(&mut self, ring: &Attachment, base: u16) -> Result<(), ControlError> {
+        self.attach_disabled(ring, base)?;
+        if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
+            self.enable(ring.index, true)?;
+        }
+        Ok(())
+    }
+
+    /// The same, but the ring is not enabled.
+    ///
+    /// # Errors
+    /// If the back end refuses.
+    pub fn attach_disabled(&mut self, ring: &Attachment, base: u16) -> Result<(), ControlError> {
         let index = ring.index;
         let size = ring.addresses.queue_size;
         self.within("SET_VRING_NUM", |f| f.set_vring_num(index, size))?;
@@ -264,11 +276,7 @@ impl Control {
         self.within("SET_VRING_BASE", |f| f.set_vring_base(index, base))?;
         self.within("SET_VRING_ERR", |f| f.set_vring_err(index, &ring.error))?;
         self.within("SET_VRING_CALL", |f| f.set_vring_call(index, &ring.call))?;
-        self.within("SET_VRING_KICK", |f| f.set_vring_kick(index, &ring.kick))?;
-        if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
-            self.enable(index, true)?;
-        }
-        Ok(())
+        self.within("SET_VRING_KICK", |f| f.set_vring_kick(index, &ring.kick))
     }
 
     /// Whether a protocol feature was negotiated.

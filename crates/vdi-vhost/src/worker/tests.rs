@@ -17,14 +17,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::clock::Moment;
-use crate::command::{Ack, Setup};
+use crate::command::{Ack, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::dirty::Guest;
 use crate::fuzzing::{self, GuestMemory, Wishes};
 use crate::image_file::ImageFile;
 use crate::limits::{Group, Limits, Throttle};
 use crate::memory::Memory;
-use crate::queue::{Mode, Vring};
+use crate::queue::{BURST, Mode, Vring};
 use crate::stats::{KindSnapshot, Stats};
 use crate::workers::Served;
 
@@ -52,6 +52,7 @@ struct TestDisk {
     number: SeatNumber,
     disk: Arc<Disk>,
     memory: File,
+    image: File,
     guest: Guest,
     kicks: Vec<EventFd>,
     stats: Arc<Stats>,
@@ -148,6 +149,7 @@ impl Scene {
             number,
             disk,
             memory,
+            image: file.file().try_clone().unwrap(),
             guest,
             kicks: Vec::new(),
             stats,
@@ -162,6 +164,10 @@ impl Scene {
 
     /// Starts a queue, or starts it again where it stopped.
     fn start(&mut self, disk: &mut TestDisk, index: u16, left_behind: Vec<u16>) {
+        self.start_as(disk, index, left_behind, Mode::Running);
+    }
+
+    fn start_as(&mut self, disk: &mut TestDisk, index: u16, left_behind: Vec<u16>, mode: Mode) {
         let shared = GuestMemoryAtomic::new(Memory::clone(&disk.guest.memory));
         let vring = Vring::new(shared, 16).unwrap();
         vring.set_queue_size(16);
@@ -184,7 +190,7 @@ impl Scene {
             index,
             vring,
             error_fd: Arc::new(Mutex::new(None)),
-            mode: Mode::Running,
+            mode,
             tracker: None,
             left_behind,
         };
@@ -217,17 +223,22 @@ impl TestDisk {
         self.kicks[queue].write(1).unwrap();
     }
 
-    /// Whether all that was offered is answered, and well.
-    fn is_answered(&self, queue: usize) -> bool {
-        let base = SHARE * queue as u64;
-        let (mut used, mut status) = ([0; 2], [0]);
+    /// The used index.
+    fn used(&self, queue: usize) -> u16 {
+        let (mut used, base) = ([0; 2], SHARE * queue as u64);
         self.memory
             .read_exact_at(&mut used, base + USED + 2)
             .unwrap();
+        u16::from_le_bytes(used)
+    }
+
+    /// Whether all that was offered is answered, and well.
+    fn is_answered(&self, queue: usize) -> bool {
+        let mut status = [0];
         self.memory
-            .read_exact_at(&mut status, base + STATUS)
+            .read_exact_at(&mut status, SHARE * queue as u64 + STATUS)
             .unwrap();
-        let answered = u16::from_le_bytes(used) == self.taken[queue];
+        let answered = self.used(queue) == self.taken[queue];
         assert!(!answered || status == [0], "{status:?}");
         answered
     }
@@ -449,7 +460,7 @@ fn a_disk_that_is_held_obeys_at_once() {
     // Nothing is held that may not go on anyway.
     assert_eq!(scene.worker.may_wait(), Wait::Forever);
     done(scene.tell(0, Command::Resume(1)));
-    let same = Command::Guest(disk.guest.clone(), crate::command::Takeover::WhenIdle);
+    let same = Command::Guest(disk.guest.clone(), Takeover::WhenIdle);
     done(scene.tell(0, same));
     scene.turn();
     assert!(!disk.is_answered(1));
@@ -490,6 +501,168 @@ fn what_a_dead_daemon_left_in_flight_is_not_held() {
     assert!(!disk.is_answered(0));
     let stats = disk.stats.snapshot();
     assert_eq!((stats.restarted_requests, stats.read.requests), (1, 3));
+}
+
+impl Scene {
+    /// A disk with something on its second queue that a dead daemon left in flight, the same read again and again. The first burst
+    /// is started again, and another chain is available. If `limited`, the other queue is held.
+    fn seat_with_rest(&mut self, limited: bool) -> TestDisk {
+        let mut disk = self.seat(0);
+        self.set_clock(second(10));
+        disk.offer(1, IN, 0);
+        self.turn();
+        assert!(self.tell(0, Command::Stop(1)).try_recv().unwrap().is_ok());
+        if limited {
+            let slow = limits(r#"{"iops_total": 1}"#);
+            disk.throttle.set_limits(&slow).unwrap();
+            for held in [false, true] {
+                disk.offer(0, IN, 0);
+                self.turn();
+                assert_ne!(disk.is_answered(0), held);
+            }
+        }
+        self.start(&mut disk, 1, vec![0; usize::from(REST)]);
+        disk.offer(1, IN, 0);
+        assert_eq!(disk.used(1), 1 + BURST);
+        disk
+    }
+}
+
+/// Two bursts and a part of one.
+const REST: u16 = 2 * BURST + 6;
+
+#[test]
+fn what_a_dead_daemon_left_is_answered_before_its_queue_ends_or_its_memory_changes() {
+    type Ending = fn(&TestDisk) -> Command;
+    let endings: [(Ending, u16); 3] = [
+        (|_| Command::Pause(1), 0),
+        (|_| Command::Stop(1), 0),
+        // Goes on with what is new.
+        (
+            |disk| Command::Guest(disk.guest.clone(), Takeover::WhenIdle),
+            1,
+        ),
+    ];
+    for (ending, new) in endings {
+        for limited in [false, true] {
+            let mut scene = Scene::new();
+            let disk = scene.seat_with_rest(limited);
+            let ended = scene.tell(0, ending(&disk));
+            assert_eq!(disk.used(1), 1 + 2 * BURST);
+            assert!(ended.try_recv().is_err());
+            assert_eq!(scene.worker.may_wait(), Wait::No);
+            scene.turn();
+            assert_eq!(disk.used(1), 1 + REST);
+            assert!(ended.try_recv().unwrap().is_ok());
+            scene.turn();
+            let new = if limited { 0 } else { new };
+            assert_eq!(disk.used(1), 1 + REST + new);
+        }
+    }
+}
+
+#[test]
+fn a_queue_that_was_never_enabled_ends_without_what_a_dead_daemon_left() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    assert!(scene.tell(0, Command::Stop(1)).try_recv().unwrap().is_ok());
+    scene.start_as(&mut disk, 1, vec![0; usize::from(REST)], Mode::Paused);
+    assert_eq!(scene.worker.may_wait(), Wait::Forever);
+    assert!(scene.tell(0, Command::Stop(1)).try_recv().unwrap().is_ok());
+    assert_eq!(disk.used(1), 0);
+}
+
+#[test]
+fn what_a_dead_daemon_left_in_memory_that_is_gone_does_not_hold_its_queue_up() {
+    crate::fault::catch().unwrap();
+    let mut scene = Scene::new();
+    let disk = scene.seat_with_rest(false);
+    disk.memory.set_len(0).unwrap();
+    let ended = scene.tell(0, Command::Stop(1));
+    assert!(ended.try_recv().unwrap().is_ok());
+}
+
+/// Where large reads go in the guest's memory.
+const LARGE: u64 = 1 << 20;
+
+/// A window of a read.
+const WINDOW: u64 = 16 << 20;
+
+impl Scene {
+    /// Lets a disk's guest have so much memory from [`LARGE`] on, and marks what is written of it there: which pages those are.
+    fn log_large(&mut self, disk: &mut TestDisk, len: u64) -> impl Fn() -> Vec<u64> + use<> {
+        let (log, log_bytes) = (tempfile::tempfile().unwrap(), (LARGE + len) / 4096 / 8 + 1);
+        log.set_len(log_bytes).unwrap();
+        disk.memory.set_len(LARGE + len).unwrap();
+        disk.guest = fuzzing::map(&GuestMemory {
+            file: &disk.memory,
+            regions: &[[0, LARGE + len, 0]],
+            log: Some((log.try_clone().unwrap(), log_bytes)),
+        });
+        let command = Command::Guest(disk.guest.clone(), Takeover::WhenIdle);
+        let told = self.tell(disk.number, command);
+        assert!(told.try_recv().unwrap().is_ok());
+        move || {
+            let mut bits = vec![0; usize::try_from(log_bytes).unwrap()];
+            log.read_exact_at(&mut bits, 0).unwrap();
+            let pages = (0_u64..).zip(bits).flat_map(|(byte, bits)| {
+                let pages = (0..8).filter(move |bit| bits >> bit & 1 == 1);
+                pages.map(move |bit| 8 * byte + bit)
+            });
+            pages
+                .filter_map(|page| page.checked_sub(LARGE / 4096))
+                .collect()
+        }
+    }
+}
+
+impl TestDisk {
+    /// Reads so much from a block on into the large memory.
+    fn offer_large(&mut self, block: u64, len: u64) {
+        self.offer(0, IN, block);
+        self.put(16, &LARGE.to_le_bytes());
+        self.put(24, &u32::try_from(len).unwrap().to_le_bytes());
+    }
+}
+
+#[test]
+fn what_a_large_read_wrote_is_marked_window_by_window() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    let len = 2 * WINDOW + 8192;
+    let marked = scene.log_large(&mut disk, len);
+    disk.offer_large(0, len);
+    let mut so_far = Vec::new();
+    for _ in 0..3 {
+        assert!(!disk.is_answered(0));
+        scene.turn();
+        so_far.push(marked());
+    }
+    assert!(disk.is_answered(0));
+    let windows = [0, WINDOW, len].map(|bytes| (0..bytes / 4096).collect::<Vec<_>>());
+    assert!(so_far == windows, "{:?}", so_far.iter().map(Vec::len));
+}
+
+#[test]
+fn a_read_that_fails_is_marked_as_far_as_it_may_have_come() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(0);
+    disk.offer(0, OUT, 20);
+    scene.turn();
+    scene.do_chores(&disk);
+    assert!(disk.is_answered(0));
+    let marked = scene.log_large(&mut disk, 3 * WINDOW);
+    disk.image.set_len(4096).unwrap();
+    disk.offer_large(0, 3 * WINDOW);
+    for _ in 0..4 {
+        scene.turn();
+    }
+    assert_eq!(disk.used(0), disk.taken[0]);
+    let mut status = [0];
+    disk.memory.read_exact_at(&mut status, STATUS).unwrap();
+    assert_eq!(status, [1]);
+    // The block is the 21st MiB, in the second window; the third was not begun.
+    assert!(marked().into_iter().eq(0..2 * WINDOW / 4096));
 }
 
 #[test]
