@@ -10,7 +10,7 @@ use super::edit::{NewSize, new_size};
 use crate::size;
 
 /// Where the daemon of a fleet is asked, by docs/fleet.md.
-const SOCKET: &str = "/run/vdi-vhost/control.sock";
+pub(super) const SOCKET: &str = "/run/vdi-vhost/control.sock";
 
 /// Tell a running daemon what to do, or ask it something
 #[derive(Debug, Args)]
