@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Request, Segment};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::random::Random;
-use vdi_tests::server::{Launch, Server};
+use vdi_tests::server::{Launch, Server, wait_for_listener};
 
 use crate::fleet::Fleet;
 
@@ -55,6 +55,8 @@ fn address(server: &Server) -> String {
 
 impl Fleet {
     fn scrape(&self) -> String {
+        // The control socket is there first.
+        wait_for_listener(&self.path("metrics"));
         let stream = UnixStream::connect(self.path("metrics")).unwrap();
         let (head, body) = ask(stream, REQUEST);
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
