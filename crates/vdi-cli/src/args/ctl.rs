@@ -101,7 +101,7 @@ pub(crate) struct Which {
 
 /// Serve one more disk
 ///
-/// What is not said is as in the [defaults] of the daemon's configuration.
+/// What is not said is as in the `defaults` of the daemon's configuration.
 #[derive(Debug, Args)]
 pub(crate) struct AddArgs {
     /// What the disk is to be called
