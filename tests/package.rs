@@ -102,6 +102,7 @@ fn it_is_installed_serves_a_disk_by_its_units_command_line_and_is_removed() {
         "usr/share/zsh/vendor-completions/_vdi-vhost",
         "usr/share/fish/vendor_completions.d/vdi.fish",
         "usr/share/doc/vdi-vhost/copyright",
+        "usr/share/vdi-vhost/grafana/vdi-vhost.json",
         "lib/systemd/system/vdi-vhost@.socket",
         "lib/systemd/system/vdi-vhost-control@.socket",
     ] {

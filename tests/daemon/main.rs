@@ -26,5 +26,6 @@ mod rings;
 mod sandbox;
 mod service;
 mod sharing;
+mod top;
 mod turns;
 mod zeros;

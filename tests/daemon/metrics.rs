@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Request, Segment};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::random::Random;
-use vdi_tests::server::{Launch, Server};
+use vdi_tests::server::{Launch, Server, wait_for_listener};
 
 use crate::fleet::Fleet;
 
@@ -55,6 +55,8 @@ fn address(server: &Server) -> String {
 
 impl Fleet {
     fn scrape(&self) -> String {
+        // The control socket is there first.
+        wait_for_listener(&self.path("metrics"));
         let stream = UnixStream::connect(self.path("metrics")).unwrap();
         let (head, body) = ask(stream, REQUEST);
         assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
@@ -307,4 +309,53 @@ fn the_page_of_the_fleet_lists_what_there_is() {
     let listed: String = rows.collect();
     let page = fleet.scrape();
     assert_eq!(names(&listed), exported(&page));
+}
+
+#[test]
+fn every_metric_of_the_dashboard_is_one_that_a_daemon_exports() {
+    let fleet = Fleet::start("metrics = \"unix:metrics\"");
+    // A histogram is there once there is something in it.
+    fleet.driver("a").read(0, 512);
+    std::thread::sleep(Duration::from_millis(100));
+    let page = fleet.scrape();
+    let file = "../crates/vdi-vhost/grafana/vdi-vhost.json";
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+    let board: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let panels = board["panels"].as_array().unwrap();
+    let targets = panels
+        .iter()
+        .map(|panel| panel["targets"].as_array().unwrap());
+    let shown: Vec<&str> = targets
+        .flatten()
+        .map(|target| target["expr"].as_str().unwrap())
+        .collect();
+    assert!(shown.len() >= panels.len());
+    let found = names(&page);
+    let used: BTreeSet<&str> = shown.iter().flat_map(|expr| names(expr)).collect();
+    for name in &used {
+        assert!(found.contains(name), "no daemon exports {name}");
+    }
+    // Nothing is counted that nobody sees, but for how many blocks the bytes are.
+    for name in exported(&page) {
+        let bucket = format!("{name}_bucket");
+        let is_shown = used.contains(name) || used.contains(bucket.as_str());
+        assert!(
+            is_shown || name == "vdi_vhost_allocated_blocks",
+            "{name} is not shown"
+        );
+    }
+    // What panels choose by is what samples have.
+    let expr = shown.concat();
+    let of_matchers = expr
+        .match_indices(['{', ','])
+        .map(|(at, _)| &expr[at + 1..]);
+    let labels = of_matchers
+        .filter_map(|rest| rest.split_once(['=', '!']))
+        .map(|(name, _)| name);
+    for label in labels.filter(|name| name.chars().all(|c| c.is_ascii_lowercase())) {
+        assert!(
+            ["disk", "kind", "job"].contains(&label),
+            "no sample has {label}"
+        );
+    }
 }

@@ -6,6 +6,7 @@
 
 mod ctl;
 mod edit;
+mod top;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use crate::size;
 
 pub(crate) use self::ctl::{AddArgs, CtlArgs, CtlCommand, Limit};
 pub(crate) use self::edit::{CompactArgs, NewSize, ResizeArgs, SetArgs, SnapshotArgs};
+pub(crate) use self::top::TopArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -28,7 +30,7 @@ Exit codes:
   1  not done, because of an error (bad arguments, too); for `check`: not checked; for `compare`: the
      disks differ
   2  for `check` and `repair`: the image is corrupt; for `compare`: not compared, because of an error;
-     for `ctl`: no daemon answers
+     for `ctl` and `top`: no daemon answers
   3  only `check` and `repair`: nothing is corrupt, but space is leaked";
 
 const EXAMPLES: &str = "\
@@ -70,6 +72,7 @@ pub(crate) enum Verb {
     Compare(CompareArgs),
     Clone(CloneArgs),
     Ctl(Box<CtlArgs>),
+    Top(TopArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }

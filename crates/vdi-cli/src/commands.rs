@@ -138,6 +138,8 @@ pub(crate) enum Failure {
     UnsafeFlatten,
     #[error("cannot write the picture {}", path.display())]
     Picture { path: PathBuf, source: io::Error },
+    #[error("standard output is no terminal; `vdi top --batch` and `--once` write text")]
+    NoTerminal,
     #[error("cannot catch signals")]
     Signals(#[source] io::Error),
     #[error("interrupted")]
@@ -165,6 +167,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Compare(args) => compare::compare(&args),
         Verb::Clone(args) => clone::clone(&args),
         Verb::Ctl(args) => ctl::run(*args),
+        Verb::Top(args) => crate::top::run(&args),
         Verb::Completions(args) => completions(&args),
         Verb::Man(args) => man(&args),
     }

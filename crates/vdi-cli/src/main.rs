@@ -12,6 +12,7 @@ mod new_file;
 mod report;
 mod size;
 mod stats;
+mod top;
 
 use std::error::Error;
 use std::io;
@@ -30,7 +31,7 @@ const EXIT_LEAKS: u8 = 3;
 const EXIT_DIFFERENT: u8 = 1;
 /// What `compare` exits with after an error.
 const EXIT_NOT_COMPARED: u8 = 2;
-/// What `ctl` exits with when no daemon answers, as opposed to one that refuses.
+/// What `ctl` and `top` exit with when no daemon answers, as opposed to one that refuses.
 const EXIT_NO_ANSWER: u8 = 2;
 
 fn main() -> ExitCode {
@@ -49,7 +50,7 @@ fn main() -> ExitCode {
             return if is_error { failed } else { ExitCode::SUCCESS };
         }
     };
-    let is_ctl = matches!(cli.verb, Verb::Ctl(_));
+    let speaks = matches!(cli.verb, Verb::Ctl(_) | Verb::Top(_));
     match commands::run(cli.verb) {
         Ok(code) => code,
         // The reader has seen enough (`vdi map | head`).
@@ -57,7 +58,7 @@ fn main() -> ExitCode {
         Err(failure) => {
             eprintln!("vdi: error: {}", line_of_causes(&failure));
             match failure {
-                Failure::Daemon(error) if is_ctl && error.is_silence() => {
+                Failure::Daemon(error) if speaks && error.is_silence() => {
                     ExitCode::from(EXIT_NO_ANSWER)
                 }
                 _ => failed,

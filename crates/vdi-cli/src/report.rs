@@ -19,7 +19,7 @@ use std::path::Path;
 use serde::Serialize;
 use vdi_core::check::{Finding, MapSummary, Report, Severity};
 
-pub(crate) use self::control::{all_stats, disks, object, stats};
+pub(crate) use self::control::{Time, all_stats, disks, object, stats};
 pub(crate) use self::info::{Looked, info};
 pub(crate) use self::map::{map, map_json};
 pub(crate) use self::picture::Scene;

@@ -16,6 +16,11 @@ pub(crate) struct DiskStats {
     pub(crate) write_zeroes: KindStats,
     pub(crate) get_id: KindStats,
     pub(crate) in_flight_requests: u64,
+    pub(crate) throttled_us: u64,
+    pub(crate) size_bytes: u64,
+    pub(crate) block_bytes: u64,
+    pub(crate) allocated_blocks: u64,
+    pub(crate) failed: bool,
 }
 
 /// One kind of its requests.
@@ -51,6 +56,44 @@ impl DiskStats {
 }
 
 impl KindStats {
+    /// What was counted since `before`.
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        let less = u64::saturating_sub;
+        let old = |bound| {
+            let mut all = before.latencies.iter();
+            let same = all.find(|bucket| bucket.at_most_us == bound);
+            same.map_or(0, |bucket| bucket.requests)
+        };
+        let latencies = self.latencies.iter().map(|bucket| Bucket {
+            at_most_us: bucket.at_most_us,
+            requests: less(bucket.requests, old(bucket.at_most_us)),
+        });
+        Self {
+            requests: less(self.requests, before.requests),
+            errors: less(self.errors, before.errors),
+            bytes: less(self.bytes, before.bytes),
+            latency_us: less(self.latency_us, before.latency_us),
+            latencies: latencies.filter(|bucket| bucket.requests > 0).collect(),
+        }
+    }
+
+    /// What was counted of several kinds.
+    pub(crate) fn sum(kinds: &[Self]) -> Self {
+        let mut latencies: Vec<Bucket> = kinds
+            .iter()
+            .flat_map(|kind| kind.latencies.clone())
+            .collect();
+        latencies.sort_by_key(|bucket| bucket.at_most_us.unwrap_or(u64::MAX));
+        let sum = |of: fn(&Self) -> u64| kinds.iter().map(of).sum();
+        Self {
+            requests: sum(|kind| kind.requests),
+            errors: sum(|kind| kind.errors),
+            bytes: sum(|kind| kind.bytes),
+            latency_us: sum(|kind| kind.latency_us),
+            latencies,
+        }
+    }
+
     /// The latency that so many percent of the requests did not exceed: the bound of its bucket, so at most half too much. None if
     /// there were no requests.
     pub(crate) fn percentile_us(&self, percent: u64) -> Option<u64> {

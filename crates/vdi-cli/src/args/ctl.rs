@@ -10,7 +10,7 @@ use super::edit::{NewSize, new_size};
 use crate::size;
 
 /// Where the daemon of a fleet is asked, by docs/fleet.md.
-const SOCKET: &str = "/run/vdi-vhost/control.sock";
+pub(super) const SOCKET: &str = "/run/vdi-vhost/control.sock";
 
 /// Tell a running daemon what to do, or ask it something
 #[derive(Debug, Args)]
@@ -101,7 +101,7 @@ pub(crate) struct Which {
 
 /// Serve one more disk
 ///
-/// What is not said is as in the [defaults] of the daemon's configuration.
+/// What is not said is as in the `defaults` of the daemon's configuration.
 #[derive(Debug, Args)]
 pub(crate) struct AddArgs {
     /// What the disk is to be called

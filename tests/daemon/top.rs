@@ -1,0 +1,78 @@
+//! `vdi top` against a running daemon: what scripts read of it.
+
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use vdi_tests::stop::StopOnDrop;
+use vdi_tests::tool::{self, program, spawn};
+use vdi_tests::words;
+
+use crate::fleet::Fleet;
+
+#[test]
+fn a_table_shows_what_disks_did_in_the_interval() {
+    let fleet = Fleet::start("");
+    let (mut a, socket) = (fleet.driver("a"), fleet.path("control"));
+    let stop = AtomicBool::new(false);
+    let shown = std::thread::scope(|scope| {
+        let stop = &stop;
+        let _stop = StopOnDrop::new(stop);
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                a.read(0, 4096);
+            }
+        });
+        tool::vdi(words!["top", "--once", "-d", "0.5", "--socket", socket])
+    });
+    let shown = shown.expect_code(0).out;
+    let lines: Vec<&str> = shown.lines().collect();
+    assert!(lines[0].starts_with("2 disks, 1 busy: "), "{shown}");
+    assert!(lines[1].starts_with("NAME "), "{shown}");
+    let row: Vec<&str> = lines[2].split_whitespace().collect();
+    let (name, iops): (_, u64) = (row[0], row[1].parse().unwrap());
+    assert_eq!(name, "a");
+    assert!(iops > 10, "{shown}");
+    assert!(lines[3].starts_with("b "), "{shown}");
+    assert_eq!(lines.len(), 4, "{shown}");
+    let one = tool::vdi(words![
+        "top", "--batch", "-n", "2", "-d", "0.1", "--filter", "b", "--socket", socket
+    ]);
+    let rows = one.expect_code(0).out;
+    assert_eq!(
+        rows.lines().filter(|line| line.starts_with("b ")).count(),
+        2
+    );
+    assert!(!rows.contains("\na "), "{rows}");
+}
+
+#[test]
+fn without_a_terminal_or_a_daemon_it_says_so() {
+    let fleet = Fleet::start("");
+    let socket = fleet.path("control");
+    let answer = tool::vdi(words!["top", "--socket", socket]).expect_code(1);
+    assert!(answer.err.contains("--batch"), "{answer:?}");
+    let nowhere = fleet.path("nowhere");
+    let answer = tool::vdi(words!["top", "--once", "--socket", nowhere]).expect_code(2);
+    assert!(answer.err.contains("--control-socket"), "{answer:?}");
+}
+
+#[test]
+fn a_daemon_that_goes_away_is_told_of_and_the_tables_go_on() {
+    let fleet = Fleet::start("");
+    let mut top = Command::new(program("vdi"));
+    top.args(["top", "--batch", "-d", "0.1", "--socket"]);
+    top.arg(fleet.path("control")).stdout(Stdio::piped());
+    let mut top = spawn(&mut top);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(fleet.server.terminate().code, Some(0));
+    std::thread::sleep(Duration::from_millis(500));
+    top.kill().unwrap();
+    let out = top.wait_with_output().unwrap().stdout;
+    let out = String::from_utf8(out).unwrap();
+    assert!(out.starts_with("2 disks, 0 busy: "), "{out}");
+    // The last one may be cut.
+    let last = out.rsplit("\n\n").nth(1).unwrap();
+    assert!(last.contains("no answer, asking again: "), "{out}");
+    assert!(last.contains("\na "), "{out}");
+}
