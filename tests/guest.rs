@@ -140,6 +140,112 @@ fn kill_9_under_a_guest_is_a_pause_and_no_error() {
     assert!(matches!(check.code, Some(0 | 3)), "{check:#?}");
 }
 
+/// A daemon of a fleet, and those that take over from it.
+struct Upgrades {
+    image: Image,
+    place: tempfile::TempDir,
+}
+
+impl Upgrades {
+    fn new() -> Self {
+        let (image, place) = (create_image(DISK_BYTES), tempfile::tempdir().unwrap());
+        let text = format!(
+            "control-socket = \"control\"\n[[disk]]\nname = \"a\"\nsocket = \"socket\"\nimage = \"{}\"\n",
+            image.path().display()
+        );
+        std::fs::write(place.path().join("toml"), text).unwrap();
+        Self { image, place }
+    }
+
+    fn launch(&self) -> Launch {
+        let [config, socket] = ["toml", "socket"].map(|of| self.place.path().join(of));
+        Launch::config_at(&config, &socket)
+    }
+
+    /// Has a new daemon take over, and waits for the end of the old one.
+    fn upgrade(&self, daemon: Server) -> Server {
+        let control = self.place.path().join("control");
+        let next = self.launch().arg("--take-over").arg(control).spawn();
+        let old = daemon.wait();
+        assert_eq!(old.code, Some(0), "{}{}", old.log, next.log());
+        assert_eq!(requests_started_again(&old.log), 0, "some were in flight");
+        next
+    }
+}
+
+/// `VDI_TEST_ROUNDS` says how many upgrades.
+#[test]
+fn an_upgrade_under_a_guest_is_a_pause_and_no_error() {
+    let wanted = std::env::var("VDI_TEST_ROUNDS").map_or(6, |rounds| rounds.parse().unwrap());
+    let mut random = Random::printed();
+    let upgrades = Upgrades::new();
+    let mut daemon = upgrades.launch().start();
+    let guest = Guest::on(&daemon, 4).that_reconnects().with_fio();
+    let mut done = 0;
+    let daemon = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| guest.run("upgrade.sh"));
+        while done < wanted && !guest.is_finished() {
+            std::thread::sleep(Duration::from_millis(random.within(200..700)));
+            if has_data(&upgrades.image) {
+                daemon = upgrades.upgrade(daemon);
+                done += 1;
+            }
+        }
+        if let Err(panic) = guest.join() {
+            std::panic::resume_unwind(panic);
+        }
+        daemon
+    });
+    assert_eq!(
+        done, wanted,
+        "the guest ended before all upgrades were done"
+    );
+    counts::tell(&format!(
+        "upgrades under a real guest: {done}, 0 errors in the guest, fio verified every block"
+    ));
+    stop(daemon);
+    expect_clean(&upgrades.image);
+}
+
+/// The guest tells the slowest of its reads, one after the other; with `VDI_TEST_ROUNDS=0` that is what to compare with.
+#[test]
+#[ignore = "a measurement, for a machine that has nothing else to do"]
+fn how_long_a_guest_waits_for_an_upgrade() {
+    let wanted = std::env::var("VDI_TEST_ROUNDS").map_or(20, |rounds| rounds.parse().unwrap());
+    let upgrades = Upgrades::new();
+    let mut daemon = upgrades.launch().start();
+    let guest = Guest::on(&daemon, 1).that_reconnects().with_fio();
+    let daemon = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| guest.run("pause.sh"));
+        let mut done = 0;
+        while !guest.is_finished() {
+            std::thread::sleep(Duration::from_millis(500));
+            if done < wanted && requests(&upgrades) > 1000 {
+                daemon = upgrades.upgrade(daemon);
+                done += 1;
+            }
+        }
+        guest.join().unwrap();
+        println!("{done} upgrades");
+        daemon
+    });
+    stop(daemon);
+}
+
+/// How many requests this daemon has served.
+fn requests(upgrades: &Upgrades) -> u64 {
+    use std::io::{BufRead, BufReader, Write};
+    let control = upgrades.place.path().join("control");
+    let mut stream = std::os::unix::net::UnixStream::connect(control).unwrap();
+    stream
+        .write_all(b"{\"version\": 1, \"execute\": \"stats\"}\n")
+        .unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    answer["return"]["read"]["requests"].as_u64().unwrap()
+}
+
 /// Whether the guest has begun to write in earnest.
 fn has_data(image: &Image) -> bool {
     std::fs::metadata(image.path()).is_ok_and(|found| found.blocks() * 512 > 8 * MIB)

@@ -70,6 +70,14 @@ impl Launch {
         launch.serving(image, socket)
     }
 
+    /// The daemon for the disks of a configuration, of which one has this socket.
+    #[must_use]
+    pub fn config_at(config: &Path, socket: &Path) -> Self {
+        let mut launch = Self::bare();
+        launch.socket = socket.to_owned();
+        launch.arg("--config").arg(config)
+    }
+
     fn serving(self, image: &Path, socket: &Path) -> Self {
         self.args([
             OsStr::new("--socket-path"),

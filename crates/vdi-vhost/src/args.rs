@@ -45,6 +45,12 @@ pub(crate) struct Args {
           "detect_zeroes", "serial"])]
     pub(crate) config: Option<PathBuf>,
 
+    /// Take over the disks and sockets of the daemon whose control socket this is, at the state in which it has them; the file's list of
+    /// disks counts when it is reloaded. That daemon ends when all is done, and serves on if anything fails. If none is there, begin as
+    /// without this option.
+    #[arg(long, value_name = "CONTROL-SOCKET", requires = "config")]
+    pub(crate) take_over: Option<PathBuf>,
+
     /// Serve it read-only.
     #[arg(long)]
     pub(crate) read_only: bool,
@@ -157,7 +163,7 @@ pub(crate) enum Page {
 }
 
 /// The role of the host's page cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Cache {
     /// Data go through it; a flush by the guest makes them durable.

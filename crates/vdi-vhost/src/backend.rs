@@ -14,7 +14,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use vdi_core::{Access, Capacity, WriteError};
+use vdi_core::{Access, Capacity, Disk, WriteError};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -27,7 +27,7 @@ use crate::channel::Channel;
 use crate::command::Takeover;
 use crate::complaints::{About, Complaints};
 use crate::config::DiskOptions;
-use crate::device::Device;
+use crate::device::{Device, Serial};
 use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
 use crate::fault::Account;
@@ -280,6 +280,40 @@ impl Backend {
     /// Where the front end hears of changes (SET_BACKEND_REQ_FD).
     pub(crate) fn set_channel(&mut self, channel: Channel) {
         self.channel = Some(channel);
+    }
+
+    /// The open disk.
+    pub(crate) fn disk(&self) -> Option<Arc<Disk>> {
+        self.turn.disk().map(Arc::clone)
+    }
+
+    /// The serial number that the guest sees.
+    pub(crate) fn serial(&self) -> &Serial {
+        self.device.serial()
+    }
+
+    /// What the disk may do.
+    pub(crate) fn limits(&self) -> Limits {
+        self.throttle.limits()
+    }
+
+    /// Opens the image, unless it is open, for front ends to come.
+    pub(crate) fn take_turn(&mut self) -> std::result::Result<(), ControlError> {
+        self.begin_turn().map_err(ControlError::Open)
+    }
+
+    /// Lets another daemon have the image, when there is no session: it is durable then. Whether it is not exact about count and
+    /// length.
+    pub(crate) fn let_go(&mut self) -> std::result::Result<bool, RingError> {
+        self.rings.reset()?;
+        self.rings.dismiss();
+        self.turn.end();
+        Ok(self.turn.is_untidy())
+    }
+
+    /// Another daemon changed the image and let go of it, so that count and length are to be made exact at the end.
+    pub(crate) fn inherit_changes(&mut self) {
+        self.turn.inherit_changes();
     }
 
     /// Answers what is in flight and closes the image; nothing is served after that.
@@ -547,7 +581,7 @@ mod tests {
     use super::*;
     use crate::args::Args;
     use crate::crew::Crew;
-    use crate::device::{DetectZeroes, Discard, Serial, Zeros};
+    use crate::device::{DetectZeroes, Discard, Zeros};
     use crate::engine::EngineChoice;
     use crate::fault;
     use crate::sandbox::Sandbox;

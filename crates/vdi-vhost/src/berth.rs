@@ -21,6 +21,7 @@ use vdi_core::WriteError;
 
 use crate::backend::Backend;
 use crate::complaints::About;
+use crate::rings::RingError;
 use crate::session::{self, Said, ServeError};
 use crate::socket::SocketFile;
 use crate::stats::{Stats, StatsSnapshot, Usage};
@@ -31,7 +32,7 @@ pub(crate) enum Door {
     /// A socket where they connect, one after the other, and its file if that is ours.
     Listener {
         listener: UnixListener,
-        _file: Option<SocketFile>,
+        file: Option<SocketFile>,
     },
     /// The one connection there will be (`--fd`).
     Connected(Mutex<Option<UnixStream>>),
@@ -179,10 +180,61 @@ impl Berth {
         Ok(true)
     }
 
-    /// Ends the session, when what is in flight is answered, and closes the image. The last thing that is done with it.
-    pub(crate) fn close(self: Arc<Self>) -> Result<(), WriteError> {
+    /// Has the session end, when what is in flight is answered, and no other begin; it is not waited for.
+    pub(crate) fn begin_to_leave(&self) {
         self.is_closing.store(true, Ordering::Release);
         self.poke();
+    }
+
+    /// Waits for the end of the session and lets go of the image; whether that is not exact about count and length.
+    pub(crate) fn let_go(&self) -> Result<bool, RingError> {
+        let thread = self.session().take();
+        if let Some(thread) = thread {
+            // A session that panicked has said so.
+            let _ = thread.join();
+        }
+        self.lock().let_go()
+    }
+
+    /// Lets front ends in again.
+    pub(crate) fn stay(&self) {
+        self.is_closing.store(false, Ordering::Release);
+    }
+
+    /// Makes durable what the disk has, while it is served.
+    pub(crate) fn flush(&self) {
+        let disk = self.lock().disk();
+        if let Some(disk) = disk
+            && let Err(error) = disk.flush()
+        {
+            tracing::error!("{}: {}", self.name, crate::chain_of(&error));
+        }
+    }
+
+    /// The socket's file is this process's to remove.
+    pub(crate) fn own(&self) {
+        if let Some(file) = self.socket_file() {
+            file.own();
+        }
+    }
+
+    /// The socket's file is another process's.
+    pub(crate) fn disown(&self) {
+        if let Some(file) = self.socket_file() {
+            file.disown();
+        }
+    }
+
+    const fn socket_file(&self) -> Option<&SocketFile> {
+        match &self.door {
+            Door::Listener { file, .. } => file.as_ref(),
+            Door::Connected(_) => None,
+        }
+    }
+
+    /// Ends the session, when what is in flight is answered, and closes the image. The last thing that is done with it.
+    pub(crate) fn close(self: Arc<Self>) -> Result<(), WriteError> {
+        self.begin_to_leave();
         let thread = self.session().take();
         if let Some(thread) = thread {
             // A session that panicked has said so.

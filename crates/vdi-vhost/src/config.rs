@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use toml::Spanned;
 use vdi_core::{Access, ModifiedParent};
 
@@ -36,7 +36,7 @@ const LONGEST_NAME: usize = 64;
 const ONLY: &str = "disk";
 
 /// One disk to serve.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DiskOptions {
     /// What operators call it.
     pub(crate) name: String,
@@ -58,7 +58,7 @@ pub(crate) struct DiskOptions {
 }
 
 /// A disk as it is written down; what is missing is as in the defaults.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct DiskTable {
     name: Option<String>,
@@ -72,7 +72,7 @@ pub(crate) struct DiskTable {
     allow_modified_parent: Option<bool>,
     discard: Option<Discard>,
     detect_zeroes: Option<DetectZeroes>,
-    #[serde(default, deserialize_with = "serial")]
+    #[serde(default, deserialize_with = "serial", serialize_with = "serial_text")]
     serial: Option<Serial>,
     incoming: Option<bool>,
 }
@@ -109,6 +109,8 @@ pub(crate) struct Config {
     pub(crate) defaults: DiskTable,
     /// Those that are served from the start.
     pub(crate) disks: Vec<DiskOptions>,
+    /// Whether disks come and go.
+    pub(crate) grows: bool,
 }
 
 /// Why a configuration file cannot be used.
@@ -176,6 +178,32 @@ impl DiskOptions {
 }
 
 impl DiskTable {
+    /// A disk as it is served, with nothing left to defaults.
+    pub(crate) fn of(disk: &DiskOptions) -> Self {
+        let all = |paths: &[PathBuf]| Some(paths.iter().map(|path| absolute(path)).collect());
+        Self {
+            name: Some(disk.name.clone()),
+            image: Some(absolute(&disk.image)),
+            socket: disk.socket.as_deref().map(absolute),
+            read_only: Some(disk.access == Access::ReadOnly),
+            num_queues: Some(disk.num_queues),
+            cache: Some(disk.cache),
+            parents: all(&disk.parents),
+            image_dirs: all(&disk.image_dirs),
+            allow_modified_parent: Some(disk.modified == ModifiedParent::Allow),
+            discard: Some(disk.discard),
+            detect_zeroes: Some(disk.detect_zeroes),
+            serial: disk.serial.clone(),
+            incoming: Some(disk.incoming),
+        }
+    }
+
+    /// The same with this serial number.
+    pub(crate) fn with_serial(self, serial: &Serial) -> Self {
+        let serial = Some(serial.clone());
+        Self { serial, ..self }
+    }
+
     /// The disk that is meant, with these for what is not said.
     pub(crate) fn resolve(
         self,
@@ -260,6 +288,7 @@ impl Config {
             image_dirs: Vec::new(),
             defaults: DiskTable::default(),
             disks: DiskOptions::of(args).into_iter().collect(),
+            grows: false,
         }
     }
 
@@ -320,6 +349,7 @@ impl Config {
             image_dirs: file.image_dirs.into_iter().map(absolute).collect(),
             defaults: file.defaults,
             disks,
+            grows: true,
         })
     }
 }
@@ -331,6 +361,11 @@ fn metrics(place: Option<Endpoint>, is_public: bool) -> Option<(Endpoint, Audien
         Audience::Local
     };
     place.map(|place| (place, audience))
+}
+
+/// The same path from any directory.
+pub(crate) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 fn access(read_only: bool) -> Access {
@@ -356,13 +391,20 @@ fn line_of(text: &str, span: &Range<usize>) -> usize {
 }
 
 fn serial<'de, D: Deserializer<'de>>(source: D) -> Result<Option<Serial>, D::Error> {
-    let text = String::deserialize(source)?;
+    let Some(text) = Option::<String>::deserialize(source)? else {
+        return Ok(None);
+    };
     let wrong = || {
         let limit =
             format!("a serial number has at most {SERIAL_BYTES} printable ASCII characters");
         serde::de::Error::custom(limit)
     };
     Serial::new(&text).map(Some).ok_or_else(wrong)
+}
+
+#[expect(clippy::ref_option, reason = "serde says so")]
+fn serial_text<S: Serializer>(serial: &Option<Serial>, to: S) -> Result<S::Ok, S::Error> {
+    serial.as_ref().map(Serial::text).serialize(to)
 }
 
 #[cfg(test)]
@@ -430,6 +472,36 @@ mod tests {
             let error = parse(&text).expect_err(&text);
             let said = crate::chain_of(&error);
             assert!(said.contains(line), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_the_same_after_it_was_written_down() {
+        let text = r#"
+            socket-dir = "/run"
+            [[disk]]
+            name = "a"
+            image = "/a.vdi"
+            [[disk]]
+            name = "b"
+            image = "/b.vdi"
+            socket = "/b"
+            read-only = true
+            num-queues = 3
+            cache = "direct"
+            parents = ["/p"]
+            image-dirs = ["/d"]
+            allow-modified-parent = true
+            discard = "ignore"
+            detect-zeroes = "unmap"
+            serial = "B 1"
+            incoming = true
+        "#;
+        for disk in parse(text).unwrap().disks {
+            let written = serde_json::to_string(&DiskTable::of(&disk)).unwrap();
+            let read: DiskTable = serde_json::from_str(&written).unwrap();
+            let again = read.resolve(&DiskTable::default(), None).unwrap();
+            assert_eq!(again, disk);
         }
     }
 

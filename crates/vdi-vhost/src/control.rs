@@ -12,6 +12,7 @@
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats-of-all"}
 //! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
+//! {"version": 1, "execute": "hand-over"}    what the next daemon asks (--take-over); the rest is between the two
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
@@ -24,7 +25,7 @@
 //! | `no-such-disk` | none of this name; or none was named and there is not one |
 //! | `exists` | a disk of this name is there |
 //! | `not-open` | the image cannot be opened: another program has it, it is damaged, or the sandbox forbids it |
-//! | `not-possible` | the format, the host or the way the disk is served says no |
+//! | `not-possible` | the format, the host or the way the disk is served says no; or the disks are being handed over |
 //! | `broken` | a part of the daemon failed; the disk needs a restart |
 //!
 //! Each connection has a thread, so that a command that takes its time holds up nobody else. Whoever connects has [`PATIENCE`] for
@@ -34,8 +35,8 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ use vdi_core::Capacity;
 use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
-use crate::fleet::{Fleet, FleetError};
+use crate::fleet::{self, Fleet, FleetError};
 use crate::limits::{Limits, LimitsError};
 use crate::socket::{SocketError, SocketFile};
 use crate::stats::{StatsSnapshot, Usage};
@@ -67,7 +68,8 @@ const MOST_OPERATORS: usize = 16;
 pub(crate) struct ControlSocket {
     listener: UnixListener,
     operators: Arc<AtomicUsize>,
-    _file: Option<SocketFile>,
+    file: Option<SocketFile>,
+    path: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -166,9 +168,34 @@ impl ControlSocket {
     pub(crate) fn listen(path: &Path) -> Result<Self, SocketError> {
         let (file, listener) = SocketFile::listen(path)?;
         Ok(Self {
-            _file: Some(file),
+            file: Some(file),
+            path: Some(path.to_owned()),
             ..Self::on(listener)
         })
+    }
+
+    /// Listens where another daemon does, whose socket it is until it is owned.
+    pub(crate) fn of_another(listener: UnixListener, path: Option<PathBuf>) -> Self {
+        Self {
+            file: path.as_deref().and_then(SocketFile::of_another),
+            path,
+            ..Self::on(listener)
+        }
+    }
+
+    /// The socket's path, if its file is ours.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// The socket's file is this process's to remove.
+    pub(crate) fn own(&self) {
+        self.file.iter().for_each(SocketFile::own);
+    }
+
+    /// The socket's file is another process's.
+    pub(crate) fn disown(&self) {
+        self.file.iter().for_each(SocketFile::disown);
     }
 
     /// Listens on a socket that somebody else made.
@@ -176,7 +203,8 @@ impl ControlSocket {
         Self {
             listener,
             operators: Arc::default(),
-            _file: None,
+            file: None,
+            path: None,
         }
     }
 
@@ -186,17 +214,22 @@ impl ControlSocket {
     }
 
     /// Serves whoever connected, on a thread of its own.
-    pub(crate) fn let_in(&self, fleet: &Arc<Fleet>) {
+    pub(crate) fn let_in(self: &Arc<Self>, fleet: &Arc<Fleet>) {
+        if fleet.is_handed_over() {
+            return; // The one who has the disks will.
+        }
         let begun = self.listener.accept().and_then(|(peer, _)| {
             peer.set_nonblocking(false)?;
             peer.set_read_timeout(Some(PATIENCE))?;
             peer.set_write_timeout(Some(PATIENCE))?;
             let seat = Seat::take(&self.operators)?;
             let fleet = Arc::clone(fleet);
+            // The socket's file goes away when this process wants it, whoever is being heard.
+            let control = Arc::downgrade(self);
             let thread = thread::Builder::new().name("operator".to_owned());
             thread.spawn(move || {
                 let _seat = seat;
-                if let Err(error) = converse(&peer, &fleet) {
+                if let Err(error) = converse(&peer, &fleet, &control) {
                     tracing::warn!("a command could not be answered: {error}");
                 }
             })
@@ -228,7 +261,11 @@ impl Drop for Seat {
 }
 
 /// Answers one line after the other.
-fn converse(mut peer: &UnixStream, fleet: &Arc<Fleet>) -> io::Result<()> {
+fn converse(
+    mut peer: &UnixStream,
+    fleet: &Arc<Fleet>,
+    control: &Weak<ControlSocket>,
+) -> io::Result<()> {
     let mut lines = BufReader::new(peer);
     loop {
         let mut line = String::new();
@@ -240,6 +277,11 @@ fn converse(mut peer: &UnixStream, fleet: &Arc<Fleet>) -> io::Result<()> {
                 return Ok(());
             }
             Err(error) => return Err(error),
+        }
+        // The next daemon's: what follows is between the two.
+        if fleet::asks_to_hand_over(&line) {
+            let control = control.upgrade();
+            return control.map_or(Ok(()), |to| fleet.hand_over(peer, &mut lines, &to));
         }
         let outcome = match parse(&line) {
             Ok(command) => execute(command, fleet).unwrap_or_else(Outcome::from),
@@ -273,11 +315,13 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         Command::Resize { disk, size_bytes } => {
             let berth = fleet.find(disk.as_deref())?;
             let to = Capacity::from_bytes_rounded_down(size_bytes);
+            let _change = fleet.change()?;
             berth.lock().grow(to)?;
             Returned::Info(Info::of(&berth))
         }
         Command::Snapshot { disk, to } => {
             let berth = fleet.find(disk.as_deref())?;
+            let _change = fleet.change()?;
             berth.lock().snapshot(&to)?;
             Returned::Info(Info::of(&berth))
         }
@@ -293,10 +337,12 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         }
         Command::SetLimits { disk, limits } => {
             let berth = fleet.find(disk.as_deref())?;
+            let _change = fleet.change()?;
             berth.lock().set_limits(&limits)?;
             Returned::Info(Info::of(&berth))
         }
         Command::Shutdown => {
+            let _change = fleet.change()?;
             fleet.end();
             Returned::Nothing {}
         }
@@ -357,6 +403,7 @@ impl From<Failed> for Outcome {
             Failed::Fleet(
                 FleetError::Options(_)
                 | FleetError::TooMany
+                | FleetError::HandingOver
                 | FleetError::Socket(_)
                 | FleetError::Host(_),
             )

@@ -82,7 +82,9 @@ impl Writeback {
 }
 
 /// What becomes of discards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Discard {
     /// They give space back to the host.
@@ -92,7 +94,9 @@ pub(crate) enum Discard {
 }
 
 /// What becomes of data that are nothing but zeros.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum DetectZeroes {
     /// They are written like any other.
@@ -397,6 +401,12 @@ impl Serial {
         let digits = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('0') as u8;
         let mut hex = uuid.iter().flat_map(|b| [digits(b >> 4), digits(b & 0xf)]);
         Self(std::array::from_fn(|_| hex.next().unwrap_or(0)))
+    }
+
+    /// The characters.
+    pub(crate) fn text(&self) -> String {
+        let used = self.0.iter().take_while(|byte| **byte != 0);
+        used.map(|byte| char::from(*byte)).collect()
     }
 
     /// Padded with NULs, and not terminated by one when it is full (virtio 1.2 section 5.2.6).

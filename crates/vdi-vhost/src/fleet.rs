@@ -3,10 +3,14 @@
 //! What they have in common is here: the crew that serves their queues, the housekeepers, the parents, and what tells the door's
 //! thread (`doorman`) that somebody knocks.
 
+mod hand_over;
+mod take_over;
+mod words;
+
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
@@ -20,11 +24,15 @@ use crate::config::{Config, DiskError, DiskOptions, DiskTable};
 use crate::crew::Crew;
 use crate::device::{Device, Serial, Zeros};
 use crate::housekeeper::Housekeepers;
+use crate::limits::Limits;
+use crate::metrics::Handle;
 use crate::parents::Parents;
 use crate::session::ServeError;
 use crate::socket::{SocketError, SocketFile};
 use crate::turn::{Opened, Opening, Turn, TurnError};
 use crate::workers::Workers;
+
+pub(crate) use self::take_over::{TakeOver, TakeOverError, Taken};
 
 /// Most disks: each has a descriptor for its image, one for its socket and some more, and the kernel gives a process a
 /// million at most.
@@ -42,6 +50,14 @@ pub(crate) struct Fleet {
     doors: Epoll,
     next: AtomicU64,
     disks: Mutex<BTreeMap<u64, Arc<Berth>>>,
+    /// Disks as the configuration described them when they came from there, by name.
+    described: Mutex<BTreeMap<String, DiskOptions>>,
+    /// Held by what changes disks; by the hand-over alone, while it lasts.
+    changes: RwLock<()>,
+    /// Where metrics are, if they are.
+    metrics: OnceLock<Weak<Handle>>,
+    /// The disks are another daemon's.
+    is_handed_over: AtomicBool,
     /// Why all has to end, if it has to.
     fatal: Mutex<Option<ServeError>>,
     /// The only connection there would be has ended, or something fatal happened, or an operator wants it.
@@ -55,6 +71,7 @@ pub(crate) struct Readied {
     opened: Option<Opened>,
     device: Device,
     door: Door,
+    limits: Limits,
 }
 
 /// Why there is no such disk, or no more than there were.
@@ -68,6 +85,8 @@ pub(crate) enum FleetError {
     NoSuchDisk { name: String },
     #[error("there are {count} disks; say which one is meant")]
     WhichDisk { count: usize },
+    #[error("the disks are being handed over to another daemon; ask that one")]
+    HandingOver,
     #[error("there are {MOST_DISKS} disks, the most that are served")]
     TooMany,
     #[error(transparent)]
@@ -103,7 +122,7 @@ impl Readied {
                 let (file, listener) = SocketFile::listen(path)?;
                 Door::Listener {
                     listener,
-                    _file: Some(file),
+                    file: Some(file),
                 }
             }
             (None, None) => return Err(DiskError::NoSocket.into()),
@@ -114,7 +133,31 @@ impl Readied {
             opened,
             device,
             door,
+            limits: Limits::default(),
         })
+    }
+
+    /// Looks at an image that another daemon serves until it hands it over.
+    pub(crate) fn taken(taken: Taken, parents: &Arc<Parents>) -> Result<Self, FleetError> {
+        let options = taken.options;
+        let opening = Opening::new(options.clone(), Arc::clone(parents));
+        let device = make_device(&options, &opening.look()?, options.access);
+        Ok(Self {
+            turn: Turn::waiting(opening),
+            opened: None,
+            device,
+            door: Door::Listener {
+                listener: taken.listener,
+                file: options.socket.as_deref().and_then(SocketFile::of_another),
+            },
+            limits: taken.limits,
+            options,
+        })
+    }
+
+    /// How it is to be served.
+    pub(crate) const fn options(&self) -> &DiskOptions {
+        &self.options
     }
 
     /// What is about to be served.
@@ -142,6 +185,8 @@ impl Fleet {
         doors: Epoll,
     ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let each = config.disks.iter();
+        let described = each.map(|disk| (disk.name.clone(), disk.clone())).collect();
         Ok(Self {
             config,
             crew,
@@ -150,6 +195,10 @@ impl Fleet {
             doors,
             next: AtomicU64::new(FIRST),
             disks: Mutex::default(),
+            described: Mutex::new(described),
+            changes: RwLock::default(),
+            metrics: OnceLock::new(),
+            is_handed_over: AtomicBool::new(false),
             fatal: Mutex::default(),
             end: EventFd::from_flags(flags)?,
         })
@@ -175,8 +224,14 @@ impl Fleet {
         let _ = self.end.write(1);
     }
 
+    /// Says where metrics are, for the next daemon.
+    pub(crate) fn has_metrics_at(&self, place: &Arc<Handle>) {
+        let _ = self.metrics.set(Arc::downgrade(place));
+    }
+
     /// Opens a disk that an operator describes, and serves it.
     pub(crate) fn add(self: &Arc<Self>, table: DiskTable) -> Result<Arc<Berth>, FleetError> {
+        let _change = self.change()?;
         table.relative()?;
         let (defaults, dir) = (&self.config.defaults, self.config.socket_dir.as_deref());
         let options = table.resolve(defaults, dir)?;
@@ -200,6 +255,8 @@ impl Fleet {
         if let Some(opened) = readied.opened {
             backend.serve(opened);
         }
+        // They were accepted before.
+        let _ = backend.set_limits(&readied.limits);
         let name = readied.options.name.clone();
         let berth = Berth::new(name, &about, readied.door, backend).map_err(FleetError::Host)?;
         let berth = Arc::new(berth);
@@ -224,6 +281,11 @@ impl Fleet {
         };
         let added = self.doors.add(listener, knock(number));
         added.map_err(|errno| FleetError::Host(errno.into()))
+    }
+
+    /// What is held while a disk is changed.
+    pub(crate) fn change(&self) -> Result<RwLockReadGuard<'_, ()>, FleetError> {
+        self.changes.try_read().map_err(|_| FleetError::HandingOver)
     }
 
     /// Lets in who waits at a disk's door.
@@ -286,14 +348,17 @@ impl Fleet {
 
     /// Ends the service of a disk: what is in flight is answered, its front end is disconnected, its image closed.
     pub(crate) fn remove(&self, name: &str) -> Result<(), FleetError> {
+        let _change = self.change()?;
         let berth = {
             let mut disks = self.disks();
             let found = disks.iter().find(|(_, berth)| berth.name() == name);
             let number = found.map(|(number, _)| *number);
             number.and_then(|number| disks.remove(&number))
         };
-        let name = name.to_owned();
-        let berth = berth.ok_or(FleetError::NoSuchDisk { name })?;
+        let berth = berth.ok_or_else(|| FleetError::NoSuchDisk {
+            name: name.to_owned(),
+        })?;
+        self.described().remove(name);
         Ok(self.take_leave(berth)?)
     }
 
@@ -316,13 +381,18 @@ impl Fleet {
     }
 
     fn take_leave(&self, berth: Arc<Berth>) -> Result<(), WriteError> {
+        self.close_door(&berth);
+        berth.close()
+    }
+
+    /// No longer hears who knocks.
+    fn close_door(&self, berth: &Berth) {
         if let Some(listener) = berth.listener() {
             match self.doors.delete(listener) {
                 Ok(()) | Err(Errno::ENOENT) => {}
                 Err(errno) => tracing::debug!("a door stays in the list: {errno}"),
             }
         }
-        berth.close()
     }
 
     fn refuse_twin(&self, options: &DiskOptions) -> Result<(), FleetError> {
@@ -337,9 +407,20 @@ impl Fleet {
         Ok(())
     }
 
+    fn described(&self) -> MutexGuard<'_, BTreeMap<String, DiskOptions>> {
+        self.described
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn disks(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Berth>>> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a line to the control socket comes from a daemon that wants to take over.
+pub(crate) fn asks_to_hand_over(line: &str) -> bool {
+    matches!(words::step(line), Ok(words::Step::HandOver))
 }
 
 /// Told once, until it is waited for again.

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! This file opens the images, puts the parts together and takes them apart again in order: queues are drained, then the
-//! images are closed, then the sockets go away.
+//! images are closed, then the sockets go away. Or another daemon takes them over (`fleet::hand_over`, `fleet::take_over`, by lines with
+//! descriptors: `passing`).
 
 mod access;
 mod args;
@@ -42,6 +43,7 @@ mod log;
 mod memory;
 mod metrics;
 mod parents;
+mod passing;
 mod patience;
 mod promptness;
 mod queue;
@@ -77,9 +79,9 @@ use crate::config::{Config, ConfigError};
 use crate::control::ControlSocket;
 use crate::crew::Crew;
 use crate::doorman::Ears;
-use crate::fleet::{Fleet, FleetError, Readied};
+use crate::fleet::{Fleet, FleetError, Readied, TakeOver, TakeOverError};
 use crate::housekeeper::Housekeepers;
-use crate::metrics::{Metrics, MetricsError};
+use crate::metrics::{Metrics, MetricsError, Place};
 use crate::parents::Parents;
 use crate::sandbox::{Reach, Sandbox, SandboxError};
 use crate::service::{ActivationError, Handed, Manager};
@@ -96,6 +98,8 @@ enum Fatal {
     Turn(#[from] TurnError),
     #[error(transparent)]
     Disk(#[from] FleetError),
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error(transparent)]
@@ -161,7 +165,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
         None => Handed::take()?,
     };
     let inherited = args.fd.map(take_fd).transpose()?;
-    let config = match &args.config {
+    let mut config = match &args.config {
         Some(path) => Config::read(path)?,
         None => Config::of(args),
     };
@@ -171,16 +175,17 @@ fn run(args: &Args) -> Result<(), Fatal> {
     ring::calls::prepare();
     allow_many_descriptors();
     let parents = Arc::<Parents>::default();
-    let mut door = door(args, inherited, handed.door)?;
-    let readied = config
-        .disks
-        .iter()
-        .map(|disk| Readied::new(disk.clone(), &parents, door.take()))
-        .collect::<Result<Vec<_>, _>>()?;
-    let control = open_control(&config, handed.control)?.map(Arc::new);
-    let metrics = config.metrics.as_ref();
-    let metrics = metrics.map(|(place, audience)| place.listen(*audience));
-    let metrics = metrics.transpose()?;
+    let from = args.take_over.as_deref().map(TakeOver::ask).transpose()?;
+    let (readied, control, mut handing) = match from.flatten() {
+        Some(offer) => taken(offer, &mut config, &parents)?,
+        None => {
+            let door = door(args, inherited, handed.door)?;
+            let readied = opened(&config, &parents, door)?;
+            (readied, open_control(&config, handed.control)?, None)
+        }
+    };
+    let control = control.map(Arc::new);
+    let metrics = open_metrics(&config, handing.as_mut())?;
     let what = match &readied[..] {
         [only] => only.describe(),
         all => format!("serving {} disks", all.len()),
@@ -190,7 +195,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     // Before there are other threads, and anything to hear.
     let sandbox = match args.sandbox {
         Sandboxing::Off => Sandbox::off(),
-        Sandboxing::On => Sandbox::enter(&reach(args, &config, &parents)?, args.engine)?,
+        Sandboxing::On => Sandbox::enter(&reach(&config, &readied, &parents)?, args.engine)?,
     };
     let crew = Crew::start(worker_count(args), args.engine, &sandbox).map_err(Fatal::Crew)?;
     let housekeepers = Housekeepers::start(&sandbox).map_err(Fatal::Crew)?;
@@ -199,6 +204,11 @@ fn run(args: &Args) -> Result<(), Fatal> {
     let fleet = Arc::new(fleet);
     for disk in readied {
         fleet.serve(disk)?;
+    }
+    if let Some(handing) = handing {
+        handing.complete(&fleet)?;
+        control.iter().for_each(|control| control.own());
+        metrics.iter().for_each(|metrics| metrics.handle().own());
     }
     let metrics = metrics.map(|place| Metrics::start(place, &fleet, &sandbox));
     let metrics = metrics.transpose()?;
@@ -213,6 +223,10 @@ fn run(args: &Args) -> Result<(), Fatal> {
     manager.stopping();
     // It looks at disks, which go now.
     drop((control, metrics));
+    if fleet.is_handed_over() {
+        tracing::info!("another daemon has the disks now");
+        return Ok(served?);
+    }
     let closed = fleet.close();
     served?;
     closed?;
@@ -220,8 +234,37 @@ fn run(args: &Args) -> Result<(), Fatal> {
     Ok(())
 }
 
+/// The disks of the configuration, open; the one without a path for a socket at this door.
+fn opened(
+    config: &Config,
+    parents: &Arc<Parents>,
+    mut door: Option<Door>,
+) -> Result<Vec<Readied>, FleetError> {
+    let disks = config.disks.iter();
+    disks
+        .map(|disk| Readied::new(disk.clone(), parents, door.take()))
+        .collect()
+}
+
+/// What there is to serve, and the hand-over that is to be completed when all is ready.
+type Start = (Vec<Readied>, Option<ControlSocket>, Option<TakeOver>);
+
+/// The disks of another daemon, in the place of those that the configuration describes.
+fn taken(mut from: TakeOver, config: &mut Config, parents: &Arc<Parents>) -> Result<Start, Fatal> {
+    let (listener, path) = from.control_socket(config.control_socket.as_deref())?;
+    let control = ControlSocket::of_another(listener, path);
+    let disks = from.take_disks();
+    config.disks = disks
+        .iter()
+        .filter_map(|disk| disk.described.clone())
+        .collect();
+    let readied = disks.into_iter().map(|disk| Readied::taken(disk, parents));
+    let readied = readied.collect::<Result<_, _>>()?;
+    Ok((readied, Some(control), Some(from)))
+}
+
 /// What the daemon may have to open again, make or remove while it serves.
-fn reach(args: &Args, config: &Config, parents: &Arc<Parents>) -> Result<Reach, Fatal> {
+fn reach(config: &Config, readied: &[Readied], parents: &Arc<Parents>) -> Result<Reach, Fatal> {
     let mut reach = Reach {
         images: Vec::new(),
         parents: Vec::new(),
@@ -229,14 +272,14 @@ fn reach(args: &Args, config: &Config, parents: &Arc<Parents>) -> Result<Reach, 
         image_dirs: config.image_dirs.clone(),
         sockets: Vec::new(),
         socket_dir: config.socket_dir.clone(),
-        grows: args.config.is_some(),
+        grows: config.grows,
     };
     reach.sockets.extend(config.control_socket.clone());
     let metrics = config.metrics.as_ref().and_then(|(place, _)| place.file());
     reach.sockets.extend(metrics.cloned());
     let defaults = config.defaults.parent_files();
     reach.parents.extend(defaults.iter().cloned());
-    for disk in &config.disks {
+    for disk in readied.iter().map(Readied::options) {
         let opening = Opening::new(disk.clone(), Arc::clone(parents));
         let parents = opening.parents()?;
         if !parents.is_empty() {
@@ -277,6 +320,22 @@ fn open_control(config: &Config, handed: Option<OwnedFd>) -> Result<Option<Contr
     Ok(handed.map(|socket| ControlSocket::on(UnixListener::from(socket))))
 }
 
+/// Where scrapers connect, if anywhere: another daemon's socket, if that is at the same place.
+fn open_metrics(
+    config: &Config,
+    handing: Option<&mut TakeOver>,
+) -> Result<Option<Place>, MetricsError> {
+    let Some((endpoint, audience)) = &config.metrics else {
+        return Ok(None);
+    };
+    let theirs = handing.and_then(|from| from.take_metrics(&endpoint.to_string()));
+    let place = match theirs {
+        Some(socket) => endpoint.adopt(socket, *audience),
+        None => endpoint.listen(*audience),
+    };
+    place.map(Some)
+}
+
 /// The socket that this process was started with.
 fn take_fd(fd: i32) -> Result<Door, Fatal> {
     let which = format!("descriptor {fd}");
@@ -295,7 +354,7 @@ fn take_socket(socket: OwnedFd, which: &str) -> Result<Door, Fatal> {
     Ok(if listens {
         Door::Listener {
             listener: UnixListener::from(socket),
-            _file: None,
+            file: None,
         }
     } else {
         Door::Connected(Mutex::new(Some(UnixStream::from(socket))))

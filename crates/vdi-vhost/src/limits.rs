@@ -111,6 +111,7 @@ pub(crate) struct Throttle {
 
 #[derive(Debug, Default)]
 struct Own {
+    limits: Limits,
     buckets: Buckets,
     group: Option<Arc<Group>>,
 }
@@ -150,9 +151,17 @@ impl Throttle {
     /// Has the disk heed these limits from now on, with empty buckets.
     pub(crate) fn set_limits(&self, limits: &Limits) -> Result<(), LimitsError> {
         let buckets = limits.buckets()?;
-        lock(&self.all).buckets = buckets;
+        {
+            let mut all = lock(&self.all);
+            (all.limits, all.buckets) = (*limits, buckets);
+        }
         self.version.fetch_add(1, Ordering::Release);
         Ok(())
+    }
+
+    /// The disk's own limits.
+    pub(crate) fn limits(&self) -> Limits {
+        lock(&self.all).limits
     }
 
     /// Has the disk share a group's limits beside its own, or only heed its own.

@@ -16,6 +16,8 @@ mod page;
 use std::fmt::{self, Display, Formatter};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, mpsc};
@@ -74,6 +76,8 @@ pub(crate) enum MetricsError {
     },
     #[error(transparent)]
     Socket(#[from] SocketError),
+    #[error("cannot duplicate the socket for metrics")]
+    Duplicate(#[source] io::Error),
     #[error("cannot start the thread that serves metrics")]
     Thread(#[source] io::Error),
 }
@@ -82,6 +86,14 @@ pub(crate) enum MetricsError {
 #[derive(Debug)]
 pub(crate) struct Place {
     listener: Listener,
+    handle: Arc<Handle>,
+}
+
+/// A place as the next daemon gets it.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    endpoint: Endpoint,
+    socket: OwnedFd,
     file: Option<SocketFile>,
 }
 
@@ -90,7 +102,8 @@ pub(crate) struct Place {
 pub(crate) struct Metrics {
     end: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
-    _file: Option<SocketFile>,
+    /// Its file goes away with it.
+    _handle: Arc<Handle>,
 }
 
 impl FromStr for Endpoint {
@@ -145,9 +158,7 @@ impl Endpoint {
     pub(crate) fn listen(&self, audience: Audience) -> Result<Place, MetricsError> {
         match self {
             Self::Tcp(address) => {
-                if audience == Audience::Local && !address.ip().is_loopback() {
-                    return Err(MetricsError::Public { address: *address });
-                }
+                refuse_strangers(*address, audience)?;
                 let failed = |source| MetricsError::Listen {
                     address: *address,
                     source,
@@ -155,20 +166,79 @@ impl Endpoint {
                 let listener = TcpListener::bind(address).map_err(failed)?;
                 let found = listener.local_addr().map_err(failed)?;
                 tracing::info!("metrics are at {}", Self::Tcp(found));
-                Ok(Place {
-                    listener: Listener::Tcp(listener),
-                    file: None,
-                })
+                self.place(Listener::Tcp(listener), None)
             }
             Self::Unix(path) => {
                 let (file, listener) = SocketFile::listen(path)?;
                 tracing::info!("metrics are at {self}");
-                Ok(Place {
-                    listener: Listener::Unix(listener),
-                    file: Some(file),
-                })
+                self.place(Listener::Unix(listener), Some(file))
             }
         }
+    }
+
+    /// Listens on the socket that another daemon has there.
+    pub(crate) fn adopt(&self, socket: OwnedFd, audience: Audience) -> Result<Place, MetricsError> {
+        match self {
+            Self::Tcp(address) => {
+                refuse_strangers(*address, audience)?;
+                self.place(Listener::Tcp(TcpListener::from(socket)), None)
+            }
+            Self::Unix(path) => {
+                let listener = Listener::Unix(UnixListener::from(socket));
+                self.place(listener, SocketFile::of_another(path))
+            }
+        }
+    }
+
+    fn place(&self, listener: Listener, file: Option<SocketFile>) -> Result<Place, MetricsError> {
+        let socket = match &listener {
+            Listener::Tcp(listener) => listener.try_clone().map(OwnedFd::from),
+            Listener::Unix(listener) => listener.try_clone().map(OwnedFd::from),
+        };
+        let handle = Handle {
+            endpoint: self.clone(),
+            socket: socket.map_err(MetricsError::Duplicate)?,
+            file,
+        };
+        let handle = Arc::new(handle);
+        Ok(Place { listener, handle })
+    }
+}
+
+/// Metrics are not for other machines unless that was said.
+fn refuse_strangers(address: SocketAddr, audience: Audience) -> Result<(), MetricsError> {
+    if audience == Audience::Local && !address.ip().is_loopback() {
+        return Err(MetricsError::Public { address });
+    }
+    Ok(())
+}
+
+impl Place {
+    /// The place as the next daemon gets it.
+    pub(crate) const fn handle(&self) -> &Arc<Handle> {
+        &self.handle
+    }
+}
+
+impl Handle {
+    /// What the place is called.
+    pub(crate) fn name(&self) -> String {
+        self.endpoint.to_string()
+    }
+
+    /// The socket.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// The socket's file is this process's to remove.
+    pub(crate) fn own(&self) {
+        self.file.iter().for_each(SocketFile::own);
+    }
+
+    /// The socket's file is another process's.
+    pub(crate) fn disown(&self) {
+        self.file.iter().for_each(SocketFile::disown);
     }
 }
 
@@ -180,6 +250,7 @@ impl Metrics {
         sandbox: &Sandbox,
     ) -> Result<Self, MetricsError> {
         let failed = MetricsError::Thread;
+        fleet.has_metrics_at(&place.handle);
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let end = EventFd::from_flags(flags).map_err(|errno| failed(errno.into()))?;
         let end = Arc::new(end);
@@ -200,7 +271,7 @@ impl Metrics {
         let metrics = Self {
             end,
             thread: Some(thread),
-            _file: place.file,
+            _handle: place.handle,
         };
         let ready = ready.recv().map_err(io::Error::other).and_then(|it| it);
         ready.map_err(failed)?;

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -16,6 +17,8 @@ pub(crate) struct SocketFile {
     path: PathBuf,
     /// Device and inode, so that nobody else's socket is removed.
     identity: (u64, u64),
+    /// Whether the file is another process's to remove.
+    is_others: AtomicBool,
 }
 
 /// Why there is no socket.
@@ -53,15 +56,36 @@ impl SocketFile {
             Self {
                 path: path.to_owned(),
                 identity,
+                is_others: AtomicBool::new(false),
             },
             listener,
         ))
+    }
+
+    /// The file of a socket on which another process listens, which is that one's until it is owned. `None` if it is not there.
+    pub(crate) fn of_another(path: &Path) -> Option<Self> {
+        Some(Self {
+            path: path.to_owned(),
+            identity: identity(path).ok()?,
+            is_others: AtomicBool::new(true),
+        })
+    }
+
+    /// It is ours from now on.
+    pub(crate) fn own(&self) {
+        self.is_others.store(false, Ordering::Release);
+    }
+
+    /// It is another process's from now on.
+    pub(crate) fn disown(&self) {
+        self.is_others.store(true, Ordering::Release);
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+        let is_ours = !self.is_others.load(Ordering::Acquire);
+        if is_ours && identity(&self.path).is_ok_and(|found| found == self.identity) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -141,6 +165,24 @@ mod tests {
             Err(SocketError::NotASocket { .. })
         ));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_socket_that_goes_over_to_another_process_is_removed_by_its_new_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let (file, listener) = SocketFile::listen(&path).unwrap();
+        let next = SocketFile::of_another(&path).unwrap();
+        // It failed before it was handed over.
+        drop(next);
+        assert!(path.exists());
+        let next = SocketFile::of_another(&path).unwrap();
+        file.disown();
+        next.own();
+        drop((file, listener));
+        assert!(path.exists());
+        drop(next);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -296,6 +296,16 @@ impl Turn {
         self.has_failed || self.disk().is_some_and(|disk| disk.is_failed())
     }
 
+    /// Whether it was changed and let go of, so that count and length are not exact.
+    pub(crate) const fn is_untidy(&self) -> bool {
+        self.is_untidy
+    }
+
+    /// Another daemon of this disk left it untidy.
+    pub(crate) const fn inherit_changes(&mut self) {
+        self.is_untidy = true;
+    }
+
     /// Opens and locks the image. Nothing may be held.
     pub(crate) fn begin(&mut self) -> Result<Opened, TurnError> {
         if self.has_failed {

@@ -1,0 +1,90 @@
+//! A new daemon takes over from an old one while guests run: no request fails, no byte is wrong, and if anything goes wrong the
+//! old one serves on.
+//!
+//! Here a driver stands in for the guest; a real one is in `guest.rs`.
+
+#![expect(clippy::unwrap_used, reason = "a test says by a panic what is wrong")]
+
+mod failures;
+mod fleet;
+mod load;
+
+use fleet::Fleet;
+use serde_json::json;
+use vdi_tests::driver::{Base, Options};
+use vdi_tests::{tool, words};
+
+#[test]
+fn what_operators_did_goes_over_with_the_disks() {
+    let mut fleet = Fleet::start();
+    tool::vdi(words!["create", fleet.path("c.vdi"), "8M"]).expect_code(0);
+    let add = json!({"name": "c", "image": fleet.path("c.vdi")});
+    fleet.ask("add", &add).unwrap();
+    fleet.ask("remove", &json!({"disk": "b"})).unwrap();
+    let frozen = json!({"disk": "a", "to": fleet.path("frozen.vdi")});
+    let mut a = fleet.driver("a", &Options::new());
+    a.write(0, &[1; 4096]);
+    let serial = a.queue().get_id();
+    fleet.ask("snapshot", &frozen).unwrap();
+    a.write(8, &[2; 4096]);
+    let limits = json!({"disk": "c", "limits": {"iops_total": 50}});
+    fleet.ask("set-limits", &limits).unwrap();
+    drop(a);
+
+    fleet.upgrade();
+    assert_eq!(fleet.names(), ["a", "c"]);
+    assert!(fleet.metrics().contains("vdi_vhost_disks 2\n"));
+    let mut a = fleet.driver("a", &Options::new());
+    assert_eq!(a.read(0, 8192), [[1; 4096], [2; 4096]].concat());
+    assert_eq!(a.queue().get_id(), serial, "another disk, for its guest");
+    let mut c = fleet.driver("c", &Options::new());
+    let before = std::time::Instant::now();
+    (0..30).for_each(|_| drop(c.read(0, 512)));
+    // A tenth of a second's worth at once, and one more.
+    assert!(
+        before.elapsed().as_millis() >= 24 * 20 - 20,
+        "it is not limited"
+    );
+    // It can do all that the first one could.
+    fleet.ask("remove", &json!({"disk": "c"})).unwrap();
+    let back = json!({"name": "b", "image": fleet.path("b.vdi")});
+    fleet.ask("add", &back).unwrap();
+    drop((a, c));
+    let path = fleet.end();
+    for image in ["a.vdi", "frozen.vdi", "b.vdi"] {
+        tool::vdi(words!["check", path.path().join(image)]).expect_code(0);
+    }
+    for socket in ["control", "metrics", "sockets/a.sock", "sockets/b.sock"] {
+        assert!(!path.path().join(socket).exists(), "{socket} is left");
+    }
+}
+
+#[test]
+fn a_disk_that_waits_for_its_turn_waits_on() {
+    let mut fleet = Fleet::start();
+    let mut a = fleet.driver("a", &Options::new());
+    a.write(0, &[1; 512]);
+    let (kept, next) = (a.keep(&Options::new()), a.queue().used_index());
+    // A migration is on its way: the image is nobody's.
+    a.control.stop(0).unwrap();
+    fleet.upgrade();
+    tool::vdi(words!["check", fleet.path("a.vdi")]).expect_code(3);
+    assert!(!fleet.info("a")["open"].as_bool().unwrap());
+    a.control = kept
+        .reconnect(&fleet.path("sockets/a.sock"), Base::Used)
+        .unwrap();
+    assert_eq!(a.queue().used_index(), next);
+    assert_eq!(a.read(0, 512), [1; 512]);
+    drop(a);
+    let place = fleet.end();
+    tool::vdi(words!["check", place.path().join("a.vdi")]).expect_code(0);
+}
+
+#[test]
+fn where_nobody_is_the_new_one_begins_by_itself() {
+    let fleet = Fleet::make();
+    let fleet = fleet.launch_next();
+    assert_eq!(fleet.names(), ["a", "b"]);
+    let place = fleet.end();
+    assert!(!place.path().join("control").exists());
+}
