@@ -148,12 +148,15 @@ struct Upgrades {
 
 impl Upgrades {
     fn new() -> Self {
-        let (image, place) = (create_image(DISK_BYTES), tempfile::tempdir().unwrap());
+        let (image, place) = (
+            create_image(DISK_BYTES),
+            tempfile::tempdir().expect("it can be made"),
+        );
         let text = format!(
             "control-socket = \"control\"\n[[disk]]\nname = \"a\"\nsocket = \"socket\"\nimage = \"{}\"\n",
             image.path().display()
         );
-        std::fs::write(place.path().join("toml"), text).unwrap();
+        std::fs::write(place.path().join("toml"), text).expect("it can be written");
         Self { image, place }
     }
 
@@ -236,14 +239,18 @@ fn how_long_a_guest_waits_for_an_upgrade() {
 fn requests(upgrades: &Upgrades) -> u64 {
     use std::io::{BufRead, BufReader, Write};
     let control = upgrades.place.path().join("control");
-    let mut stream = std::os::unix::net::UnixStream::connect(control).unwrap();
+    let mut stream = std::os::unix::net::UnixStream::connect(control).expect("it listens");
     stream
         .write_all(b"{\"version\": 1, \"execute\": \"stats\"}\n")
-        .unwrap();
+        .expect("it reads");
     let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer).unwrap();
-    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
-    answer["return"]["read"]["requests"].as_u64().unwrap()
+    BufReader::new(stream)
+        .read_line(&mut answer)
+        .expect("it answers");
+    let answer: serde_json::Value = serde_json::from_str(&answer).expect("it is JSON");
+    answer["return"]["read"]["requests"]
+        .as_u64()
+        .expect("it is a number")
 }
 
 /// Whether the guest has begun to write in earnest.

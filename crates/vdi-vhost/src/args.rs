@@ -191,7 +191,7 @@ pub(crate) fn asks_for_capabilities(args: impl IntoIterator<Item = OsString>) ->
 /// What the command line asks for.
 pub(crate) enum Asked {
     /// A disk is to be served.
-    Serve(Args),
+    Serve(Box<Args>),
     /// A page is to be printed.
     Print(Vec<u8>),
 }
@@ -211,7 +211,7 @@ pub(crate) fn parse() -> Asked {
             .error(ErrorKind::MissingRequiredArgument, missing)
             .exit();
     }
-    Asked::Serve(args)
+    Asked::Serve(Box::new(args))
 }
 
 impl Page {
