@@ -32,7 +32,7 @@ use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
 use crate::fault::Account;
 use crate::housekeeper::Housekeepers;
-use crate::limits::{Group, Limits, LimitsError, Throttle};
+use crate::limits::Throttle;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
 use crate::stats::{Stats, Usage};
@@ -252,14 +252,9 @@ impl Backend {
         }
     }
 
-    /// Limits the disk from now on; requests that wait for older limits heed these within a tenth of a second.
-    pub(crate) fn set_limits(&self, limits: &Limits) -> std::result::Result<(), LimitsError> {
-        self.throttle.set_limits(limits)
-    }
-
-    /// Has the disk share the limits of a group beside its own, or not any more.
-    pub(crate) fn set_group(&self, group: Option<Arc<Group>>) {
-        self.throttle.set_group(group);
+    /// What limits it.
+    pub(crate) const fn throttle(&self) -> &Arc<Throttle> {
+        &self.throttle
     }
 
     /// How many requests the host failed.

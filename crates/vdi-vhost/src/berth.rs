@@ -21,6 +21,7 @@ use vdi_core::WriteError;
 
 use crate::backend::Backend;
 use crate::complaints::About;
+use crate::limits::Throttle;
 use crate::session::{self, Said, ServeError};
 use crate::socket::SocketFile;
 use crate::stats::{Stats, StatsSnapshot, Usage};
@@ -41,6 +42,8 @@ pub(crate) enum Door {
 pub(crate) struct Berth {
     name: String,
     door: Door,
+    /// What limits it: the backend's, which may be busy for long.
+    throttle: Arc<Throttle>,
     backend: Arc<Mutex<Backend>>,
     /// What the backend counts, which is looked at without its lock.
     stats: Arc<Stats>,
@@ -73,6 +76,7 @@ impl Berth {
             door,
             stats: Arc::clone(backend.stats()),
             usage: Mutex::new(backend.usage()),
+            throttle: Arc::clone(backend.throttle()),
             backend: Arc::new(Mutex::new(backend)),
             poke: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             is_closing: AtomicBool::new(false),
@@ -110,6 +114,11 @@ impl Berth {
             Err(TryLockError::WouldBlock) => {}
         }
         *usage
+    }
+
+    /// What limits it.
+    pub(crate) const fn throttle(&self) -> &Arc<Throttle> {
+        &self.throttle
     }
 
     /// What a session has said.

@@ -12,6 +12,11 @@
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats-of-all"}
 //! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
+//! {"version": 1, "execute": "set-limits", "arguments": {"group": "tenant-1", "limits": {"iops_total": 10000}}}
+//! {"version": 1, "execute": "add-group", "arguments": {"name": "tenant-1", "limits": {"iops_total": 10000}}}
+//! {"version": 1, "execute": "remove-group", "arguments": {"group": "tenant-1"}}
+//! {"version": 1, "execute": "join-group", "arguments": {"disk": "web-1", "group": "tenant-1"}}
+//! {"version": 1, "execute": "leave-group", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
@@ -20,9 +25,11 @@
 //!
 //! | class | |
 //! | --- | --- |
-//! | `not-understood` | no command, or not of this version |
+//! | `not-understood` | no command, or not of this version, or with arguments that make no sense |
 //! | `no-such-disk` | none of this name; or none was named and there is not one |
-//! | `exists` | a disk of this name is there |
+//! | `no-such-group` | none of this name |
+//! | `exists` | a disk or group of this name is there |
+//! | `in-use` | the group has disks |
 //! | `not-open` | the image cannot be opened: another program has it, it is damaged, or the sandbox forbids it |
 //! | `not-possible` | the format, the host or the way the disk is served says no |
 //! | `broken` | a part of the daemon failed; the disk needs a restart |
@@ -46,7 +53,8 @@ use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
 use crate::fleet::{Fleet, FleetError};
-use crate::limits::{Limits, LimitsError};
+use crate::groups::{GroupError, GroupTable};
+use crate::limits::Limits;
 use crate::socket::{SocketError, SocketFile};
 use crate::stats::{StatsSnapshot, Usage};
 
@@ -98,8 +106,18 @@ enum Command {
     StatsOfAll,
     SetLimits {
         disk: Option<String>,
+        group: Option<String>,
         limits: Limits,
     },
+    AddGroup(GroupTable),
+    RemoveGroup {
+        group: String,
+    },
+    JoinGroup {
+        disk: Option<String>,
+        group: String,
+    },
+    LeaveGroup(Option<Which>),
     Shutdown,
 }
 
@@ -126,10 +144,16 @@ enum Outcome {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Returned {
-    Info(Info),
-    List { disks: Vec<Info> },
+    Info(Box<Info>),
+    List {
+        disks: Vec<Info>,
+        groups: Vec<GroupTable>,
+    },
+    Group(GroupTable),
     Stats(Box<NamedStats>),
-    StatsOfAll { disks: Vec<NamedStats> },
+    StatsOfAll {
+        disks: Vec<NamedStats>,
+    },
     Nothing {},
 }
 
@@ -149,6 +173,10 @@ struct Info {
     failed_requests: u64,
     /// Whether a failure ended all writing until the daemon is started again.
     failed: bool,
+    /// What it may do.
+    limits: Limits,
+    /// Whom it shares limits with.
+    group: Option<String>,
 }
 
 /// What a disk did and takes, with its name.
@@ -259,12 +287,13 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
     let returned = match command {
         Command::List => Returned::List {
             disks: fleet.list().iter().map(|berth| Info::of(berth)).collect(),
+            groups: fleet.groups().list(),
         },
         Command::Info(which) => {
             let disk = which.and_then(|which| which.disk);
-            Returned::Info(Info::of(&*fleet.find(disk.as_deref())?))
+            Returned::info(&*fleet.find(disk.as_deref())?)
         }
-        Command::Add(table) => Returned::Info(Info::of(&*fleet.add(*table)?)),
+        Command::Add(table) => Returned::info(&*fleet.add(*table)?),
         Command::Remove { disk } => {
             fleet.remove(&disk)?;
             tracing::info!("{disk}: removed");
@@ -274,12 +303,12 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             let berth = fleet.find(disk.as_deref())?;
             let to = Capacity::from_bytes_rounded_down(size_bytes);
             berth.lock().grow(to)?;
-            Returned::Info(Info::of(&berth))
+            Returned::info(&berth)
         }
         Command::Snapshot { disk, to } => {
             let berth = fleet.find(disk.as_deref())?;
             berth.lock().snapshot(&to)?;
-            Returned::Info(Info::of(&berth))
+            Returned::info(&berth)
         }
         Command::Stats(which) => {
             let disk = which.and_then(|which| which.disk);
@@ -291,10 +320,28 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             let disks = all.iter().map(|berth| NamedStats::of(berth)).collect();
             Returned::StatsOfAll { disks }
         }
-        Command::SetLimits { disk, limits } => {
+        Command::SetLimits {
+            disk,
+            group,
+            limits,
+        } => set_limits(disk.as_deref(), group.as_deref(), &limits, fleet)?,
+        Command::AddGroup(table) => {
+            let added = fleet.groups().add(table).map_err(FleetError::from)?;
+            Returned::Group(GroupTable::of(&added))
+        }
+        Command::RemoveGroup { group } => {
+            fleet.remove_group(&group)?;
+            Returned::Nothing {}
+        }
+        Command::JoinGroup { disk, group } => {
             let berth = fleet.find(disk.as_deref())?;
-            berth.lock().set_limits(&limits)?;
-            Returned::Info(Info::of(&berth))
+            fleet.join(&berth, Some(&group))?;
+            Returned::info(&berth)
+        }
+        Command::LeaveGroup(which) => {
+            let berth = fleet.find(which.and_then(|which| which.disk).as_deref())?;
+            fleet.join(&berth, None)?;
+            Returned::info(&berth)
         }
         Command::Shutdown => {
             fleet.end();
@@ -314,6 +361,34 @@ impl NamedStats {
     }
 }
 
+/// Limits a disk, or a group.
+fn set_limits(
+    disk: Option<&str>,
+    group: Option<&str>,
+    limits: &Limits,
+    fleet: &Fleet,
+) -> Result<Returned, Failed> {
+    match (disk, group) {
+        (Some(_), Some(_)) => Err(Failed::TwoMeant),
+        (None, Some(group)) => {
+            let group = fleet.groups().find(group).map_err(FleetError::from)?;
+            group.set_limits(limits);
+            Ok(Returned::Group(GroupTable::of(&group)))
+        }
+        (disk, None) => {
+            let berth = fleet.find(disk)?;
+            berth.throttle().set_limits(limits);
+            Ok(Returned::info(&berth))
+        }
+    }
+}
+
+impl Returned {
+    fn info(berth: &Berth) -> Self {
+        Self::Info(Box::new(Info::of(berth)))
+    }
+}
+
 impl Info {
     fn of(berth: &Berth) -> Self {
         let connected = berth.is_connected();
@@ -329,6 +404,11 @@ impl Info {
             open: backend.is_open(),
             failed_requests: backend.failed_requests(),
             failed: backend.has_failed(),
+            limits: berth.throttle().limits(),
+            group: berth
+                .throttle()
+                .group()
+                .map(|group| group.name().to_owned()),
         }
     }
 }
@@ -340,8 +420,8 @@ enum Failed {
     Fleet(#[from] FleetError),
     #[error(transparent)]
     Disk(#[from] ControlError),
-    #[error(transparent)]
-    Limits(#[from] LimitsError),
+    #[error("limits are a disk's or a group's; name one of them")]
+    TwoMeant,
 }
 
 impl From<Failed> for Outcome {
@@ -352,16 +432,21 @@ impl From<Failed> for Outcome {
             Failed::Fleet(FleetError::NoSuchDisk { .. } | FleetError::WhichDisk { .. }) => {
                 "no-such-disk"
             }
-            Failed::Fleet(FleetError::Exists { .. }) => "exists",
+            Failed::Fleet(FleetError::Group(GroupError::NoSuchGroup { .. })) => "no-such-group",
+            Failed::Fleet(
+                FleetError::Exists { .. } | FleetError::Group(GroupError::Exists { .. }),
+            ) => "exists",
+            Failed::Fleet(FleetError::Group(GroupError::InUse { .. })) => "in-use",
+            Failed::TwoMeant => "not-understood",
             Failed::Fleet(FleetError::Turn(_)) | Failed::Disk(ControlError::Open(_)) => "not-open",
             Failed::Fleet(
                 FleetError::Options(_)
+                | FleetError::Group(GroupError::Name { .. })
                 | FleetError::TooMany
                 | FleetError::Socket(_)
                 | FleetError::Host(_),
             )
-            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_))
-            | Failed::Limits(_) => "not-possible",
+            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_)) => "not-possible",
             Failed::Fleet(FleetError::Close(_))
             | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_)) => "broken",
         };

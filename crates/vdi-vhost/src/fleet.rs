@@ -19,6 +19,7 @@ use crate::complaints::About;
 use crate::config::{Config, DiskError, DiskOptions, DiskTable};
 use crate::crew::Crew;
 use crate::device::{Device, Serial, Zeros};
+use crate::groups::{self, GroupError, Groups};
 use crate::housekeeper::Housekeepers;
 use crate::parents::Parents;
 use crate::session::ServeError;
@@ -39,6 +40,7 @@ pub(crate) struct Fleet {
     crew: Arc<Crew>,
     housekeepers: Arc<Housekeepers>,
     parents: Arc<Parents>,
+    groups: Groups,
     doors: Epoll,
     next: AtomicU64,
     disks: Mutex<BTreeMap<u64, Arc<Berth>>>,
@@ -70,6 +72,8 @@ pub(crate) enum FleetError {
     WhichDisk { count: usize },
     #[error("there are {MOST_DISKS} disks, the most that are served")]
     TooMany,
+    #[error(transparent)]
+    Group(#[from] GroupError),
     #[error(transparent)]
     Turn(#[from] TurnError),
     #[error(transparent)]
@@ -143,6 +147,7 @@ impl Fleet {
     ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
+            groups: Groups::new(&config.groups),
             config,
             crew,
             housekeepers,
@@ -181,6 +186,9 @@ impl Fleet {
         let (defaults, dir) = (&self.config.defaults, self.config.socket_dir.as_deref());
         let options = table.resolve(defaults, dir)?;
         self.refuse_twin(&options)?;
+        if let Some(group) = &options.group {
+            self.groups.find(group)?;
+        }
         let readied = Readied::new(options, &self.parents, None)?;
         tracing::info!("{}: {}", readied.options.name, readied.describe());
         self.serve(readied)
@@ -200,11 +208,20 @@ impl Fleet {
         if let Some(opened) = readied.opened {
             backend.serve(opened);
         }
-        let name = readied.options.name.clone();
+        let DiskOptions {
+            name,
+            limits,
+            group,
+            ..
+        } = readied.options;
         let berth = Berth::new(name, &about, readied.door, backend).map_err(FleetError::Host)?;
         let berth = Arc::new(berth);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
+        berth.throttle().set_limits(&limits);
         {
+            let groups = self.groups.lock();
+            let group = group.map(|name| groups::find(&groups, &name)).transpose()?;
+            berth.throttle().set_group(group);
             let mut disks = self.disks();
             // Two operators may have asked for the same at once.
             if disks.values().any(|other| other.name() == berth.name()) {
@@ -282,6 +299,35 @@ impl Fleet {
             name: name.unwrap_or_default().to_owned(),
         };
         found.cloned().ok_or_else(missing)
+    }
+
+    /// Disks that share limits.
+    pub(crate) const fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// Has a disk share the limits of a group, or of none.
+    pub(crate) fn join(&self, disk: &Berth, group: Option<&str>) -> Result<(), FleetError> {
+        let groups = self.groups.lock();
+        let group = group.map(|name| groups::find(&groups, name)).transpose()?;
+        disk.throttle().set_group(group);
+        Ok(())
+    }
+
+    /// Forgets a group that no disk is in.
+    pub(crate) fn remove_group(&self, name: &str) -> Result<(), FleetError> {
+        let mut groups = self.groups.lock();
+        let group = groups::find(&groups, name)?;
+        let is_in = |disk: &&Arc<Berth>| {
+            let its = disk.throttle().group();
+            its.is_some_and(|its| Arc::ptr_eq(&its, &group))
+        };
+        if let Some(disk) = self.disks().values().find(is_in) {
+            let (name, disk) = (name.to_owned(), disk.name().to_owned());
+            return Err(GroupError::InUse { name, disk }.into());
+        }
+        groups.remove(name);
+        Ok(())
     }
 
     /// Ends the service of a disk: what is in flight is answered, its front end is disconnected, its image closed.

@@ -17,6 +17,7 @@ mod access;
 mod args;
 mod backend;
 mod berth;
+mod bucket;
 mod chain;
 mod channel;
 mod clock;
@@ -34,6 +35,8 @@ mod fault;
 mod fleet;
 #[doc(hidden)]
 pub mod fuzzing;
+mod gate;
+mod groups;
 mod housekeeper;
 mod image_file;
 mod inflight;

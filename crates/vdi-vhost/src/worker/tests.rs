@@ -391,10 +391,9 @@ fn a_disk_that_is_held_delays_no_other_disk_at_its_worker_and_goes_on_when_it_is
     let mut scene = Scene::new();
     let (mut flooded, mut other) = (scene.seat(0), scene.seat(1));
     scene.set_clock(second(10));
-    let limited = flooded
+    flooded
         .throttle
         .set_limits(&limits(r#"{"iops_total": 10}"#));
-    limited.unwrap();
     // The bucket holds one; the next goes over its brim.
     for _ in 0..2 {
         flooded.offer(0, IN, 0);
@@ -445,7 +444,7 @@ fn a_disk_that_is_held_obeys_at_once() {
     let mut disk = scene.seat(0);
     scene.set_clock(second(10));
     let slow = limits(r#"{"iops_total": 1}"#);
-    disk.throttle.set_limits(&slow).unwrap();
+    disk.throttle.set_limits(&slow);
     for queue in [0, 1] {
         disk.offer(queue, IN, 0);
         scene.turn();
@@ -466,11 +465,11 @@ fn a_disk_that_is_held_obeys_at_once() {
     assert!(!disk.is_answered(1));
     assert!(matches!(scene.worker.may_wait(), Wait::AtMost(_)));
     // New limits are heeded as soon as it looks, a tenth of a second later at most.
-    disk.throttle.set_limits(&Limits::default()).unwrap();
+    disk.throttle.set_limits(&Limits::default());
     scene.set_clock(second(10).plus(100_000_000));
     scene.turn();
     assert!(disk.is_answered(1));
-    disk.throttle.set_limits(&slow).unwrap();
+    disk.throttle.set_limits(&slow);
     for queue in [0, 0, 1] {
         disk.offer(queue, IN, 0);
         scene.turn();
@@ -490,7 +489,7 @@ fn what_a_dead_daemon_left_in_flight_is_not_held() {
     disk.offer(1, IN, 0);
     scene.turn();
     let slow = limits(r#"{"iops_total": 1}"#);
-    disk.throttle.set_limits(&slow).unwrap();
+    disk.throttle.set_limits(&slow);
     disk.offer(0, IN, 0);
     disk.offer(0, IN, 0);
     scene.turn();
@@ -514,7 +513,7 @@ impl Scene {
         assert!(self.tell(0, Command::Stop(1)).try_recv().unwrap().is_ok());
         if limited {
             let slow = limits(r#"{"iops_total": 1}"#);
-            disk.throttle.set_limits(&slow).unwrap();
+            disk.throttle.set_limits(&slow);
             for held in [false, true] {
                 disk.offer(0, IN, 0);
                 self.turn();
@@ -670,8 +669,8 @@ fn disks_of_a_group_share_its_limit_at_one_worker() {
     let mut scene = Scene::new();
     let mut disks = [scene.seat(0), scene.seat(1)];
     scene.set_clock(second(10));
-    let group = Arc::new(Group::default());
-    group.set_limits(&limits(r#"{"iops_total": 10}"#)).unwrap();
+    let limits = limits(r#"{"iops_total": 10}"#);
+    let group = Arc::new(Group::new("tenants".to_owned(), &limits));
     for disk in &disks {
         disk.throttle.set_group(Some(Arc::clone(&group)));
     }
