@@ -21,6 +21,7 @@ use vdi_core::WriteError;
 
 use crate::backend::Backend;
 use crate::complaints::About;
+use crate::dump::Witnesses;
 use crate::limits::Throttle;
 use crate::session::{self, Said, ServeError};
 use crate::socket::SocketFile;
@@ -44,6 +45,8 @@ pub(crate) struct Berth {
     door: Door,
     /// What limits it: the backend's, which may be busy for long.
     throttle: Arc<Throttle>,
+    /// The threads that serve it, for the same reason.
+    witnesses: Witnesses,
     backend: Arc<Mutex<Backend>>,
     /// What the backend counts, which is looked at without its lock.
     stats: Arc<Stats>,
@@ -77,6 +80,7 @@ impl Berth {
             stats: Arc::clone(backend.stats()),
             usage: Mutex::new(backend.usage()),
             throttle: Arc::clone(backend.throttle()),
+            witnesses: backend.witnesses(),
             backend: Arc::new(Mutex::new(backend)),
             poke: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             is_closing: AtomicBool::new(false),
@@ -119,6 +123,11 @@ impl Berth {
     /// What limits it.
     pub(crate) const fn throttle(&self) -> &Arc<Throttle> {
         &self.throttle
+    }
+
+    /// Who can tell how it is when what serves it is busy.
+    pub(crate) const fn witnesses(&self) -> &Witnesses {
+        &self.witnesses
     }
 
     /// What a session has said.

@@ -17,6 +17,10 @@
 //! {"version": 1, "execute": "remove-group", "arguments": {"group": "tenant-1"}}
 //! {"version": 1, "execute": "join-group", "arguments": {"disk": "web-1", "group": "tenant-1"}}
 //! {"version": 1, "execute": "leave-group", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "pause", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "resume", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "log-level", "arguments": {"level": "debug"}}
+//! {"version": 1, "execute": "dump", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
@@ -52,9 +56,11 @@ use vdi_core::Capacity;
 use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
+use crate::dump::Dump;
 use crate::fleet::{Fleet, FleetError};
 use crate::groups::{GroupError, GroupTable};
 use crate::limits::Limits;
+use crate::log::{self, Filter, LevelError};
 use crate::socket::{SocketError, SocketFile};
 use crate::stats::{StatsSnapshot, Usage};
 
@@ -118,6 +124,10 @@ enum Command {
         group: String,
     },
     LeaveGroup(Option<Which>),
+    Pause(Option<Which>),
+    Resume(Option<Which>),
+    LogLevel(Option<Level>),
+    Dump(Option<Which>),
     Shutdown,
 }
 
@@ -125,6 +135,12 @@ enum Command {
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 struct Which {
     disk: Option<String>,
+}
+
+/// What is to be logged from now on; if that is not said, what is logged is only told.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+struct Level {
+    level: Option<Filter>,
 }
 
 #[derive(Debug, Serialize)]
@@ -150,6 +166,11 @@ enum Returned {
         groups: Vec<GroupTable>,
     },
     Group(GroupTable),
+    Level {
+        level: String,
+        before: String,
+    },
+    Dump(Box<Dump>),
     Stats(Box<NamedStats>),
     StatsOfAll {
         disks: Vec<NamedStats>,
@@ -169,6 +190,8 @@ struct Info {
     connected: bool,
     /// Whether it is open here, or waits for its turn.
     open: bool,
+    /// Whether requests wait because an operator wants them to.
+    paused: bool,
     /// Requests that the host failed, since the daemon was started.
     failed_requests: u64,
     /// Whether a failure ended all writing until the daemon is started again.
@@ -289,10 +312,7 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             disks: fleet.list().iter().map(|berth| Info::of(berth)).collect(),
             groups: fleet.groups().list(),
         },
-        Command::Info(which) => {
-            let disk = which.and_then(|which| which.disk);
-            Returned::info(&*fleet.find(disk.as_deref())?)
-        }
+        Command::Info(which) => Returned::info(&*one(which, fleet)?),
         Command::Add(table) => Returned::info(&*fleet.add(*table)?),
         Command::Remove { disk } => {
             fleet.remove(&disk)?;
@@ -311,9 +331,8 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             Returned::info(&berth)
         }
         Command::Stats(which) => {
-            let disk = which.and_then(|which| which.disk);
-            let berth = fleet.find(disk.as_deref())?;
-            Returned::Stats(Box::new(NamedStats::of(&berth)))
+            let stats = NamedStats::of(&*one(which, fleet)?);
+            Returned::Stats(Box::new(stats))
         }
         Command::StatsOfAll => {
             let all = fleet.list();
@@ -339,10 +358,14 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             Returned::info(&berth)
         }
         Command::LeaveGroup(which) => {
-            let berth = fleet.find(which.and_then(|which| which.disk).as_deref())?;
+            let berth = one(which, fleet)?;
             fleet.join(&berth, None)?;
             Returned::info(&berth)
         }
+        Command::Pause(which) => pause(&*one(which, fleet)?)?,
+        Command::Resume(which) => resume(&*one(which, fleet)?)?,
+        Command::LogLevel(level) => log_level(level.and_then(|level| level.level).as_ref())?,
+        Command::Dump(which) => Returned::Dump(Box::new(Dump::of(&*one(which, fleet)?))),
         Command::Shutdown => {
             fleet.end();
             Returned::Nothing {}
@@ -359,6 +382,24 @@ impl NamedStats {
             stats: berth.stats(),
         }
     }
+}
+
+/// The disk that is meant.
+fn one(which: Option<Which>, fleet: &Fleet) -> Result<Arc<Berth>, Failed> {
+    let disk = which.and_then(|which| which.disk);
+    Ok(fleet.find(disk.as_deref())?)
+}
+
+fn pause(berth: &Berth) -> Result<Returned, Failed> {
+    berth.lock().pause()?;
+    tracing::info!("{}: paused", berth.name());
+    Ok(Returned::info(berth))
+}
+
+fn resume(berth: &Berth) -> Result<Returned, Failed> {
+    berth.lock().resume()?;
+    tracing::info!("{}: resumed", berth.name());
+    Ok(Returned::info(berth))
 }
 
 /// Limits a disk, or a group.
@@ -383,6 +424,19 @@ fn set_limits(
     }
 }
 
+/// Says what is logged, and has something else logged from now on if that is wanted.
+fn log_level(level: Option<&Filter>) -> Result<Returned, Failed> {
+    let before = log::filter()?;
+    if let Some(level) = level {
+        log::set_filter(level)?;
+        tracing::info!("logged is {} now, and was {before}", log::filter()?);
+    }
+    Ok(Returned::Level {
+        level: log::filter()?,
+        before,
+    })
+}
+
 impl Returned {
     fn info(berth: &Berth) -> Self {
         Self::Info(Box::new(Info::of(berth)))
@@ -402,6 +456,7 @@ impl Info {
             size_bytes: backend.capacity().bytes(),
             connected,
             open: backend.is_open(),
+            paused: backend.is_paused(),
             failed_requests: backend.failed_requests(),
             failed: backend.has_failed(),
             limits: berth.throttle().limits(),
@@ -420,6 +475,8 @@ enum Failed {
     Fleet(#[from] FleetError),
     #[error(transparent)]
     Disk(#[from] ControlError),
+    #[error(transparent)]
+    Level(#[from] LevelError),
     #[error("limits are a disk's or a group's; name one of them")]
     TwoMeant,
 }
@@ -448,7 +505,8 @@ impl From<Failed> for Outcome {
             )
             | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_)) => "not-possible",
             Failed::Fleet(FleetError::Close(_))
-            | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_)) => "broken",
+            | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_))
+            | Failed::Level(_) => "broken",
         };
         Self::Error { class, desc }
     }

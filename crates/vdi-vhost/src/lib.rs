@@ -30,6 +30,7 @@ mod device;
 mod device_state;
 mod dirty;
 mod doorman;
+mod dump;
 mod engine;
 mod fault;
 mod fleet;

@@ -202,6 +202,11 @@ impl Throttle {
         lock(&self.own).group.clone()
     }
 
+    /// How many seats wait for its limits or its group's.
+    pub(crate) fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
     /// What its own limits fill.
     pub(crate) fn buckets(&self) -> Buckets {
         lock(&self.own).buckets.clone()
