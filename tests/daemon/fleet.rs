@@ -316,7 +316,7 @@ fn a_disk_that_is_limited_is_held_and_its_neighbour_is_not() {
     let limit = |limits: Value| fleet.ask("set-limits", &json!({"disk": "a", "limits": limits}));
     assert_eq!(
         limit(json!({"iops_total_max": 5})),
-        Err("not-possible".to_owned())
+        Err("not-understood".to_owned())
     );
     limit(json!({"iops_total": 50})).unwrap();
     let (mut a, mut b) = (fleet.driver("a"), fleet.driver("b"));

@@ -9,6 +9,7 @@
 mod blkio;
 mod chains;
 mod connections;
+mod control;
 mod corpus;
 mod ctl;
 mod cut_memory;

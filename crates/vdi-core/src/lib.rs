@@ -36,6 +36,7 @@ pub mod format;
 pub mod header;
 mod holes;
 mod image;
+mod inside;
 pub mod layout;
 mod link;
 mod lock;
@@ -60,6 +61,7 @@ pub use disk::{
 };
 pub use header::{Header, HeaderError, ImageKind, ParentLink, Warning};
 pub use image::{Image, OpenError};
+pub use inside::Inside;
 pub use storage::{Access, FileError, HostFile, Locking, Storage};
 pub use units::{
     BlockSize, Capacity, DiskBlock, FileBlock, FileOffset, SECTOR_SIZE, Sector, SectorRange,

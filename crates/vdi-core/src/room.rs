@@ -71,6 +71,12 @@ impl Room {
         }
     }
 
+    /// How many blocks can be handed out, and how many more are nobody's; where the file is lengthened.
+    pub(crate) fn counts(&self) -> (u32, u32, u32) {
+        let sum = |ranges: &[Range<u32>]| ranges.iter().map(|range| range.end - range.start).sum();
+        (self.fresh_blocks, sum(&self.stale), self.next)
+    }
+
     /// Whether `count` blocks can be handed out.
     pub(crate) fn has(&self, count: u32) -> bool {
         self.fresh_blocks >= count

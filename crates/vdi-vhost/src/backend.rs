@@ -22,6 +22,7 @@ use vhost::vhost_user::message::{
     VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::channel::Channel;
 use crate::command::Takeover;
@@ -30,9 +31,10 @@ use crate::config::DiskOptions;
 use crate::device::{Device, Serial};
 use crate::device_state::{self, Loading, StateError};
 use crate::dirty::DirtyLog;
+use crate::dump::{ControlDump, ImageDump, Witnesses};
 use crate::fault::Account;
 use crate::housekeeper::Housekeepers;
-use crate::limits::{Group, Limits, LimitsError, Throttle};
+use crate::limits::Throttle;
 use crate::memory::{self, Memory, MemoryError, Region};
 use crate::rings::{Addresses, Lost, RingError, Rings};
 use crate::stats::{Stats, Usage};
@@ -223,6 +225,46 @@ impl Backend {
         Ok(changed)
     }
 
+    /// Takes no more requests until [`Self::resume`]; those that were taken are answered when this returns.
+    pub(crate) fn pause(&mut self) -> std::result::Result<(), ControlError> {
+        Ok(self.rings.pause()?)
+    }
+
+    /// Takes requests again.
+    pub(crate) fn resume(&mut self) -> std::result::Result<(), ControlError> {
+        Ok(self.rings.unpause()?)
+    }
+
+    /// Who can tell how the disk is while this is busy.
+    pub(crate) fn witnesses(&self) -> Witnesses {
+        self.rings.witnesses()
+    }
+
+    /// The control plane in numbers.
+    pub(crate) fn dump(&self) -> ControlDump {
+        let memory = self.rings.memory();
+        let disk = self.turn.disk();
+        ControlDump {
+            paused: self.is_paused(),
+            failed: self.has_failed(),
+            failed_requests: self.failed_requests(),
+            event_idx: self.device.has_event_idx(),
+            write_through: self.device.is_write_through(),
+            memory_regions: memory.num_regions(),
+            memory_bytes: memory.iter().map(GuestMemoryRegion::len).sum(),
+            memory_lost: self.account.is_lost(),
+            tracked: self.rings.tracking().is_some(),
+            dirty_log: self.log.is_some(),
+            rings: self.rings.dump(),
+            image: disk.map(|disk| ImageDump::of(disk.images().len(), &disk.inside())),
+        }
+    }
+
+    /// Whether requests wait because an operator wants them to.
+    pub(crate) const fn is_paused(&self) -> bool {
+        self.rings.is_paused()
+    }
+
     /// How the disk is served.
     pub(crate) const fn options(&self) -> &DiskOptions {
         self.turn.options()
@@ -252,14 +294,9 @@ impl Backend {
         }
     }
 
-    /// Limits the disk from now on; requests that wait for older limits heed these within a tenth of a second.
-    pub(crate) fn set_limits(&self, limits: &Limits) -> std::result::Result<(), LimitsError> {
-        self.throttle.set_limits(limits)
-    }
-
-    /// Has the disk share the limits of a group beside its own, or not any more.
-    pub(crate) fn set_group(&self, group: Option<Arc<Group>>) {
-        self.throttle.set_group(group);
+    /// What limits it.
+    pub(crate) const fn throttle(&self) -> &Arc<Throttle> {
+        &self.throttle
     }
 
     /// How many requests the host failed.
@@ -290,11 +327,6 @@ impl Backend {
     /// The serial number that the guest sees.
     pub(crate) fn serial(&self) -> &Serial {
         self.device.serial()
-    }
-
-    /// What the disk may do.
-    pub(crate) fn limits(&self) -> Limits {
-        self.throttle.limits()
     }
 
     /// Opens the image, unless it is open, for front ends to come.
@@ -574,7 +606,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use clap::Parser;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -590,7 +622,7 @@ mod tests {
     const LEN: u64 = 0x2000;
 
     /// Control planes of disks that are not open, for two front ends.
-    fn two_backends() -> [Backend; 2] {
+    pub(crate) fn two_backends() -> [Backend; 2] {
         let sandbox = Sandbox::off();
         let crew = Crew::start(1, EngineChoice::Sync, &sandbox).unwrap();
         let housekeepers = Housekeepers::start(&sandbox).unwrap();

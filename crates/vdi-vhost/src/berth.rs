@@ -21,6 +21,8 @@ use vdi_core::WriteError;
 
 use crate::backend::Backend;
 use crate::complaints::About;
+use crate::dump::Witnesses;
+use crate::limits::Throttle;
 use crate::rings::RingError;
 use crate::session::{self, Said, ServeError};
 use crate::socket::SocketFile;
@@ -42,6 +44,10 @@ pub(crate) enum Door {
 pub(crate) struct Berth {
     name: String,
     door: Door,
+    /// What limits it: the backend's, which may be busy for long.
+    throttle: Arc<Throttle>,
+    /// The threads that serve it, for the same reason.
+    witnesses: Witnesses,
     backend: Arc<Mutex<Backend>>,
     /// What the backend counts, which is looked at without its lock.
     stats: Arc<Stats>,
@@ -74,6 +80,8 @@ impl Berth {
             door,
             stats: Arc::clone(backend.stats()),
             usage: Mutex::new(backend.usage()),
+            throttle: Arc::clone(backend.throttle()),
+            witnesses: backend.witnesses(),
             backend: Arc::new(Mutex::new(backend)),
             poke: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
             is_closing: AtomicBool::new(false),
@@ -111,6 +119,16 @@ impl Berth {
             Err(TryLockError::WouldBlock) => {}
         }
         *usage
+    }
+
+    /// What limits it.
+    pub(crate) const fn throttle(&self) -> &Arc<Throttle> {
+        &self.throttle
+    }
+
+    /// Who can tell how it is when what serves it is busy.
+    pub(crate) const fn witnesses(&self) -> &Witnesses {
+        &self.witnesses
     }
 
     /// What a session has said.

@@ -13,6 +13,7 @@ use std::task::Wake;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::dirty::Guest;
+use crate::dump::SeatDump;
 use crate::queue::{ErrorFd, Mode, Vring};
 use crate::ring::owned;
 use crate::tracking::Tracker;
@@ -159,6 +160,8 @@ pub(crate) enum Command {
     Rekick(u16, Option<OwnedFd>),
     /// The guest's memory changed, or where writes to it are marked.
     Guest(Guest, Takeover),
+    /// Say how the disk is, at once.
+    Dump(Sender<SeatDump>),
     /// Stop all queues of the disk and forget it.
     Leave,
 }

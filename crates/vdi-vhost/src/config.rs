@@ -10,9 +10,15 @@
 //! cache = "direct"
 //! parents = ["/var/lib/vdi-vhost/golden.vdi"]
 //!
+//! [[group]]                             # of disks that share limits (`limits`)
+//! name = "tenant-1"
+//! limits = { iops_total = 10000 }
+//!
 //! [[disk]]
 //! name = "web-1"
 //! image = "/var/lib/vdi-vhost/web-1.vdi"
+//! group = "tenant-1"
+//! limits = { iops_total = 2000, iops_total_max = 8000 }
 //! ```
 //!
 //! Relative paths in the file are relative to the file's own directory. What is wrong is told with its line.
@@ -27,6 +33,8 @@ use vdi_core::{Access, ModifiedParent};
 
 use crate::args::{Args, Cache, MAX_QUEUES};
 use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
+use crate::groups::{GroupError, GroupTable};
+use crate::limits::Limits;
 use crate::metrics::{Audience, Endpoint};
 
 /// Characters of the longest name of a disk: it is a part of a socket's name, of which the kernel takes 107 bytes.
@@ -55,6 +63,10 @@ pub(crate) struct DiskOptions {
     pub(crate) serial: Option<Serial>,
     /// It is opened when its first queue starts.
     pub(crate) incoming: bool,
+    /// What it may do.
+    pub(crate) limits: Limits,
+    /// Whom it shares limits with.
+    pub(crate) group: Option<String>,
 }
 
 /// A disk as it is written down; what is missing is as in the defaults.
@@ -75,6 +87,10 @@ pub(crate) struct DiskTable {
     #[serde(default, deserialize_with = "serial", serialize_with = "serial_text")]
     serial: Option<Serial>,
     incoming: Option<bool>,
+    /// All of the disk's own, or all of the defaults'.
+    limits: Option<Limits>,
+    /// Empty: none, whatever the defaults say.
+    group: Option<String>,
 }
 
 /// The configuration file.
@@ -90,6 +106,8 @@ struct File {
     image_dirs: Vec<PathBuf>,
     #[serde(default)]
     defaults: DiskTable,
+    #[serde(default)]
+    group: Vec<Spanned<GroupTable>>,
     #[serde(default)]
     disk: Vec<Spanned<DiskTable>>,
 }
@@ -107,6 +125,8 @@ pub(crate) struct Config {
     pub(crate) image_dirs: Vec<PathBuf>,
     /// Of disks that are added.
     pub(crate) defaults: DiskTable,
+    /// Of disks that share limits.
+    pub(crate) groups: Vec<GroupTable>,
     /// Those that are served from the start.
     pub(crate) disks: Vec<DiskOptions>,
     /// Whether disks come and go.
@@ -130,6 +150,13 @@ pub(crate) enum ConfigError {
         line: usize,
         #[source]
         source: DiskError,
+    },
+    #[error("{}, line {line}", path.display())]
+    Group {
+        path: PathBuf,
+        line: usize,
+        #[source]
+        source: GroupError,
     },
     #[error("{}, line {line}: a disk called {name} or with the same image or socket is there already", path.display())]
     Twice {
@@ -173,6 +200,8 @@ impl DiskOptions {
             detect_zeroes: args.detect_zeroes,
             serial: args.serial.clone(),
             incoming: args.incoming,
+            limits: Limits::default(),
+            group: None,
         })
     }
 }
@@ -195,6 +224,8 @@ impl DiskTable {
             detect_zeroes: Some(disk.detect_zeroes),
             serial: disk.serial.clone(),
             incoming: Some(disk.incoming),
+            limits: Some(disk.limits),
+            group: Some(disk.group.clone().unwrap_or_default()),
         }
     }
 
@@ -202,6 +233,17 @@ impl DiskTable {
     pub(crate) fn with_serial(self, serial: &Serial) -> Self {
         let serial = Some(serial.clone());
         Self { serial, ..self }
+    }
+
+    /// The same under these limits, and those of this group.
+    pub(crate) fn limited(self, limits: Limits, group: Option<&str>) -> Self {
+        let limits = Some(limits);
+        let group = Some(group.unwrap_or_default().to_owned());
+        Self {
+            limits,
+            group,
+            ..self
+        }
     }
 
     /// The disk that is meant, with these for what is not said.
@@ -250,6 +292,11 @@ impl DiskTable {
                 .unwrap_or(DetectZeroes::Off),
             serial: self.serial.or_else(|| defaults.serial.clone()),
             incoming: yes(self.incoming, defaults.incoming),
+            limits: self.limits.or(defaults.limits).unwrap_or_default(),
+            group: self
+                .group
+                .or_else(|| defaults.group.clone())
+                .filter(|group| !group.is_empty()),
             name,
         })
     }
@@ -287,6 +334,7 @@ impl Config {
             socket_dir: None,
             image_dirs: Vec::new(),
             defaults: DiskTable::default(),
+            groups: Vec::new(),
             disks: DiskOptions::of(args).into_iter().collect(),
             grows: false,
         }
@@ -313,6 +361,7 @@ impl Config {
         let absolute = |path: PathBuf| dir.join(path);
         file.defaults.anchor(dir);
         let socket_dir = file.socket_dir.map(absolute);
+        let groups = groups_of(file.group, text, path)?;
         let mut disks: Vec<DiskOptions> = Vec::with_capacity(file.disk.len());
         let mut taken = BTreeSet::new();
         for table in file.disk {
@@ -325,6 +374,13 @@ impl Config {
                 line,
                 source,
             })?;
+            if let Some(name) = &disk.group
+                && !groups.iter().any(|group| group.name == *name)
+            {
+                let name = name.clone();
+                let (path, source) = (path.to_owned(), GroupError::NoSuchGroup { name });
+                return Err(ConfigError::Group { path, line, source });
+            }
             let new = [
                 Some(PathBuf::from(format!("name {}", disk.name))),
                 Some(disk.image.clone()),
@@ -348,6 +404,7 @@ impl Config {
             socket_dir,
             image_dirs: file.image_dirs.into_iter().map(absolute).collect(),
             defaults: file.defaults,
+            groups,
             disks,
             grows: true,
         })
@@ -366,6 +423,31 @@ fn metrics(place: Option<Endpoint>, is_public: bool) -> Option<(Endpoint, Audien
 /// The same path from any directory.
 pub(crate) fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// The groups of a file, no two with the same name.
+fn groups_of(
+    tables: Vec<Spanned<GroupTable>>,
+    text: &str,
+    path: &Path,
+) -> Result<Vec<GroupTable>, ConfigError> {
+    let mut groups: Vec<GroupTable> = Vec::with_capacity(tables.len());
+    for table in tables {
+        let line = line_of(text, &table.span());
+        let table = table.into_inner();
+        let mut checked = table.check();
+        if groups.iter().any(|other| other.name == table.name) {
+            let name = table.name.clone();
+            checked = Err(GroupError::Exists { name });
+        }
+        checked.map_err(|source| ConfigError::Group {
+            path: path.to_owned(),
+            line,
+            source,
+        })?;
+        groups.push(table);
+    }
+    Ok(groups)
 }
 
 fn access(read_only: bool) -> Access {
@@ -464,6 +546,29 @@ mod tests {
                 "\n[[disk]]\nname = \"../a\"\nimage = \"a\"\n".to_owned(),
                 "line 2",
             ),
+            (format!("{disk}limits = {{ iops = 1 }}\n"), "line 5"),
+            (
+                format!("{disk}[disk.limits]\nbps_total = 2\nbps_total_max = 1\n"),
+                "line 5",
+            ),
+            ("\n[defaults.limits]\niops_total = 0\n".to_owned(), "line 3"),
+            (
+                "\n[defaults.limits]\niops_total_max = 1\n".to_owned(),
+                "line 2",
+            ),
+            (
+                "\n[[group]]\nname = \"g\"\n[[group]]\nname = \"g\"\n".to_owned(),
+                "line 4: a group called g is there already",
+            ),
+            ("\n[[group]]\nname = \"\"\n".to_owned(), "line 2"),
+            (
+                format!("[[group]]\nname = \"g\"\nlimits = {{ bps_total_max = 1 }}\n{disk}"),
+                "line 3",
+            ),
+            (
+                format!("\n{disk}group = \"g\"\n"),
+                "line 2: there is no group called g",
+            ),
             (
                 format!("{disk}serial = \"123456789012345678901\"\n"),
                 "line 5",
@@ -496,6 +601,10 @@ mod tests {
             detect-zeroes = "unmap"
             serial = "B 1"
             incoming = true
+            limits = { iops_total = 7 }
+            group = "some"
+            [[group]]
+            name = "some"
         "#;
         for disk in parse(text).unwrap().disks {
             let written = serde_json::to_string(&DiskTable::of(&disk)).unwrap();
@@ -503,6 +612,61 @@ mod tests {
             let again = read.resolve(&DiskTable::default(), None).unwrap();
             assert_eq!(again, disk);
         }
+    }
+
+    #[test]
+    fn a_disk_has_its_own_limits_and_group_or_those_of_the_defaults() {
+        let config = parse(
+            r#"
+            socket-dir = "sockets"
+            [defaults]
+            group = "all"
+            [defaults.limits]
+            iops_total = 5
+            bps_total = 6
+            [[group]]
+            name = "all"
+            limits = { iops_total = 100, iops_total_max = 200, iops_total_max_length = 60 }
+            [[group]]
+            name = "some"
+            [[disk]]
+            name = "a"
+            image = "a"
+            [[disk]]
+            name = "b"
+            image = "b"
+            group = "some"
+            limits = { iops_total = 7 }
+            [[disk]]
+            name = "c"
+            image = "c"
+            group = ""
+            limits = {}
+            "#,
+        );
+        let config = config.unwrap();
+        let limits = |json| serde_json::from_str::<Limits>(json).unwrap();
+        let found = config
+            .disks
+            .iter()
+            .map(|disk| (disk.limits, disk.group.as_deref()));
+        assert_eq!(
+            found.collect::<Vec<_>>(),
+            [
+                (limits(r#"{"iops_total": 5, "bps_total": 6}"#), Some("all")),
+                (limits(r#"{"iops_total": 7}"#), Some("some")),
+                (Limits::default(), None),
+            ]
+        );
+        let of_groups = config
+            .groups
+            .iter()
+            .map(|group| (&group.name[..], group.limits));
+        let all = r#"{"iops_total": 100, "iops_total_max": 200, "iops_total_max_length": 60}"#;
+        assert_eq!(
+            of_groups.collect::<Vec<_>>(),
+            [("all", limits(all)), ("some", Limits::default())]
+        );
     }
 
     #[test]

@@ -12,6 +12,15 @@
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats-of-all"}
 //! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
+//! {"version": 1, "execute": "set-limits", "arguments": {"group": "tenant-1", "limits": {"iops_total": 10000}}}
+//! {"version": 1, "execute": "add-group", "arguments": {"name": "tenant-1", "limits": {"iops_total": 10000}}}
+//! {"version": 1, "execute": "remove-group", "arguments": {"group": "tenant-1"}}
+//! {"version": 1, "execute": "join-group", "arguments": {"disk": "web-1", "group": "tenant-1"}}
+//! {"version": 1, "execute": "leave-group", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "pause", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "resume", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "log-level", "arguments": {"level": "debug"}}
+//! {"version": 1, "execute": "dump", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "hand-over"}    what the next daemon asks (--take-over); the rest is between the two
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
@@ -21,9 +30,11 @@
 //!
 //! | class | |
 //! | --- | --- |
-//! | `not-understood` | no command, or not of this version |
+//! | `not-understood` | no command, or not of this version, or with arguments that make no sense |
 //! | `no-such-disk` | none of this name; or none was named and there is not one |
-//! | `exists` | a disk of this name is there |
+//! | `no-such-group` | none of this name |
+//! | `exists` | a disk or group of this name is there |
+//! | `in-use` | the group has disks |
 //! | `not-open` | the image cannot be opened: another program has it, it is damaged, or the sandbox forbids it |
 //! | `not-possible` | the format, the host or the way the disk is served says no; or the disks are being handed over |
 //! | `broken` | a part of the daemon failed; the disk needs a restart |
@@ -46,8 +57,11 @@ use vdi_core::Capacity;
 use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
+use crate::dump::Dump;
 use crate::fleet::{self, Fleet, FleetError};
-use crate::limits::{Limits, LimitsError};
+use crate::groups::{GroupError, GroupTable};
+use crate::limits::Limits;
+use crate::log::{self, Filter, LevelError};
 use crate::socket::{SocketError, SocketFile};
 use crate::stats::{StatsSnapshot, Usage};
 
@@ -100,8 +114,22 @@ enum Command {
     StatsOfAll,
     SetLimits {
         disk: Option<String>,
+        group: Option<String>,
         limits: Limits,
     },
+    AddGroup(GroupTable),
+    RemoveGroup {
+        group: String,
+    },
+    JoinGroup {
+        disk: Option<String>,
+        group: String,
+    },
+    LeaveGroup(Option<Which>),
+    Pause(Option<Which>),
+    Resume(Option<Which>),
+    LogLevel(Option<Level>),
+    Dump(Option<Which>),
     Shutdown,
 }
 
@@ -109,6 +137,12 @@ enum Command {
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 struct Which {
     disk: Option<String>,
+}
+
+/// What is to be logged from now on; if that is not said, what is logged is only told.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+struct Level {
+    level: Option<Filter>,
 }
 
 #[derive(Debug, Serialize)]
@@ -128,10 +162,21 @@ enum Outcome {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Returned {
-    Info(Info),
-    List { disks: Vec<Info> },
+    Info(Box<Info>),
+    List {
+        disks: Vec<Info>,
+        groups: Vec<GroupTable>,
+    },
+    Group(GroupTable),
+    Level {
+        level: String,
+        before: String,
+    },
+    Dump(Box<Dump>),
     Stats(Box<NamedStats>),
-    StatsOfAll { disks: Vec<NamedStats> },
+    StatsOfAll {
+        disks: Vec<NamedStats>,
+    },
     Nothing {},
 }
 
@@ -147,10 +192,16 @@ struct Info {
     connected: bool,
     /// Whether it is open here, or waits for its turn.
     open: bool,
+    /// Whether requests wait because an operator wants them to.
+    paused: bool,
     /// Requests that the host failed, since the daemon was started.
     failed_requests: u64,
     /// Whether a failure ended all writing until the daemon is started again.
     failed: bool,
+    /// What it may do.
+    limits: Limits,
+    /// Whom it shares limits with.
+    group: Option<String>,
 }
 
 /// What a disk did and takes, with its name.
@@ -301,12 +352,10 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
     let returned = match command {
         Command::List => Returned::List {
             disks: fleet.list().iter().map(|berth| Info::of(berth)).collect(),
+            groups: fleet.groups().list(),
         },
-        Command::Info(which) => {
-            let disk = which.and_then(|which| which.disk);
-            Returned::Info(Info::of(&*fleet.find(disk.as_deref())?))
-        }
-        Command::Add(table) => Returned::Info(Info::of(&*fleet.add(*table)?)),
+        Command::Info(which) => Returned::info(&*one(which, fleet)?),
+        Command::Add(table) => Returned::info(&*fleet.add(*table)?),
         Command::Remove { disk } => {
             fleet.remove(&disk)?;
             tracing::info!("{disk}: removed");
@@ -317,30 +366,51 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             let to = Capacity::from_bytes_rounded_down(size_bytes);
             let _change = fleet.change()?;
             berth.lock().grow(to)?;
-            Returned::Info(Info::of(&berth))
+            Returned::info(&berth)
         }
         Command::Snapshot { disk, to } => {
             let berth = fleet.find(disk.as_deref())?;
             let _change = fleet.change()?;
             berth.lock().snapshot(&to)?;
-            Returned::Info(Info::of(&berth))
+            Returned::info(&berth)
         }
         Command::Stats(which) => {
-            let disk = which.and_then(|which| which.disk);
-            let berth = fleet.find(disk.as_deref())?;
-            Returned::Stats(Box::new(NamedStats::of(&berth)))
+            let stats = NamedStats::of(&*one(which, fleet)?);
+            Returned::Stats(Box::new(stats))
         }
         Command::StatsOfAll => {
             let all = fleet.list();
             let disks = all.iter().map(|berth| NamedStats::of(berth)).collect();
             Returned::StatsOfAll { disks }
         }
-        Command::SetLimits { disk, limits } => {
-            let berth = fleet.find(disk.as_deref())?;
+        Command::SetLimits {
+            disk,
+            group,
+            limits,
+        } => set_limits(disk.as_deref(), group.as_deref(), &limits, fleet)?,
+        Command::AddGroup(table) => {
             let _change = fleet.change()?;
-            berth.lock().set_limits(&limits)?;
-            Returned::Info(Info::of(&berth))
+            let added = fleet.groups().add(table).map_err(FleetError::from)?;
+            Returned::Group(GroupTable::of(&added))
         }
+        Command::RemoveGroup { group } => {
+            fleet.remove_group(&group)?;
+            Returned::Nothing {}
+        }
+        Command::JoinGroup { disk, group } => {
+            let berth = fleet.find(disk.as_deref())?;
+            fleet.join(&berth, Some(&group))?;
+            Returned::info(&berth)
+        }
+        Command::LeaveGroup(which) => {
+            let berth = one(which, fleet)?;
+            fleet.join(&berth, None)?;
+            Returned::info(&berth)
+        }
+        Command::Pause(which) => pause(&*one(which, fleet)?, fleet)?,
+        Command::Resume(which) => resume(&*one(which, fleet)?, fleet)?,
+        Command::LogLevel(level) => log_level(level.and_then(|level| level.level).as_ref())?,
+        Command::Dump(which) => Returned::Dump(Box::new(Dump::of(&*one(which, fleet)?))),
         Command::Shutdown => {
             let _change = fleet.change()?;
             fleet.end();
@@ -360,6 +430,68 @@ impl NamedStats {
     }
 }
 
+/// The disk that is meant.
+fn one(which: Option<Which>, fleet: &Fleet) -> Result<Arc<Berth>, Failed> {
+    let disk = which.and_then(|which| which.disk);
+    Ok(fleet.find(disk.as_deref())?)
+}
+
+fn pause(berth: &Berth, fleet: &Fleet) -> Result<Returned, Failed> {
+    let _change = fleet.change()?;
+    berth.lock().pause()?;
+    tracing::info!("{}: paused", berth.name());
+    Ok(Returned::info(berth))
+}
+
+fn resume(berth: &Berth, fleet: &Fleet) -> Result<Returned, Failed> {
+    let _change = fleet.change()?;
+    berth.lock().resume()?;
+    tracing::info!("{}: resumed", berth.name());
+    Ok(Returned::info(berth))
+}
+
+/// Limits a disk, or a group.
+fn set_limits(
+    disk: Option<&str>,
+    group: Option<&str>,
+    limits: &Limits,
+    fleet: &Fleet,
+) -> Result<Returned, Failed> {
+    let _change = fleet.change()?;
+    match (disk, group) {
+        (Some(_), Some(_)) => Err(Failed::TwoMeant),
+        (None, Some(group)) => {
+            let group = fleet.groups().find(group).map_err(FleetError::from)?;
+            group.set_limits(limits);
+            Ok(Returned::Group(GroupTable::of(&group)))
+        }
+        (disk, None) => {
+            let berth = fleet.find(disk)?;
+            berth.throttle().set_limits(limits);
+            Ok(Returned::info(&berth))
+        }
+    }
+}
+
+/// Says what is logged, and has something else logged from now on if that is wanted.
+fn log_level(level: Option<&Filter>) -> Result<Returned, Failed> {
+    let before = log::filter()?;
+    if let Some(level) = level {
+        log::set_filter(level)?;
+        tracing::info!("logged is {} now, and was {before}", log::filter()?);
+    }
+    Ok(Returned::Level {
+        level: log::filter()?,
+        before,
+    })
+}
+
+impl Returned {
+    fn info(berth: &Berth) -> Self {
+        Self::Info(Box::new(Info::of(berth)))
+    }
+}
+
 impl Info {
     fn of(berth: &Berth) -> Self {
         let connected = berth.is_connected();
@@ -373,8 +505,14 @@ impl Info {
             size_bytes: backend.capacity().bytes(),
             connected,
             open: backend.is_open(),
+            paused: backend.is_paused(),
             failed_requests: backend.failed_requests(),
             failed: backend.has_failed(),
+            limits: berth.throttle().limits(),
+            group: berth
+                .throttle()
+                .group()
+                .map(|group| group.name().to_owned()),
         }
     }
 }
@@ -387,7 +525,9 @@ enum Failed {
     #[error(transparent)]
     Disk(#[from] ControlError),
     #[error(transparent)]
-    Limits(#[from] LimitsError),
+    Level(#[from] LevelError),
+    #[error("limits are a disk's or a group's; name one of them")]
+    TwoMeant,
 }
 
 impl From<Failed> for Outcome {
@@ -398,19 +538,25 @@ impl From<Failed> for Outcome {
             Failed::Fleet(FleetError::NoSuchDisk { .. } | FleetError::WhichDisk { .. }) => {
                 "no-such-disk"
             }
-            Failed::Fleet(FleetError::Exists { .. }) => "exists",
+            Failed::Fleet(FleetError::Group(GroupError::NoSuchGroup { .. })) => "no-such-group",
+            Failed::Fleet(
+                FleetError::Exists { .. } | FleetError::Group(GroupError::Exists { .. }),
+            ) => "exists",
+            Failed::Fleet(FleetError::Group(GroupError::InUse { .. })) => "in-use",
+            Failed::TwoMeant => "not-understood",
             Failed::Fleet(FleetError::Turn(_)) | Failed::Disk(ControlError::Open(_)) => "not-open",
             Failed::Fleet(
                 FleetError::Options(_)
+                | FleetError::Group(GroupError::Name { .. })
                 | FleetError::TooMany
                 | FleetError::HandingOver
                 | FleetError::Socket(_)
                 | FleetError::Host(_),
             )
-            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_))
-            | Failed::Limits(_) => "not-possible",
-            Failed::Fleet(FleetError::Close(_))
-            | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_)) => "broken",
+            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_)) => "not-possible",
+            Failed::Fleet(FleetError::Close(_) | FleetError::Pause(_))
+            | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_))
+            | Failed::Level(_) => "broken",
         };
         Self::Error { class, desc }
     }

@@ -17,14 +17,14 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vdi_core::WriteError;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, ControlError};
 use crate::berth::{Berth, Door};
 use crate::complaints::About;
 use crate::config::{Config, DiskError, DiskOptions, DiskTable};
 use crate::crew::Crew;
 use crate::device::{Device, Serial, Zeros};
+use crate::groups::{self, GroupError, Groups};
 use crate::housekeeper::Housekeepers;
-use crate::limits::Limits;
 use crate::metrics::Handle;
 use crate::parents::Parents;
 use crate::session::ServeError;
@@ -47,6 +47,7 @@ pub(crate) struct Fleet {
     crew: Arc<Crew>,
     housekeepers: Arc<Housekeepers>,
     parents: Arc<Parents>,
+    groups: Groups,
     doors: Epoll,
     next: AtomicU64,
     disks: Mutex<BTreeMap<u64, Arc<Berth>>>,
@@ -71,7 +72,7 @@ pub(crate) struct Readied {
     opened: Option<Opened>,
     device: Device,
     door: Door,
-    limits: Limits,
+    is_paused: bool,
 }
 
 /// Why there is no such disk, or no more than there were.
@@ -90,6 +91,8 @@ pub(crate) enum FleetError {
     #[error("there are {MOST_DISKS} disks, the most that are served")]
     TooMany,
     #[error(transparent)]
+    Group(#[from] GroupError),
+    #[error(transparent)]
     Turn(#[from] TurnError),
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -97,6 +100,8 @@ pub(crate) enum FleetError {
     Host(#[source] io::Error),
     #[error("the image could not be closed clean")]
     Close(#[from] WriteError),
+    #[error("the disk was paused, and cannot be here")]
+    Pause(#[source] ControlError),
 }
 
 impl Readied {
@@ -133,7 +138,7 @@ impl Readied {
             opened,
             device,
             door,
-            limits: Limits::default(),
+            is_paused: false,
         })
     }
 
@@ -150,7 +155,7 @@ impl Readied {
                 listener: taken.listener,
                 file: options.socket.as_deref().and_then(SocketFile::of_another),
             },
-            limits: taken.limits,
+            is_paused: taken.is_paused,
             options,
         })
     }
@@ -188,6 +193,7 @@ impl Fleet {
         let each = config.disks.iter();
         let described = each.map(|disk| (disk.name.clone(), disk.clone())).collect();
         Ok(Self {
+            groups: Groups::new(&config.groups),
             config,
             crew,
             housekeepers,
@@ -236,6 +242,9 @@ impl Fleet {
         let (defaults, dir) = (&self.config.defaults, self.config.socket_dir.as_deref());
         let options = table.resolve(defaults, dir)?;
         self.refuse_twin(&options)?;
+        if let Some(group) = &options.group {
+            self.groups.find(group)?;
+        }
         let readied = Readied::new(options, &self.parents, None)?;
         tracing::info!("{}: {}", readied.options.name, readied.describe());
         self.serve(readied)
@@ -248,6 +257,7 @@ impl Fleet {
         } else {
             About::default()
         };
+        let is_paused = readied.is_paused;
         let workers = Workers::new(&self.crew);
         let housekeepers = Arc::clone(&self.housekeepers);
         let device = Arc::new(readied.device);
@@ -255,13 +265,23 @@ impl Fleet {
         if let Some(opened) = readied.opened {
             backend.serve(opened);
         }
-        // They were accepted before.
-        let _ = backend.set_limits(&readied.limits);
-        let name = readied.options.name.clone();
+        let DiskOptions {
+            name,
+            limits,
+            group,
+            ..
+        } = readied.options;
         let berth = Berth::new(name, &about, readied.door, backend).map_err(FleetError::Host)?;
         let berth = Arc::new(berth);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
+        berth.throttle().set_limits(&limits);
+        if is_paused {
+            berth.lock().pause().map_err(FleetError::Pause)?;
+        }
         {
+            let groups = self.groups.lock();
+            let group = group.map(|name| groups::find(&groups, &name)).transpose()?;
+            berth.throttle().set_group(group);
             let mut disks = self.disks();
             // Two operators may have asked for the same at once.
             if disks.values().any(|other| other.name() == berth.name()) {
@@ -344,6 +364,37 @@ impl Fleet {
             name: name.unwrap_or_default().to_owned(),
         };
         found.cloned().ok_or_else(missing)
+    }
+
+    /// Disks that share limits.
+    pub(crate) const fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// Has a disk share the limits of a group, or of none.
+    pub(crate) fn join(&self, disk: &Berth, group: Option<&str>) -> Result<(), FleetError> {
+        let _change = self.change()?;
+        let groups = self.groups.lock();
+        let group = group.map(|name| groups::find(&groups, name)).transpose()?;
+        disk.throttle().set_group(group);
+        Ok(())
+    }
+
+    /// Forgets a group that no disk is in.
+    pub(crate) fn remove_group(&self, name: &str) -> Result<(), FleetError> {
+        let _change = self.change()?;
+        let mut groups = self.groups.lock();
+        let group = groups::find(&groups, name)?;
+        let is_in = |disk: &&Arc<Berth>| {
+            let its = disk.throttle().group();
+            its.is_some_and(|its| Arc::ptr_eq(&its, &group))
+        };
+        if let Some(disk) = self.disks().values().find(is_in) {
+            let (name, disk) = (name.to_owned(), disk.name().to_owned());
+            return Err(GroupError::InUse { name, disk }.into());
+        }
+        groups.remove(name);
+        Ok(())
     }
 
     /// Ends the service of a disk: what is in flight is answered, its front end is disconnected, its image closed.

@@ -396,14 +396,11 @@ impl Daemon {
     /// # Panics
     /// If these are no limits.
     pub fn limit(&self, own: &str, group: &str) {
-        let [own, limits] = [own, group].map(serde_json::from_str);
-        let group = Arc::new(Group::default());
-        let backend = self.berth.lock();
-        let set = group.set_limits(&limits.expect("limits"));
-        set.expect("they make sense");
-        backend.set_group(Some(group));
-        let set = backend.set_limits(&own.expect("limits"));
-        set.expect("they make sense");
+        let limits = |json| serde_json::from_str(json).expect("limits");
+        let group = Group::new("of one disk".to_owned(), &limits(group));
+        let throttle = self.berth.throttle();
+        throttle.set_group(Some(Arc::new(group)));
+        throttle.set_limits(&limits(own));
     }
 
     /// Serves a front end until it goes away.

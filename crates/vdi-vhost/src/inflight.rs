@@ -29,6 +29,7 @@ use crate::clock::Moment;
 use crate::command::SeatNumber;
 use crate::complaints::Complaints;
 use crate::device::Device;
+use crate::dump::RequestDump;
 use crate::engine::Engine;
 use crate::image_file::ImageFile;
 use crate::memory;
@@ -388,6 +389,30 @@ impl Active {
             }
         };
         (active, next)
+    }
+
+    /// How it is.
+    pub(crate) fn dump(&self, now: Moment) -> RequestDump {
+        let stage = match &self.work {
+            Work::Read { .. } => "read",
+            Work::Change { window, .. } => match window {
+                Window::None => "room",
+                Window::Reserved { .. } => "write",
+                Window::Written { .. } => "commit",
+            },
+            Work::Sync => "sync",
+            Work::Nothing => "answer",
+        };
+        RequestDump {
+            queue: self.key.queue,
+            head: self.key.head,
+            kind: self.ticket.kind,
+            bytes: self.ticket.bytes,
+            age_us: now.since(self.ticket.taken) / 1000,
+            stage,
+            transfers: self.outstanding,
+            failed: self.failure.is_some(),
+        }
     }
 
     fn begin(&mut self, mut change: Change, context: &mut Context<'_>) -> Next {

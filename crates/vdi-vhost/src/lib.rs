@@ -18,6 +18,7 @@ mod access;
 mod args;
 mod backend;
 mod berth;
+mod bucket;
 mod chain;
 mod channel;
 mod clock;
@@ -30,11 +31,14 @@ mod device;
 mod device_state;
 mod dirty;
 mod doorman;
+mod dump;
 mod engine;
 mod fault;
 mod fleet;
 #[doc(hidden)]
 pub mod fuzzing;
+mod gate;
+mod groups;
 mod housekeeper;
 mod image_file;
 mod inflight;
@@ -253,6 +257,7 @@ type Start = (Vec<Readied>, Option<ControlSocket>, Option<TakeOver>);
 fn taken(mut from: TakeOver, config: &mut Config, parents: &Arc<Parents>) -> Result<Start, Fatal> {
     let (listener, path) = from.control_socket(config.control_socket.as_deref())?;
     let control = ControlSocket::of_another(listener, path);
+    config.groups = from.take_groups();
     let disks = from.take_disks();
     config.disks = disks
         .iter()

@@ -1,72 +1,65 @@
 //! How much a disk may do in a second, and a group of disks together.
 //!
-//! The numbers mean what those of QEMU's `throttle-group` mean. `iops_total` requests and `bps_total` bytes per second leak out of a bucket
-//! each, and requests are taken while it is not over its brim: what leaks in a tenth of a second, or what `iops_total_max` and
-//! `bps_total_max` leak in one (`-max-length` 1). A request is paid for when it is taken, so one that is larger than the bucket is taken
-//! like any other, and what it owes keeps the next ones waiting. Every request that the guest sends counts as one; bytes are those that
-//! reads and writes move. (QEMU counts no flushes, and the bytes of write-zeroes, which move none here.)
+//! The numbers have the names and the meaning of those of QEMU's `throttle-group`: each fills a leaky bucket, and requests are taken while
+//! that is not over its brim.
 //!
-//! ```text
-//! Seat: Gate ── Place in ─► Bucket of the disk (Throttle)
-//!            └─ Place in ─► Bucket of its group (Group)
-//! ```
+//! | limit | leaks in a second | up to the brim |
+//! | --- | --- | --- |
+//! | `iops_total` | so many requests | a tenth of that, or `iops_total_max` times `iops_total_max_length` requests |
+//! | `bps_total` | so many bytes | a tenth of that, or `bps_total_max` times `bps_total_max_length` bytes |
+//! | `…_max`, if its `…_max_length` is above 1 | so many | a tenth of that |
 //!
-//! A bucket is one number: when it will be empty. Whoever finds it over its brim gets a place: the moment when all that was taken before has
-//! leaked down to the brim. At that moment it may take what leaks in a [`QUANTUM`], whatever others took meanwhile, and then goes for a
-//! new place behind theirs. So those who wait take turns, nobody has to be told that it is another one's turn, and one that does not
-//! come for its turn keeps nobody waiting. Who owes more than a quantum pays one in each of its turns. The seats of a
-//! disk share its turns in the group.
+//! So with a `_max_length` of 1, which is what it is unless it is given, all of `_max` may come at once after a time with less, and with a
+//! greater one `_max` is a rate, for so many seconds (and as much longer as leaks meanwhile). A request is paid for when it is taken, so one
+//! that is larger than the bucket is taken like any other, and what it owes keeps the next ones waiting. Every request that the guest sends
+//! counts as one; bytes are those that reads and writes move. (QEMU counts no flushes, and the bytes of write-zeroes, which move none here.)
 //!
 //! Chains that an earlier daemon left in flight are not held: they were paid for there.
+//!
+//! Not here: the buckets and how disks take turns (`bucket`), where chains wait (`gate`), groups by their names (`groups`).
+//!
+//! Source: QEMU, docs/throttle.txt and util/throttle.c.
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use smallvec::SmallVec;
 
-use crate::clock::Moment;
+use crate::bucket::{Bucket, Unit};
 
-/// Nanoseconds in a second.
-const SECOND: u64 = 1_000_000_000;
-
-/// What leaks in this time is the brim of a bucket without a burst, as QEMU has it.
-const DEFAULT_BRIM: u64 = SECOND / 10;
-
-/// What leaks in this time may be taken in one turn of those who wait. Less costs more wake-ups, more makes turns rarer.
-const QUANTUM: u64 = 2_000_000;
-
-/// At low rates it is as long as this takes, or one request, so that turns are not mostly spent with paying debts.
-const QUANTUM_BYTES: u64 = 16 << 10;
-
-/// How late a turn may begin, and how long it may last, before it is forfeited by who does not use it.
-const GRACE: u64 = SECOND / 10;
-
-/// How soon limits that were changed are heeded by who waits for the old ones.
-const LONGEST_HOLD: u64 = SECOND / 10;
-
-/// Limits, by the names of QEMU's options; none: there is no such limit.
+/// Limits that make sense, by the names of QEMU's options; none: there is no such limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(remote = "Self", default, deny_unknown_fields)]
 pub(crate) struct Limits {
     /// Requests per second.
-    pub(crate) iops_total: Option<NonZeroU64>,
-    /// Requests that may come at once after a time with fewer.
-    pub(crate) iops_total_max: Option<NonZeroU64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iops_total: Option<NonZeroU64>,
+    /// The same in a burst.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iops_total_max: Option<NonZeroU64>,
+    /// Seconds that a burst lasts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iops_total_max_length: Option<NonZeroU64>,
     /// Bytes per second.
-    pub(crate) bps_total: Option<NonZeroU64>,
-    /// Bytes that may come at once after a time with fewer.
-    pub(crate) bps_total_max: Option<NonZeroU64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bps_total: Option<NonZeroU64>,
+    /// The same in a burst.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bps_total_max: Option<NonZeroU64>,
+    /// Seconds that a burst lasts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bps_total_max_length: Option<NonZeroU64>,
 }
 
-/// Why limits make no sense.
+/// Why limits make no sense. QEMU refuses the same.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum LimitsError {
-    /// A burst of what is not limited.
+enum LimitsError {
     #[error("{of}_max is given without {of}; give both")]
     BurstAlone { of: &'static str },
-    /// QEMU refuses that, too.
+    #[error("{of}_max_length is given without {of}_max; give both")]
+    LengthAlone { of: &'static str },
     #[error("{of}_max is {max}, which is less than {of}, {rate}; give at least that")]
     SmallBurst {
         of: &'static str,
@@ -75,38 +68,26 @@ pub(crate) enum LimitsError {
     },
 }
 
-/// What of a request is limited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unit {
-    Request,
-    Byte,
-}
-
-/// A leaky bucket, filled by many.
-#[derive(Debug)]
-struct Bucket {
+/// How much of one unit.
+struct Limit {
+    of: &'static str,
     unit: Unit,
-    /// What leaks in a second.
-    rate: NonZeroU64,
-    /// How long it takes to leak from the brim to the bottom, in nanoseconds.
-    brim: u64,
-    /// What may be taken in one turn, as the time in which it leaks.
-    quantum: u64,
-    /// When nothing will be left in it, as a [`Moment`].
-    empty_at: AtomicU64,
+    rate: Option<NonZeroU64>,
+    max: Option<NonZeroU64>,
+    length: Option<NonZeroU64>,
 }
 
 /// The buckets of what is limited together.
-type Buckets = SmallVec<[Arc<Bucket>; 2]>;
+pub(crate) type Buckets = SmallVec<[Arc<Bucket>; 2]>;
 
-/// The limits of one disk; its seats hold them.
+/// The limits of one disk; its seats heed them.
 #[derive(Debug, Default)]
 pub(crate) struct Throttle {
-    /// Changes with `all`.
+    /// Changes with what is below.
     version: AtomicU64,
-    all: Mutex<Own>,
+    own: Mutex<Own>,
     /// Seats that are held.
-    held: AtomicUsize,
+    pub(crate) held: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -117,290 +98,160 @@ struct Own {
 }
 
 /// Disks that share limits.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Group {
+    name: String,
     version: AtomicU64,
-    buckets: Mutex<Buckets>,
+    shared: Mutex<(Limits, Buckets)>,
 }
 
 impl Limits {
-    fn buckets(&self) -> Result<Buckets, LimitsError> {
-        let requests = (
-            "iops_total",
-            Unit::Request,
-            self.iops_total,
-            self.iops_total_max,
-        );
-        let bytes = ("bps_total", Unit::Byte, self.bps_total, self.bps_total_max);
+    fn each(&self) -> [Limit; 2] {
+        let requests = Limit {
+            of: "iops_total",
+            unit: Unit::Request,
+            rate: self.iops_total,
+            max: self.iops_total_max,
+            length: self.iops_total_max_length,
+        };
+        let bytes = Limit {
+            of: "bps_total",
+            unit: Unit::Byte,
+            rate: self.bps_total,
+            max: self.bps_total_max,
+            length: self.bps_total_max_length,
+        };
+        [requests, bytes]
+    }
+
+    fn buckets(&self) -> Buckets {
         let mut buckets = Buckets::new();
-        for (of, unit, rate, max) in [requests, bytes] {
-            match (rate, max) {
-                (None, None) => {}
-                (None, Some(_)) => return Err(LimitsError::BurstAlone { of }),
-                (Some(rate), Some(max)) if max < rate => {
-                    return Err(LimitsError::SmallBurst { of, max, rate });
+        for limit in self.each() {
+            let Some(rate) = limit.rate else {
+                continue;
+            };
+            let bucket = match (limit.max, limit.length.map_or(1, NonZeroU64::get)) {
+                (None, _) => Bucket::shallow(limit.unit, rate),
+                (Some(max), length) => {
+                    if length > 1 {
+                        buckets.push(Arc::new(Bucket::shallow(limit.unit, max)));
+                    }
+                    let most = max.get().saturating_mul(length);
+                    Bucket::holding(limit.unit, rate, most)
                 }
-                (Some(rate), max) => buckets.push(Arc::new(Bucket::new(unit, rate, max))),
-            }
+            };
+            buckets.push(Arc::new(bucket));
         }
-        Ok(buckets)
+        buckets
+    }
+}
+
+impl Limit {
+    fn check(&self) -> Result<(), LimitsError> {
+        let of = self.of;
+        match (self.rate, self.max, self.length) {
+            (_, None, Some(_)) => Err(LimitsError::LengthAlone { of }),
+            (None, Some(_), _) => Err(LimitsError::BurstAlone { of }),
+            (Some(rate), Some(max), _) if max < rate => {
+                Err(LimitsError::SmallBurst { of, max, rate })
+            }
+            (_, _, _) => Ok(()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Limits {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Self, D::Error> {
+        let limits = Self::deserialize(source)?;
+        let checked = limits.each().iter().try_for_each(Limit::check);
+        checked.map_err(serde::de::Error::custom)?;
+        Ok(limits)
+    }
+}
+
+impl Serialize for Limits {
+    fn serialize<S: Serializer>(&self, into: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, into)
     }
 }
 
 impl Throttle {
-    /// Has the disk heed these limits from now on, with empty buckets.
-    pub(crate) fn set_limits(&self, limits: &Limits) -> Result<(), LimitsError> {
-        let buckets = limits.buckets()?;
+    /// Has the disk heed these limits from now on, with empty buckets. Requests that wait for older ones heed them within a tenth of a
+    /// second.
+    pub(crate) fn set_limits(&self, limits: &Limits) {
         {
-            let mut all = lock(&self.all);
-            (all.limits, all.buckets) = (*limits, buckets);
+            let mut own = lock(&self.own);
+            (own.limits, own.buckets) = (*limits, limits.buckets());
         }
         self.version.fetch_add(1, Ordering::Release);
-        Ok(())
-    }
-
-    /// The disk's own limits.
-    pub(crate) fn limits(&self) -> Limits {
-        lock(&self.all).limits
     }
 
     /// Has the disk share a group's limits beside its own, or only heed its own.
     pub(crate) fn set_group(&self, group: Option<Arc<Group>>) {
-        lock(&self.all).group = group;
+        lock(&self.own).group = group;
         self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// Its own limits.
+    pub(crate) fn limits(&self) -> Limits {
+        lock(&self.own).limits
+    }
+
+    /// The group that it is in.
+    pub(crate) fn group(&self) -> Option<Arc<Group>> {
+        lock(&self.own).group.clone()
+    }
+
+    /// How many seats wait for its limits or its group's.
+    pub(crate) fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// What its own limits fill.
+    pub(crate) fn buckets(&self) -> Buckets {
+        lock(&self.own).buckets.clone()
+    }
+
+    /// Another number after each change.
+    pub(crate) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
     }
 }
 
 impl Group {
+    /// A group without disks.
+    pub(crate) fn new(name: String, limits: &Limits) -> Self {
+        Self {
+            name,
+            version: AtomicU64::new(0),
+            shared: Mutex::new((*limits, limits.buckets())),
+        }
+    }
+
+    /// What operators call it.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Has the group's disks heed these limits from now on, with empty buckets.
-    pub(crate) fn set_limits(&self, limits: &Limits) -> Result<(), LimitsError> {
-        *lock(&self.buckets) = limits.buckets()?;
+    pub(crate) fn set_limits(&self, limits: &Limits) {
+        *lock(&self.shared) = (*limits, limits.buckets());
         self.version.fetch_add(1, Ordering::Release);
-        Ok(())
-    }
-}
-
-impl Bucket {
-    fn new(unit: Unit, rate: NonZeroU64, max: Option<NonZeroU64>) -> Self {
-        let least = match unit {
-            Unit::Request => 1,
-            Unit::Byte => QUANTUM_BYTES,
-        };
-        Self {
-            unit,
-            rate,
-            quantum: time_of(least, rate).max(QUANTUM),
-            brim: max.map_or(DEFAULT_BRIM, |max| time_of(max.get(), rate)),
-            empty_at: AtomicU64::new(0),
-        }
     }
 
-    /// How long it takes until this much has leaked.
-    fn cost(&self, bytes: u64) -> u64 {
-        match self.unit {
-            Unit::Request => time_of(1, self.rate),
-            Unit::Byte => time_of(bytes, self.rate),
-        }
+    /// Its limits.
+    pub(crate) fn limits(&self) -> Limits {
+        lock(&self.shared).0
     }
 
-    /// When it is not over its brim any more.
-    fn due(&self) -> Moment {
-        let empty_at = self.empty_at.load(Ordering::Relaxed);
-        Moment(empty_at.saturating_sub(self.brim))
+    /// What they fill.
+    pub(crate) fn buckets(&self) -> Buckets {
+        lock(&self.shared).1.clone()
     }
 
-    /// What goes into it up to the brim.
-    fn room(&self, now: Moment) -> u64 {
-        let empty_at = Moment(self.empty_at.load(Ordering::Relaxed));
-        self.brim.saturating_sub(empty_at.since(now))
-    }
-
-    fn fill(&self, now: Moment, cost: u64) {
-        let more = |empty_at: u64| Some(empty_at.max(now.0).saturating_add(cost));
-        let relaxed = Ordering::Relaxed;
-        let _ = self.empty_at.fetch_update(relaxed, relaxed, more);
-    }
-}
-
-/// How long so many take at so many per second, in nanoseconds.
-fn time_of(units: u64, rate: NonZeroU64) -> u64 {
-    let nanos = u128::from(units) * u128::from(SECOND) / u128::from(rate.get());
-    u64::try_from(nanos).unwrap_or(u64::MAX)
-}
-
-/// A seat's place among those who fill a bucket.
-#[derive(Debug)]
-struct Place {
-    bucket: Arc<Bucket>,
-    /// Whether the seats of the disk share it with others.
-    is_group: bool,
-    /// When it is its turn, if it waits.
-    due: Option<Moment>,
-    /// Since when it has been its turn, if it was.
-    turn: Option<Moment>,
-    /// What it may still take in that.
-    left: u64,
-    /// What it took and has not paid.
-    owed: u64,
-    /// Up to when that is right.
-    since: Moment,
-}
-
-impl Place {
-    fn new(bucket: &Arc<Bucket>, is_group: bool) -> Self {
-        Self {
-            bucket: Arc::clone(bucket),
-            is_group,
-            due: None,
-            turn: None,
-            left: 0,
-            owed: 0,
-            since: Moment(0),
-        }
-    }
-
-    /// When it may take something, if not now. Of the bucket's quantum it may use the `share`th part.
-    fn wait(&mut self, now: Moment, share: u64) -> Option<Moment> {
-        let quantum = (self.bucket.quantum / share.max(1)).max(1);
-        self.forgive(now);
-        loop {
-            let has_turn = self.turn.is_some_and(|turn| now < turn.plus(GRACE));
-            if has_turn && self.left > 0 {
-                self.pay(now, self.left);
-                if self.owed == 0 && self.left > 0 {
-                    return None;
-                }
-            }
-            let place = self.due.filter(|due| now < due.plus(GRACE));
-            let due = place.unwrap_or_else(|| self.bucket.due());
-            if now < due {
-                self.due = Some(due);
-                return Some(due);
-            }
-            if place.is_some() {
-                (self.turn, self.left) = (Some(now), quantum);
-            } else if self.owed == 0 {
-                return None;
-            } else {
-                self.pay(now, quantum);
-            }
-        }
-    }
-
-    fn charge(&mut self, now: Moment, bytes: u64) {
-        self.forgive(now);
-        self.owed = self.owed.saturating_add(self.bucket.cost(bytes));
-        let most = match self.left {
-            0 => self.bucket.quantum,
-            left => left,
-        };
-        self.pay(now, most);
-    }
-
-    /// What leaked from the empty bucket since it was in debt is paid.
-    fn forgive(&mut self, now: Moment) {
-        let empty_at = Moment(self.bucket.empty_at.load(Ordering::Relaxed));
-        let unused = now.since(empty_at.max(self.since));
-        self.owed = self.owed.saturating_sub(unused);
-        self.since = now;
-    }
-
-    /// Pays what it owes, as far as it may: all that there is room for, since nobody else waits then, or this much.
-    fn pay(&mut self, now: Moment, most: u64) {
-        let paid = self.owed.min(most.max(self.bucket.room(now)));
-        if paid == 0 {
-            return; // It keeps its place.
-        }
-        self.due = None;
-        self.bucket.fill(now, paid);
-        self.owed -= paid;
-        self.left = self.left.saturating_sub(paid);
-    }
-}
-
-/// Where the chains of one seat pass, if its disk has limits.
-#[derive(Debug)]
-pub(crate) struct Gate {
-    throttle: Arc<Throttle>,
-    version: u64,
-    group: Option<Arc<Group>>,
-    group_version: u64,
-    places: SmallVec<[Place; 4]>,
-    is_held: bool,
-}
-
-impl Gate {
-    /// A gate of a seat of this disk.
-    pub(crate) fn new(throttle: Arc<Throttle>) -> Self {
-        let mut gate = Self {
-            throttle,
-            version: 0,
-            group: None,
-            group_version: 0,
-            places: SmallVec::new(),
-            is_held: false,
-        };
-        gate.renew();
-        gate
-    }
-
-    /// Whether there are limits.
-    pub(crate) fn is_limited(&mut self) -> bool {
-        let is_old = self.throttle.version.load(Ordering::Acquire) != self.version;
-        let group = self.group.as_ref();
-        let version = group.map(|group| group.version.load(Ordering::Acquire));
-        if is_old || version.is_some_and(|version| version != self.group_version) {
-            self.renew();
-        }
-        !self.places.is_empty()
-    }
-
-    fn renew(&mut self) {
-        // A change after that is seen the next time.
-        self.version = self.throttle.version.load(Ordering::Acquire);
-        let own = lock(&self.throttle.all);
-        let place = |bucket| Place::new(bucket, false);
-        self.places = own.buckets.iter().map(place).collect();
-        self.group.clone_from(&own.group);
-        if let Some(group) = &self.group {
-            self.group_version = group.version.load(Ordering::Acquire);
-            let buckets = lock(&group.buckets);
-            let place = |bucket| Place::new(bucket, true);
-            self.places.extend(buckets.iter().map(place));
-        }
-    }
-
-    /// Whether a chain may be taken in the turn that began at `now`; else when to ask again.
-    pub(crate) fn admit(&mut self, now: Moment) -> Result<(), Moment> {
-        let seats = self.throttle.held.load(Ordering::Relaxed) as u64;
-        let wait = |place: &mut Place| place.wait(now, if place.is_group { seats } else { 1 });
-        match self.places.iter_mut().filter_map(wait).max() {
-            Some(due) => Err(due.min(now.plus(LONGEST_HOLD))),
-            None => Ok(()),
-        }
-    }
-
-    /// A chain was taken that moves so many bytes.
-    pub(crate) fn charge(&mut self, now: Moment, bytes: u64) {
-        for place in &mut self.places {
-            place.charge(now, bytes);
-        }
-    }
-
-    /// Whether chains wait at it, from now on.
-    pub(crate) fn set_held(&mut self, is_held: bool) {
-        match (self.is_held, is_held) {
-            (false, true) => self.throttle.held.fetch_add(1, Ordering::Relaxed),
-            (true, false) => self.throttle.held.fetch_sub(1, Ordering::Relaxed),
-            (true, true) | (false, false) => return,
-        };
-        self.is_held = is_held;
-    }
-}
-
-impl Drop for Gate {
-    fn drop(&mut self) {
-        self.set_held(false);
+    /// Another number after each change.
+    pub(crate) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
     }
 }
 
@@ -412,234 +263,34 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    const MILLISECOND: u64 = SECOND / 1000;
-
-    fn limits(json: &str) -> Limits {
-        serde_json::from_str(json).unwrap()
-    }
-
-    fn disk(own: &str, group: Option<&Arc<Group>>) -> Arc<Throttle> {
-        let throttle = Arc::new(Throttle::default());
-        throttle.set_limits(&limits(own)).unwrap();
-        throttle.set_group(group.cloned());
-        throttle
-    }
-
-    fn group(json: &str) -> Arc<Group> {
-        let group = Arc::new(Group::default());
-        group.set_limits(&limits(json)).unwrap();
-        group
-    }
-
-    /// A seat that always has chains of one size, and what passed its gate.
-    struct Flood {
-        gate: Gate,
-        bytes: u64,
-        passed: u64,
-        until: Moment,
-    }
-
-    impl Flood {
-        fn new(throttle: &Arc<Throttle>, bytes: u64) -> Self {
-            Self {
-                gate: Gate::new(Arc::clone(throttle)),
-                bytes,
-                passed: 0,
-                until: Moment(0),
-            }
-        }
-
-        /// A turn of its worker, if there is one.
-        fn turn(&mut self, now: Moment) {
-            if now < self.until {
-                return;
-            }
-            assert!(self.gate.is_limited());
-            for _ in 0..32 {
-                match self.gate.admit(now) {
-                    Ok(()) => self.gate.charge(now, self.bytes),
-                    Err(until) => {
-                        assert!(until > now, "nobody waits for the past");
-                        self.until = until;
-                        self.gate.set_held(true);
-                        return;
-                    }
-                }
-                self.passed += 1;
-            }
-            self.gate.set_held(false);
-        }
-    }
-
-    /// Turns of all in every step of 50 µs of so many milliseconds.
-    fn run(floods: &mut [Flood], start: u64, milliseconds: u64) {
-        for step in 0..milliseconds * 20 {
-            let now = Moment(start + step * 50_000);
-            floods.iter_mut().for_each(|flood| flood.turn(now));
-        }
-    }
-
-    fn passed(floods: &[Flood]) -> Vec<u64> {
-        floods.iter().map(|flood| flood.passed).collect()
-    }
-
     #[test]
-    fn a_disk_gets_its_burst_and_then_its_rate() {
-        let second = |json, bytes| {
-            let mut floods = [Flood::new(&disk(json, None), bytes)];
-            run(&mut floods, 0, 1);
-            let burst = floods[0].passed;
-            run(&mut floods, MILLISECOND, 2000);
-            (burst, floods[0].passed - burst)
-        };
-        // A tenth of a second's, and the one that goes over the brim. Small ones come in quanta then.
-        assert_eq!(second(r#"{"iops_total": 100}"#, 1), (11, 200));
-        assert_eq!(
-            second(r#"{"iops_total": 100, "iops_total_max": 300}"#, 1),
-            (301, 200)
-        );
-        assert_eq!(second(r#"{"bps_total": 1000000}"#, 1000), (101, 2016));
-        let both = r#"{"bps_total": 1000000, "iops_total": 100}"#;
-        assert_eq!(second(both, 100), (11, 200));
-        assert_eq!(second(both, 100_000).1, 20);
-    }
-
-    #[test]
-    fn what_is_larger_than_the_bucket_passes_and_is_paid_for() {
-        let throttle = disk(r#"{"bps_total": 1000000}"#, None);
-        let mut floods = [Flood::new(&throttle, 3_000_000)];
-        run(&mut floods, 0, 2899);
-        assert_eq!(floods[0].passed, 1);
-        run(&mut floods, 2899 * MILLISECOND, 4);
-        assert_eq!(floods[0].passed, 2);
-        run(&mut floods, 2903 * MILLISECOND, 30_000);
-        assert_eq!(floods[0].passed, 12);
-        // It is paid for by time in which nothing is asked for, too.
-        let mut gate = Gate::new(disk(r#"{"bps_total": 1000000}"#, None));
-        gate.charge(Moment(0), 3_000_000);
-        assert!(gate.admit(Moment(2 * SECOND)).is_err());
-        let mut gate = Gate::new(disk(r#"{"bps_total": 1000000}"#, None));
-        gate.charge(Moment(0), 3_000_000);
-        assert!(gate.admit(Moment(3 * SECOND)).is_ok());
-        // The largest request that there could be neither overflows nor stops others of the group.
-        let group = group(r#"{"bps_total": 1000}"#);
-        let mut floods = [
-            Flood::new(&disk("{}", Some(&group)), u64::MAX),
-            Flood::new(&disk("{}", Some(&group)), 10),
-        ];
-        run(&mut floods, 0, 200_000);
-        assert_eq!(floods[0].passed, 1);
-        // Half of the time is its own.
-        assert!(
-            (8000..12_000).contains(&floods[1].passed),
-            "{:?}",
-            passed(&floods)
-        );
-    }
-
-    #[test]
-    fn disks_of_a_group_take_turns_whatever_they_ask_for() {
-        let group = group(r#"{"bps_total": 10000000}"#);
-        let of_group = || disk("{}", Some(&group));
-        let large = 1_000_000;
-        let mut floods = [
-            Flood::new(&of_group(), large),
-            Flood::new(&of_group(), 10_000),
-            Flood::new(&of_group(), 100_000),
-        ];
-        run(&mut floods, 0, 1000);
-        let before = passed(&floods);
-        run(&mut floods, SECOND, 30_000);
-        let bytes: Vec<_> = floods
-            .iter()
-            .zip(before)
-            .map(|(flood, before)| (flood.passed - before) * flood.bytes)
-            .collect();
-        let all: u64 = bytes.iter().sum();
-        assert!(all.abs_diff(300_000_000) <= 2 * large, "{bytes:?}");
-        for bytes in &bytes {
-            assert!(bytes.abs_diff(100_000_000) < 10_000_000, "{bytes:?}");
+    fn what_makes_no_sense_is_refused() {
+        for (json, said) in [
+            (
+                r#"{"bps_total_max": 5}"#,
+                "bps_total_max is given without bps_total; give both",
+            ),
+            (
+                r#"{"iops_total": 6, "iops_total_max": 5}"#,
+                "iops_total_max is 5, which is less than iops_total, 6; give at least that",
+            ),
+            (
+                r#"{"iops_total": 6, "iops_total_max_length": 5}"#,
+                "iops_total_max_length is given without iops_total_max; give both",
+            ),
+            (r#"{"iops_total": 0}"#, "nonzero"),
+            (r#"{"iops": 5}"#, "unknown field `iops`"),
+        ] {
+            let error = serde_json::from_str::<Limits>(json).unwrap_err();
+            assert!(error.to_string().contains(said), "{json}: {error}");
         }
     }
 
     #[test]
-    fn a_disk_that_asks_for_little_waits_for_no_more_than_a_turn_of_each_other() {
-        let group = group(r#"{"iops_total": 1000}"#);
-        let of_group = || disk("{}", Some(&group));
-        let mut floods: Vec<_> = (0..8).map(|_| Flood::new(&of_group(), 1)).collect();
-        run(&mut floods, 0, 1000);
-        let mut calm = Flood::new(&of_group(), 1);
-        for nth in 1..20 {
-            let start = nth * SECOND;
-            let mut waited = 0;
-            while {
-                run(&mut floods, start + waited, 1);
-                calm.gate.admit(Moment(start + waited)).is_err()
-            } {
-                waited += MILLISECOND;
-            }
-            calm.gate.charge(Moment(start + waited), 1);
-            assert!(waited <= 8 * 2 * MILLISECOND + MILLISECOND, "{waited}");
-            run(&mut floods, start + waited, 900 - waited / MILLISECOND);
-        }
-    }
-
-    #[test]
-    fn a_disk_with_many_seats_has_no_larger_share_of_its_group() {
-        let group = group(r#"{"iops_total": 1000}"#);
-        let [wide, narrow] = [(), ()].map(|()| disk("{}", Some(&group)));
-        let seats = [&wide, &wide, &wide, &wide, &narrow];
-        let mut floods = seats.map(|disk| Flood::new(disk, 1));
-        run(&mut floods, 0, 20_000);
-        let wide: u64 = floods[..4].iter().map(|flood| flood.passed).sum();
-        assert!(
-            (8000..=12_000).contains(&wide) && (8000..=12_000).contains(&floods[4].passed),
-            "{:?}",
-            passed(&floods)
-        );
-        for flood in &floods[..4] {
-            assert!(flood.passed > wide / 8, "{:?}", passed(&floods));
-        }
-    }
-
-    #[test]
-    fn limits_change_at_once_and_forget_what_was_owed() {
-        let (slow, fast) = (r#"{"iops_total": 1}"#, r#"{"iops_total": 1000}"#);
-        let throttle = disk(slow, None);
-        let mut gate = Gate::new(Arc::clone(&throttle));
-        let now = Moment(SECOND);
-        gate.charge(now, 1);
-        assert_eq!(gate.admit(now), Err(now.plus(LONGEST_HOLD)));
-        throttle.set_limits(&limits(fast)).unwrap();
-        assert!(gate.is_limited() && gate.admit(now).is_ok());
-        let group = group(slow);
-        throttle.set_group(Some(Arc::clone(&group)));
-        assert!(gate.is_limited());
-        gate.charge(now, 1);
-        assert!(gate.admit(now).is_err());
-        group.set_limits(&Limits::default()).unwrap();
-        assert!(gate.is_limited() && gate.admit(now).is_ok());
-        throttle.set_limits(&Limits::default()).unwrap();
-        assert!(!gate.is_limited());
-        group.set_limits(&limits(slow)).unwrap();
-        assert!(gate.is_limited());
-        throttle.set_group(None);
-        assert!(!gate.is_limited());
-    }
-
-    #[test]
-    fn bursts_without_their_rates_or_below_them_are_refused() {
-        let refused = |json| limits(json).buckets().unwrap_err().to_string();
-        assert_eq!(
-            refused(r#"{"bps_total_max": 5}"#),
-            "bps_total_max is given without bps_total; give both"
-        );
-        assert_eq!(
-            refused(r#"{"iops_total": 6, "iops_total_max": 5}"#),
-            "iops_total_max is 5, which is less than iops_total, 6; give at least that"
-        );
-        for wrong in [r#"{"iops_total": 0}"#, r#"{"iops": 5}"#] {
-            assert!(serde_json::from_str::<Limits>(wrong).is_err(), "{wrong}");
-        }
+    fn limits_are_shown_as_they_were_written() {
+        let json = r#"{"iops_total":5,"bps_total":6,"bps_total_max":7,"bps_total_max_length":8}"#;
+        let limits: Limits = serde_json::from_str(json).unwrap();
+        assert_eq!(serde_json::to_string(&limits).unwrap(), json);
+        assert_eq!(serde_json::to_string(&Limits::default()).unwrap(), "{}");
     }
 }

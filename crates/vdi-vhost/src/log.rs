@@ -4,17 +4,87 @@
 
 use std::fmt;
 use std::io::{self, IsTerminal};
+use std::sync::OnceLock;
 
+use serde::Deserialize;
+use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Directive;
 use tracing_subscriber::fmt::format::{Compact, Format, FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, format};
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::reload::{self, Handle};
 
 use crate::args::LogFormat;
 
-/// What is logged unless RUST_LOG says otherwise. `virtio_queue` logs whatever a guest does wrong, without limit.
+/// What is logged unless RUST_LOG says otherwise.
 const FILTER: &str = "info,virtio_queue=off";
+
+/// It logs whatever a guest does wrong, without limit.
+const UNLIMITED: &str = "virtio_queue";
+
+/// How the filter is changed; nothing is before the log begins.
+static FILTERED: OnceLock<Box<dyn Filtered>> = OnceLock::new();
+
+/// A filter whose log may have any form.
+trait Filtered: Send + Sync {
+    fn show(&self) -> Result<String, LevelError>;
+    fn replace(&self, filter: EnvFilter) -> Result<(), LevelError>;
+}
+
+impl<S> Filtered for Handle<EnvFilter, S> {
+    fn show(&self) -> Result<String, LevelError> {
+        Ok(self.with_current(ToString::to_string)?)
+    }
+
+    fn replace(&self, filter: EnvFilter) -> Result<(), LevelError> {
+        Ok(self.reload(filter)?)
+    }
+}
+
+/// What is logged, as RUST_LOG has it: levels, alone or for a target, with commas between. A word that is no level is refused: the
+/// filter would take it for a target, and nothing else would be logged any more.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub(crate) struct Filter(String);
+
+/// Why the filter stays.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LevelError {
+    #[error("the log has not begun")]
+    NoLog,
+    #[error("the log's filter cannot be had")]
+    Gone(#[from] reload::Error),
+}
+
+impl TryFrom<String> for Filter {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        for part in text.split(',') {
+            let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
+            if level.parse::<LevelFilter>().is_err() || part.parse::<Directive>().is_err() {
+                return Err(format!(
+                    "`{part}` is no level; say off, error, warn, info, debug or trace, or TARGET=LEVEL"
+                ));
+            }
+        }
+        Ok(Self(text))
+    }
+}
+
+/// What is logged.
+pub(crate) fn filter() -> Result<String, LevelError> {
+    FILTERED.get().ok_or(LevelError::NoLog)?.show()
+}
+
+/// Has this logged from now on, and still nothing that a guest can repeat without limit, unless that is named.
+pub(crate) fn set_filter(filter: &Filter) -> Result<(), LevelError> {
+    let text = format!("{UNLIMITED}=off,{}", filter.0);
+    let filter = EnvFilter::new(text);
+    FILTERED.get().ok_or(LevelError::NoLog)?.replace(filter)
+}
 
 /// Lets the log begin, on standard error.
 pub(crate) fn begin(form: LogFormat) {
@@ -24,13 +94,30 @@ pub(crate) fn begin(form: LogFormat) {
         .with_writer(io::stderr)
         .with_target(false);
     match form {
-        LogFormat::Json => log.json().flatten_event(true).init(),
+        LogFormat::Json => {
+            let log = log.json().flatten_event(true).with_filter_reloading();
+            remember(log.reload_handle());
+            log.init();
+        }
         // The service manager has connected standard error with its journal, which knows the time.
         LogFormat::Text if std::env::var_os("JOURNAL_STREAM").is_some() => {
-            log.with_ansi(false).event_format(Journal::new()).init();
+            let log = log.with_ansi(false).event_format(Journal::new());
+            let log = log.with_filter_reloading();
+            remember(log.reload_handle());
+            log.init();
         }
-        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
+        LogFormat::Text => {
+            let log = log.with_ansi(io::stderr().is_terminal());
+            let log = log.with_filter_reloading();
+            remember(log.reload_handle());
+            log.init();
+        }
     }
+}
+
+fn remember<S: 'static>(handle: Handle<EnvFilter, S>) {
+    // The log begins once.
+    let _ = FILTERED.set(Box::new(handle));
 }
 
 /// Lines that begin with their priority.
@@ -66,5 +153,21 @@ fn priority(level: Level) -> u8 {
         Level::WARN => 4,
         Level::INFO => 6,
         Level::DEBUG | Level::TRACE => 7,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_is_levels_and_no_other_words() {
+        let filter = |text: &str| Filter::try_from(text.to_owned());
+        for good in ["debug", "off", "info,vdi_vhost::session=trace", FILTER] {
+            assert!(filter(good).is_ok(), "{good}");
+        }
+        for bad in ["", "debgu", "info,", "session", "a=b", "info,[=debug"] {
+            assert!(filter(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -16,6 +16,7 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::Serialize;
 use smallvec::SmallVec;
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -52,7 +53,8 @@ const USED_ELEMENT_BYTES: u64 = 8;
 pub(crate) const BURST: u16 = 32;
 
 /// What the worker does with a queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Mode {
     /// Takes chains.
     Running,
@@ -82,6 +84,26 @@ pub(crate) struct Queue {
     tracker: Option<Tracker>,
     /// What an earlier daemon had in flight. It comes before anything new.
     left_behind: Vec<u16>,
+}
+
+/// A queue in numbers.
+#[derive(Debug, Serialize)]
+pub(crate) struct QueueDump {
+    queue: u16,
+    mode: Mode,
+    size: u16,
+    /// Whether it is looked at without being kicked.
+    awake: bool,
+    /// Whether nobody kicks it.
+    polled: bool,
+    in_flight: usize,
+    /// Requests of an earlier daemon that are not started yet.
+    left_behind: usize,
+    /// The index of the next chain to take, and the guest's of the next to offer: the difference waits.
+    next_available: u16,
+    available: Option<u16>,
+    /// The index of the next chain to give back.
+    next_used: u16,
 }
 
 /// How a guest broke a ring.
@@ -215,9 +237,30 @@ impl Queue {
     pub(crate) fn has_chains(&self, memory: &Memory) -> bool {
         let state = self.vring.get_ref();
         let queue = state.get_queue();
-        let index = part_of(queue.avail_ring(), 2).ok();
-        let index = index.and_then(|at| memory.load::<u16>(at, Ordering::Acquire).ok());
-        !self.left_behind.is_empty() || index.map(u16::from_le) != Some(queue.next_avail())
+        !self.left_behind.is_empty() || offered(queue, memory) != Some(queue.next_avail())
+    }
+
+    /// What is in flight.
+    pub(crate) fn requests(&self) -> impl Iterator<Item = &Active> {
+        self.slots.iter().flatten()
+    }
+
+    /// How it is.
+    pub(crate) fn dump(&self, index: u16, memory: &Memory) -> QueueDump {
+        let state = self.vring.get_ref();
+        let queue = state.get_queue();
+        QueueDump {
+            queue: index,
+            mode: self.mode,
+            size: self.size,
+            awake: self.awake,
+            polled: self.is_polled(),
+            in_flight: self.in_flight,
+            left_behind: self.left_behind.len(),
+            next_available: queue.next_avail(),
+            available: offered(queue, memory),
+            next_used: queue.next_used(),
+        }
     }
 
     /// Whether the next chains are those that an earlier daemon had in flight.
@@ -326,6 +369,13 @@ impl Queue {
             calls::call(fd);
         }
     }
+}
+
+/// The guest's index of the next chain that it will offer.
+fn offered(queue: &virtio_queue::Queue, memory: &Memory) -> Option<u16> {
+    let at = part_of(queue.avail_ring(), 2).ok()?;
+    let index = memory.load::<u16>(at, Ordering::Acquire).ok();
+    index.map(u16::from_le)
 }
 
 /// Takes up to `most` heads from the available ring.

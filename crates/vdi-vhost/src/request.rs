@@ -8,6 +8,7 @@
 //!
 //! Sources: virtio 1.2 sections 2.7.4 (framing is free) and 5.2.6 (request layout and device requirements).
 
+use serde::Serialize;
 use smallvec::SmallVec;
 use vdi_core::{Sector, SectorRange, Zeroing};
 use virtio_bindings::bindings::virtio_blk::{
@@ -139,7 +140,8 @@ pub(crate) enum Request {
 }
 
 /// What kind of request it is, for those who count them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Kind {
     Read,
     Write,

@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::Serialize;
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::{
@@ -27,6 +28,7 @@ use crate::command::{Command, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::dirty::{DirtyLog, Guest};
+use crate::dump::Witnesses;
 use crate::memory::{self, Memory};
 use crate::queue::{self, ErrorFd, Mode, Vring};
 use crate::tracking::{Limits, Recovered, Tracker, Tracking, TrackingError};
@@ -47,6 +49,8 @@ pub(crate) struct Rings {
     count: u16,
     /// Whether rings that nobody has spoken of yet take chains as soon as they start.
     all_enabled: bool,
+    /// An operator wants no chains to be taken, whatever front ends enable.
+    is_paused: bool,
     /// Where chains in flight are recorded, if the front end wants that.
     tracking: Option<Arc<Tracking>>,
     /// What was said of rings that start.
@@ -63,6 +67,17 @@ struct Ring {
     started: bool,
     /// It has been started before in this session.
     was_started: bool,
+}
+
+/// A ring in numbers, as the front end set it up.
+#[derive(Debug, Serialize)]
+pub(crate) struct RingDump {
+    queue: usize,
+    size: u16,
+    enabled: bool,
+    started: bool,
+    /// Whether there is somewhere to hear kicks.
+    kicked: bool,
 }
 
 /// Where a ring's parts are, in the front end's address space.
@@ -169,6 +184,7 @@ impl Rings {
             rings: Vec::new(),
             count,
             all_enabled: false,
+            is_paused: false,
             tracking: None,
             said: Arc::default(),
         }
@@ -177,6 +193,28 @@ impl Rings {
     /// The guest's memory as it is now.
     pub(crate) fn memory(&self) -> Arc<Memory> {
         self.memory.memory().clone().into_inner()
+    }
+
+    /// The threads that serve them.
+    pub(crate) fn witnesses(&self) -> Witnesses {
+        self.workers.witnesses()
+    }
+
+    /// Those that the front end set up or spoke of, in numbers.
+    pub(crate) fn dump(&self) -> Vec<RingDump> {
+        let known = |(_, ring): &(usize, &Ring)| ring.started || ring.addresses.is_some();
+        let dump = |(queue, ring): (usize, &Ring)| {
+            let state = ring.vring.get_ref();
+            RingDump {
+                queue,
+                size: state.get_queue().size(),
+                enabled: state.is_enabled(),
+                started: ring.started,
+                kicked: ring.kick.is_some(),
+            }
+        };
+        let all = self.rings.iter().enumerate();
+        all.filter(known).map(dump).collect()
     }
 
     /// What of the memory, the record of requests in flight and the dirty log lies behind the end of its file.
@@ -328,6 +366,37 @@ impl Rings {
         Ok(())
     }
 
+    /// Has all rings take no chains until [`Self::unpause`], also those that start meanwhile, and of other front ends; what was taken is
+    /// answered when this returns.
+    pub(crate) fn pause(&mut self) -> Result<()> {
+        self.is_paused = true;
+        let paused = self.tell_enabled(Command::Pause);
+        if paused.is_err() {
+            // The rest goes on as it was.
+            let _ = self.unpause();
+        }
+        paused
+    }
+
+    /// Has those rings take chains that front ends want to.
+    pub(crate) fn unpause(&mut self) -> Result<()> {
+        self.is_paused = false;
+        self.tell_enabled(Command::Resume)
+    }
+
+    /// Whether an operator wants no chains to be taken.
+    pub(crate) const fn is_paused(&self) -> bool {
+        self.is_paused
+    }
+
+    /// Tells the worker of each ring that would take chains, but for a pause. All are told, even if one cannot be.
+    fn tell_enabled(&self, command: impl Fn(u16) -> Command) -> Result<()> {
+        let runs = |ring: &Ring| ring.started && ring.vring.get_ref().is_enabled();
+        let all = (0..).zip(&self.rings).filter(|(_, ring)| runs(ring));
+        let told: Vec<_> = all.map(|(index, _)| self.tell(index, &command)).collect();
+        told.into_iter().collect()
+    }
+
     /// Has all rings take chains, or as soon as they start.
     pub(crate) fn enable_all(&mut self) -> Result<()> {
         self.all_enabled = true;
@@ -341,6 +410,7 @@ impl Rings {
         ring.vring.set_enabled(enable);
         match (ring.started, enable) {
             (false, _) => Ok(()),
+            (true, true) if self.is_paused => Ok(()),
             (true, true) => self.tell(index, Command::Resume),
             (true, false) => self.tell(index, Command::Pause),
         }
@@ -446,7 +516,7 @@ impl Rings {
         let memory = self.memory();
         let small = self.check(index)?;
         let (tracking, log) = (self.tracking.clone(), self.log.clone());
-        let said = Arc::clone(&self.said);
+        let (said, is_paused) = (Arc::clone(&self.said), self.is_paused);
         let tracking = tracking.as_ref();
         let ring = self.ring(index)?;
         let ready = ring
@@ -458,7 +528,7 @@ impl Rings {
             index: small,
             vring: ring.vring.clone(),
             error_fd: Arc::clone(&ring.error_fd),
-            mode: ready.mode,
+            mode: if is_paused { Mode::Paused } else { ready.mode },
             tracker: None,
             left_behind: Vec::new(),
         };

@@ -31,8 +31,9 @@ use crate::clock::Moment;
 use crate::command::{Ack, Command, Doorbell, SeatBell, SeatNumber, Setup, Takeover};
 use crate::complaints::Complaints;
 use crate::dirty::Guest;
+use crate::dump::{OLDEST, SeatDump};
+use crate::gate::Gate;
 use crate::inflight::{Active, Context, Desk, Key, Next, Tools};
-use crate::limits::Gate;
 use crate::memory;
 use crate::promptness::Promptness;
 use crate::queue::{BURST, Broken, Mode, Queue};
@@ -56,6 +57,16 @@ impl Pending {
             Self::Pause(paused) => *paused == index,
             Self::Stop(stopped) => *stopped == index,
             Self::Guest(_) | Self::Leave => true,
+        }
+    }
+
+    /// What it is called in a dump.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Pause(_) => "pause",
+            Self::Stop(_) => "stop",
+            Self::Guest(_) => "memory",
+            Self::Leave => "leave",
         }
     }
 }
@@ -258,8 +269,8 @@ impl Seat {
     fn do_command(&mut self, command: Command, ack: Ack, tools: &mut Tools) {
         let mut result = Ok(());
         match command {
-            // It has one.
-            Command::Sit(..) => {}
+            // It has one, and the worker tells how it is.
+            Command::Sit(..) | Command::Dump(_) => {}
             Command::Start(setup, kick, guest) => result = self.start(*setup, kick, guest, tools),
             Command::Rekick(index, kick) => result = self.rekick(index, kick, tools),
             Command::Guest(guest, Takeover::Now) => self.guest = guest,
@@ -421,12 +432,39 @@ impl Seat {
         }
     }
 
-    /// Ends the turn: what was written becomes visible, what is over is answered, a command that is done is acknowledged. What to
-    /// acknowledge when the seat is gone, if it has to go. Syncs are begun after that.
-    pub(crate) fn settle(&mut self, tools: &mut Tools) -> Option<Ack> {
+    /// How it is.
+    pub(crate) fn dump(&self, tools: &Tools) -> SeatDump {
+        let (now, desk) = (tools.now, &self.desk);
+        let us = |until: Moment, since: Moment| until.since(since) / 1000;
+        let queues = self.queues.iter();
+        let mut oldest: Vec<_> = queues
+            .clone()
+            .flat_map(|(_, queue)| queue.requests())
+            .map(|active| active.dump(now))
+            .collect();
+        oldest.sort_by_key(|request| std::cmp::Reverse(request.age_us));
+        oldest.truncate(OLDEST);
+        SeatDump {
+            queues: queues
+                .map(|(index, queue)| queue.dump(*index, &self.guest.memory))
+                .collect(),
+            transfers: desk.transfers,
+            parked: desk.parked.len(),
+            continuing: desk.continuing.len(),
+            unsynced: desk.unsynced.len() + desk.unflushed.len(),
+            sync_age_us: self.syncing.as_ref().map(|sync| us(now, sync.began)),
+            held_for_us: self.held.map(|(_, until)| us(until, tools.now)),
+            pending: self.pending.as_ref().map(|(pending, _)| pending.name()),
+            commands: self.inbox.len(),
+            memory_lost: self.is_lost(),
+            oldest,
+        }
+    }
+
+    /// Ends the turn: what was written becomes visible, what is over is answered. Syncs are begun after that.
+    pub(crate) fn settle(&mut self, tools: &mut Tools) {
         self.commit(tools);
         self.publish();
-        self.acknowledge(tools)
     }
 
     /// Whether somebody waits for a sync that can begin.
@@ -538,7 +576,7 @@ impl Seat {
     }
 
     /// Acknowledges the pending command if what it waits for has happened; what to acknowledge when the seat is gone.
-    fn acknowledge(&mut self, tools: &mut Tools) -> Option<Ack> {
+    pub(crate) fn acknowledge(&mut self, tools: &mut Tools) -> Option<Ack> {
         let is_lost = self.is_lost();
         let has_left = |queue: &Queue| queue.mode == Mode::Running && queue.is_recovering();
         let busy = |queue: &Queue| queue.in_flight() > 0 || (has_left(queue) && !is_lost);

@@ -72,6 +72,10 @@ struct Seats {
 }
 
 impl Seats {
+    fn get(&self, number: SeatNumber) -> Option<&Seat> {
+        self.all.get(number as usize)?.as_deref()
+    }
+
     /// A seat that is to be looked at from now on.
     fn activate(&mut self, number: SeatNumber) -> Option<&mut Seat> {
         let seat = self.all.get_mut(number as usize)?.as_mut()?;
@@ -266,6 +270,11 @@ impl Worker {
             let new = Seat::new(seat, *served, sync_file, &self.doorbell);
             self.seats.insert(seat, new);
             let _ = ack.send(Ok(()));
+        } else if let Command::Dump(to) = command {
+            // Whatever the seat waits for; nobody may be there any more to hear it.
+            if let Some(seat) = self.seats.get(seat) {
+                let _ = to.send(seat.dump(&self.tools));
+            }
         } else if let Some(seat) = self.seats.activate(seat) {
             seat.receive(command, ack);
         } else {
@@ -310,10 +319,14 @@ impl Worker {
 
     /// Ends the turn of all seats, and those that are told to leave.
     fn settle(&mut self) {
+        let tools = &mut self.tools;
+        self.seats.for_each_active(|seat| seat.settle(tools));
+        // Who is told that all is answered finds it counted.
+        self.account();
         let (tools, mut leaving) = (&mut self.tools, Vec::new());
         let mut with_queues = self.seats.with_queues;
         self.seats.for_each_active(|seat| {
-            if let Some(ack) = seat.settle(tools) {
+            if let Some(ack) = seat.acknowledge(tools) {
                 leaving.push((seat.number(), ack));
             }
             let (had, has) = (seat.is_counted, seat.has_queues());
@@ -324,7 +337,6 @@ impl Worker {
             self.seats.with_queues = with_queues;
             self.tools.share = (MAX_TRANSFERS / with_queues.max(1)).max(LEAST_SHARE);
         }
-        self.account();
         for (number, ack) in leaving {
             if let Some(place) = self.seats.all.get_mut(number as usize) {
                 *place = None;

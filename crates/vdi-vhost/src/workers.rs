@@ -14,6 +14,7 @@ use crate::complaints::Complaints;
 use crate::crew::{Crew, done};
 use crate::device::Device;
 use crate::dirty::Guest;
+use crate::dump::Witnesses;
 use crate::image_file::ImageFile;
 use crate::limits::Throttle;
 use crate::stats::Stats;
@@ -114,6 +115,14 @@ impl Workers {
             .map(|thread| self.crew.send(thread, self.number, command()))
             .collect();
         sent.iter().try_for_each(done)
+    }
+
+    /// The threads, to be asked by others.
+    pub(crate) fn witnesses(&self) -> Witnesses {
+        Witnesses {
+            crew: Arc::clone(&self.crew),
+            number: self.number,
+        }
     }
 
     /// The threads that have a seat for the disk.

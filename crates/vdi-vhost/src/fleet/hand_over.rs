@@ -136,6 +136,7 @@ impl Fleet {
         let offer = Offer {
             metrics: metrics.as_ref().map(|place| place.name()),
             control_socket: control.path().map(crate::config::absolute),
+            groups: self.groups.list(),
             disks: all.len(),
         };
         let send = || {
@@ -157,11 +158,16 @@ impl Fleet {
     fn describe(&self, leaving: &Leaving) -> OfferedDisk {
         let backend = leaving.berth.lock();
         let described = self.described();
+        let throttle = leaving.berth.throttle();
+        let group = throttle.group();
+        let group = group.as_ref().map(|group| group.name());
         OfferedDisk {
             // The serial of the device, which an image that was frozen meanwhile took with it.
-            disk: DiskTable::of(backend.options()).with_serial(backend.serial()),
+            disk: DiskTable::of(backend.options())
+                .with_serial(backend.serial())
+                .limited(throttle.limits(), group),
             described: described.get(leaving.berth.name()).map(DiskTable::of),
-            limits: backend.limits(),
+            paused: backend.is_paused(),
             open: leaving.was_open,
         }
     }

@@ -19,7 +19,7 @@ use super::Fleet;
 use super::words::{self, AnswerError, Done, Offer, OfferedDisk, Released, Step};
 use crate::backend::ControlError;
 use crate::config::{DiskError, DiskOptions, DiskTable};
-use crate::limits::Limits;
+use crate::groups::GroupTable;
 use crate::passing::Lines;
 
 /// How long the old daemon may take for a step: its slowest request must be answered.
@@ -32,6 +32,7 @@ pub(crate) struct TakeOver {
     control: Option<(UnixListener, Option<PathBuf>)>,
     /// What its metrics' place is called, and the socket.
     metrics: Option<(String, OwnedFd)>,
+    groups: Vec<GroupTable>,
     disks: Vec<Taken>,
     /// The names of those that are open there.
     open: BTreeSet<String>,
@@ -44,7 +45,8 @@ pub(crate) struct Taken {
     pub(crate) options: DiskOptions,
     /// As its configuration described it, if it comes from there.
     pub(crate) described: Option<DiskOptions>,
-    pub(crate) limits: Limits,
+    /// Whether it takes no requests for the time being.
+    pub(crate) is_paused: bool,
     /// Where its front ends connect.
     pub(crate) listener: UnixListener,
 }
@@ -120,11 +122,13 @@ impl TakeOver {
             lines: Lines::of(socket),
             control: None,
             metrics: None,
+            groups: Vec::new(),
             disks: Vec::new(),
             open: BTreeSet::new(),
         };
         let offer: Offer = offered.step(Step::HandOver)?;
         offered.control = Some((offered.listener()?, offer.control_socket));
+        offered.groups = offer.groups;
         if let Some(name) = offer.metrics {
             offered.lines.next().map_err(TakeOverError::Gone)?;
             let socket = offered.lines.take_descriptor();
@@ -148,7 +152,7 @@ impl TakeOver {
         Ok(Taken {
             options,
             described: offered.described.map(resolve).transpose()?,
-            limits: offered.limits,
+            is_paused: offered.paused,
             listener: self.listener()?,
         })
     }
@@ -179,6 +183,11 @@ impl TakeOver {
     pub(crate) fn take_metrics(&mut self, name: &str) -> Option<OwnedFd> {
         let theirs = self.metrics.take_if(|(theirs, _)| theirs == name);
         theirs.map(|(_, socket)| socket)
+    }
+
+    /// The groups.
+    pub(crate) fn take_groups(&mut self) -> Vec<GroupTable> {
+        std::mem::take(&mut self.groups)
     }
 
     /// The disks.

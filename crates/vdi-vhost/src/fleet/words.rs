@@ -25,7 +25,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::config::DiskTable;
-use crate::limits::Limits;
+use crate::groups::GroupTable;
 
 /// The version of the messages: the control socket's.
 pub(crate) const VERSION: u32 = 1;
@@ -54,6 +54,8 @@ pub(crate) struct Offer {
     pub(crate) control_socket: Option<PathBuf>,
     /// Where metrics are, if they are; a line without words follows, with the descriptor of that socket.
     pub(crate) metrics: Option<String>,
+    /// Of disks that share limits.
+    pub(crate) groups: Vec<GroupTable>,
     /// How many lines about disks follow.
     pub(crate) disks: usize,
 }
@@ -66,7 +68,8 @@ pub(crate) struct OfferedDisk {
     pub(crate) disk: DiskTable,
     /// As the configuration described it, if it comes from there.
     pub(crate) described: Option<DiskTable>,
-    pub(crate) limits: Limits,
+    /// Whether it takes no requests for the time being.
+    pub(crate) paused: bool,
     /// Whether it is open, or waits for its turn.
     pub(crate) open: bool,
 }
@@ -166,6 +169,7 @@ mod tests {
         let offer = Offer {
             control_socket: Some("/run/control".into()),
             metrics: None,
+            groups: Vec::new(),
             disks: 3,
         };
         let said = answer(&offer).unwrap();
@@ -179,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_disk_with_what_is_not_known_is_refused() {
-        let known = r#"{"disk": {"name": "a"}, "described": null, "limits": {}, "open": true}"#;
+        let known = r#"{"disk": {"name": "a"}, "described": null, "paused": false, "open": true}"#;
         assert!(serde_json::from_str::<OfferedDisk>(known).is_ok());
         for more in [r#""disk": {"colour": "red","#, r#""shape": 1, "disk": {"#] {
             let text = known.replacen(r#""disk": {"#, more, 1);

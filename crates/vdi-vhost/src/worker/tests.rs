@@ -36,6 +36,8 @@ const HEADER: u64 = 0x3000;
 const STATUS: u64 = 0x4000;
 const DATA: u64 = 0x5000;
 const QUEUES: u64 = 2;
+/// As many descriptors as fit before the available ring.
+const QUEUE_SIZE: u16 = 256;
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
@@ -169,8 +171,8 @@ impl Scene {
 
     fn start_as(&mut self, disk: &mut TestDisk, index: u16, left_behind: Vec<u16>, mode: Mode) {
         let shared = GuestMemoryAtomic::new(Memory::clone(&disk.guest.memory));
-        let vring = Vring::new(shared, 16).unwrap();
-        vring.set_queue_size(16);
+        let vring = Vring::new(shared, QUEUE_SIZE).unwrap();
+        vring.set_queue_size(QUEUE_SIZE);
         let base = SHARE * u64::from(index);
         let placed = vring.set_queue_info(base, base + AVAILABLE, base + USED);
         placed.unwrap();
@@ -207,18 +209,28 @@ impl TestDisk {
 
     /// Makes a request for the first 512 bytes of a block available.
     fn offer(&mut self, queue: usize, kind: u32, block: u64) {
+        self.offer_many(queue, kind, block, 1);
+    }
+
+    /// Makes so many of them available at once.
+    fn offer_many(&mut self, queue: usize, kind: u32, block: u64, count: u16) {
         let base = SHARE * queue as u64;
         let data_flags = if kind == IN { 3 } else { 1 };
         let chain = [(HEADER, 16, 1_u64), (DATA, 512, data_flags), (STATUS, 1, 2)];
-        for (nth, (at, len, flags)) in (0_u64..).zip(chain) {
-            let rest = len | flags << 32 | (nth + 1) << 48;
-            self.put(base + 16 * nth, &(base + at).to_le_bytes());
-            self.put(base + 16 * nth + 8, &u64::to_le_bytes(rest));
-        }
         let header = u128::from(kind) | u128::from(block * 2048) << 64;
         self.put(base + HEADER, &header.to_le_bytes());
         self.put(base + STATUS, &[0xff]);
-        self.taken[queue] += 1;
+        for chain_nth in 0..count {
+            let head = 3 * chain_nth;
+            for (nth, (at, len, flags)) in (u64::from(head)..).zip(chain) {
+                let rest = len | flags << 32 | (nth + 1) << 48;
+                self.put(base + 16 * nth, &(base + at).to_le_bytes());
+                self.put(base + 16 * nth + 8, &u64::to_le_bytes(rest));
+            }
+            let element = u64::from(self.taken[queue] % QUEUE_SIZE);
+            self.put(base + AVAILABLE + 4 + 2 * element, &head.to_le_bytes());
+            self.taken[queue] += 1;
+        }
         self.put(base + AVAILABLE + 2, &self.taken[queue].to_le_bytes());
         self.kicks[queue].write(1).unwrap();
     }
@@ -283,6 +295,8 @@ fn a_disk_leaves_when_what_it_has_in_flight_is_answered() {
     assert!(left.try_recv().is_err() && other.is_answered(1));
     scene.do_chores(&leaving);
     assert!(leaving.is_answered(0) && left.try_recv().unwrap().is_ok());
+    // What its last turn answered is counted, too.
+    assert_eq!(leaving.stats.snapshot().write.requests, 1);
     assert_eq!(Arc::strong_count(&leaving.disk), 1);
     // Its number is another disk's now.
     let mut next = scene.seat(0);
@@ -391,10 +405,9 @@ fn a_disk_that_is_held_delays_no_other_disk_at_its_worker_and_goes_on_when_it_is
     let mut scene = Scene::new();
     let (mut flooded, mut other) = (scene.seat(0), scene.seat(1));
     scene.set_clock(second(10));
-    let limited = flooded
+    flooded
         .throttle
         .set_limits(&limits(r#"{"iops_total": 10}"#));
-    limited.unwrap();
     // The bucket holds one; the next goes over its brim.
     for _ in 0..2 {
         flooded.offer(0, IN, 0);
@@ -445,7 +458,7 @@ fn a_disk_that_is_held_obeys_at_once() {
     let mut disk = scene.seat(0);
     scene.set_clock(second(10));
     let slow = limits(r#"{"iops_total": 1}"#);
-    disk.throttle.set_limits(&slow).unwrap();
+    disk.throttle.set_limits(&slow);
     for queue in [0, 1] {
         disk.offer(queue, IN, 0);
         scene.turn();
@@ -466,11 +479,11 @@ fn a_disk_that_is_held_obeys_at_once() {
     assert!(!disk.is_answered(1));
     assert!(matches!(scene.worker.may_wait(), Wait::AtMost(_)));
     // New limits are heeded as soon as it looks, a tenth of a second later at most.
-    disk.throttle.set_limits(&Limits::default()).unwrap();
+    disk.throttle.set_limits(&Limits::default());
     scene.set_clock(second(10).plus(100_000_000));
     scene.turn();
     assert!(disk.is_answered(1));
-    disk.throttle.set_limits(&slow).unwrap();
+    disk.throttle.set_limits(&slow);
     for queue in [0, 0, 1] {
         disk.offer(queue, IN, 0);
         scene.turn();
@@ -490,7 +503,7 @@ fn what_a_dead_daemon_left_in_flight_is_not_held() {
     disk.offer(1, IN, 0);
     scene.turn();
     let slow = limits(r#"{"iops_total": 1}"#);
-    disk.throttle.set_limits(&slow).unwrap();
+    disk.throttle.set_limits(&slow);
     disk.offer(0, IN, 0);
     disk.offer(0, IN, 0);
     scene.turn();
@@ -514,7 +527,7 @@ impl Scene {
         assert!(self.tell(0, Command::Stop(1)).try_recv().unwrap().is_ok());
         if limited {
             let slow = limits(r#"{"iops_total": 1}"#);
-            disk.throttle.set_limits(&slow).unwrap();
+            disk.throttle.set_limits(&slow);
             for held in [false, true] {
                 disk.offer(0, IN, 0);
                 self.turn();
@@ -670,8 +683,8 @@ fn disks_of_a_group_share_its_limit_at_one_worker() {
     let mut scene = Scene::new();
     let mut disks = [scene.seat(0), scene.seat(1)];
     scene.set_clock(second(10));
-    let group = Arc::new(Group::default());
-    group.set_limits(&limits(r#"{"iops_total": 10}"#)).unwrap();
+    let limits = limits(r#"{"iops_total": 10}"#);
+    let group = Arc::new(Group::new("tenants".to_owned(), &limits));
     for disk in &disks {
         disk.throttle.set_group(Some(Arc::clone(&group)));
     }
@@ -734,4 +747,59 @@ fn a_load_is_counted_by_kind_with_the_time_from_taking_to_answering() {
     // Numbers stay when the seat goes.
     assert!(scene.tell(0, Command::Leave).try_recv().unwrap().is_ok());
     assert_eq!(disk.stats.snapshot(), stats);
+}
+
+#[test]
+fn a_flooded_disk_gets_no_more_than_a_burst_of_each_queue_between_two_requests_of_another() {
+    let mut scene = Scene::new();
+    let (mut flooded, mut other) = (scene.seat(0), scene.seat(1));
+    for queue in 0..2 {
+        flooded.offer_many(queue, IN, 0, 80);
+    }
+    for turn in 1..=3 {
+        other.offer(0, IN, 0);
+        scene.turn();
+        assert!(other.is_answered(0));
+        let answered = flooded.stats.snapshot().read.requests;
+        assert_eq!(answered, 2 * (turn * u64::from(BURST)).min(80));
+    }
+}
+
+#[test]
+fn a_disk_that_waits_can_be_asked_how_it_is() {
+    let mut scene = Scene::new();
+    let mut disk = scene.seat(3);
+    scene.set_clock(second(1));
+    disk.offer(0, OUT, 3);
+    scene.turn();
+    let paused = scene.tell(3, Command::Pause(0));
+    let waits = scene.tell(3, Command::Resume(1));
+    scene.set_clock(second(2));
+    let ask = |scene: &mut Scene, number| {
+        let (answer, answers) = mpsc::channel();
+        scene.tell(number, Command::Dump(answer));
+        answers.try_recv().ok()
+    };
+    let dump = ask(&mut scene, 3).unwrap();
+    assert!(paused.try_recv().is_err() && waits.try_recv().is_err());
+    assert_eq!((dump.pending, dump.commands), (Some("pause"), 1));
+    assert_eq!((dump.parked, dump.queues.len()), (1, 2));
+    let [request] = &dump.oldest[..] else {
+        panic!("one request: {dump:?}");
+    };
+    assert_eq!((request.stage, request.age_us), ("room", 1_000_000));
+    assert!(ask(&mut scene, 0).is_none());
+    scene.do_chores(&disk);
+    assert!(disk.is_answered(0) && waits.try_recv().is_ok());
+    // Never more than so many, the oldest ones.
+    let mut disk = scene.seat(4);
+    disk.offer_many(0, OUT, 9, 40);
+    scene.turn();
+    scene.turn();
+    scene.set_clock(second(4));
+    disk.offer(1, OUT, 9);
+    scene.turn();
+    let dump = ask(&mut scene, 4).unwrap();
+    assert_eq!((dump.parked, dump.oldest.len()), (41, crate::dump::OLDEST));
+    assert!(dump.oldest.iter().all(|request| request.queue == 0));
 }
