@@ -40,6 +40,10 @@ impl Played {
     /// Is offered all disks.
     fn is_offered(&mut self) -> Vec<Value> {
         let offer = self.step("hand-over");
+        if offer["return"]["metrics"].is_string() {
+            // Their socket comes with a line of its own, without words.
+            self.0.read_line(&mut String::new()).unwrap();
+        }
         let count = offer["return"]["disks"].as_u64().unwrap();
         (0..count).map(|_| self.line()).collect()
     }

@@ -413,14 +413,20 @@ impl Fleet {
         Ok(self.take_leave(berth)?)
     }
 
-    /// Ends the service of all disks.
+    /// Ends the service of all disks, unless they are another daemon's.
     pub(crate) fn close(&self) -> Result<(), WriteError> {
+        if self.is_handed_over() {
+            tracing::info!("another daemon has the disks now");
+            return Ok(());
+        }
         let all = std::mem::take(&mut *self.disks());
         let closed: Vec<_> = all
             .into_values()
             .map(|berth| self.take_leave(berth))
             .collect();
-        closed.into_iter().collect()
+        closed.into_iter().collect::<Result<(), _>>()?;
+        tracing::info!("the image is closed");
+        Ok(())
     }
 
     /// Why all has to end, if it was not wanted.

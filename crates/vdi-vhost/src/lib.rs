@@ -196,26 +196,20 @@ fn run(args: &Args) -> Result<(), Fatal> {
     };
     tracing::info!("{what}");
     let doors = Fleet::doors().map_err(Fatal::Doors)?;
-    // Before there are other threads, and anything to hear.
-    let sandbox = match args.sandbox {
-        Sandboxing::Off => Sandbox::off(),
-        Sandboxing::On => Sandbox::enter(&reach(&config, &readied, &parents)?, args.engine)?,
-    };
-    let crew = Crew::start(worker_count(args), args.engine, &sandbox).map_err(Fatal::Crew)?;
-    let housekeepers = Housekeepers::start(&sandbox).map_err(Fatal::Crew)?;
-    sandbox.seal()?;
+    let reach = reach(&config, &readied, &parents)?;
+    let (sandbox, crew, housekeepers) = confine(args, &reach)?;
     let fleet = Fleet::new(config, crew, housekeepers, parents, doors).map_err(Fatal::Doors)?;
     let fleet = Arc::new(fleet);
     for disk in readied {
         fleet.serve(disk)?;
     }
+    let metrics = metrics.map(|place| Metrics::start(place, &fleet, &sandbox));
+    let metrics = metrics.transpose()?;
     if let Some(handing) = handing {
         handing.complete(&fleet)?;
         control.iter().for_each(|control| control.own());
-        metrics.iter().for_each(|metrics| metrics.handle().own());
+        metrics.iter().for_each(Metrics::own);
     }
-    let metrics = metrics.map(|place| Metrics::start(place, &fleet, &sandbox));
-    let metrics = metrics.transpose()?;
     let ears = Ears {
         signals: &signals,
         faults,
@@ -227,15 +221,22 @@ fn run(args: &Args) -> Result<(), Fatal> {
     manager.stopping();
     // It looks at disks, which go now.
     drop((control, metrics));
-    if fleet.is_handed_over() {
-        tracing::info!("another daemon has the disks now");
-        return Ok(served?);
-    }
     let closed = fleet.close();
     served?;
     closed?;
-    tracing::info!("the image is closed");
     Ok(())
+}
+
+/// The sandbox, and the threads that serve all disks. Before there are other threads, and anything to hear.
+fn confine(args: &Args, reach: &Reach) -> Result<(Sandbox, Arc<Crew>, Arc<Housekeepers>), Fatal> {
+    let sandbox = match args.sandbox {
+        Sandboxing::Off => Sandbox::off(),
+        Sandboxing::On => Sandbox::enter(reach, args.engine)?,
+    };
+    let crew = Crew::start(worker_count(args), args.engine, &sandbox).map_err(Fatal::Crew)?;
+    let housekeepers = Housekeepers::start(&sandbox).map_err(Fatal::Crew)?;
+    sandbox.seal()?;
+    Ok((sandbox, crew, housekeepers))
 }
 
 /// The disks of the configuration, open; the one without a path for a socket at this door.

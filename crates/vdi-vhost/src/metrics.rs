@@ -103,7 +103,7 @@ pub(crate) struct Metrics {
     end: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
     /// Its file goes away with it.
-    _handle: Arc<Handle>,
+    handle: Arc<Handle>,
 }
 
 impl FromStr for Endpoint {
@@ -213,13 +213,6 @@ fn refuse_strangers(address: SocketAddr, audience: Audience) -> Result<(), Metri
     Ok(())
 }
 
-impl Place {
-    /// The place as the next daemon gets it.
-    pub(crate) const fn handle(&self) -> &Arc<Handle> {
-        &self.handle
-    }
-}
-
 impl Handle {
     /// What the place is called.
     pub(crate) fn name(&self) -> String {
@@ -231,8 +224,7 @@ impl Handle {
         self.socket.as_fd()
     }
 
-    /// The socket's file is this process's to remove.
-    pub(crate) fn own(&self) {
+    fn own(&self) {
         self.file.iter().for_each(SocketFile::own);
     }
 
@@ -271,11 +263,16 @@ impl Metrics {
         let metrics = Self {
             end,
             thread: Some(thread),
-            _handle: place.handle,
+            handle: place.handle,
         };
         let ready = ready.recv().map_err(io::Error::other).and_then(|it| it);
         ready.map_err(failed)?;
         Ok(metrics)
+    }
+
+    /// The socket's file is this process's to remove.
+    pub(crate) fn own(&self) {
+        self.handle.own();
     }
 }
 
