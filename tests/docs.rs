@@ -5,8 +5,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vdi_tests::counts::crate_version;
-
 fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
@@ -96,17 +94,4 @@ fn every_test_that_the_page_of_hostile_cases_names_is_there() {
         assert!(found > before, "no test is named: {row}");
     }
     assert!(found > 60, "{found}");
-}
-
-/// The tests tell the versions of what they ran (`counts`); those of crates are those of the lock file.
-#[test]
-fn the_table_of_front_ends_names_the_crates_that_the_tests_are_built_with() {
-    let readme = fs::read_to_string(top().join("README.md")).unwrap();
-    let [blkio, driver, vhost] = ["blkio", "virtio-driver", "vhost"].map(crate_version);
-    for said in [
-        format!("| blkio {blkio} (virtio-driver {driver}) |"),
-        format!("the `vhost` crate ({vhost})"),
-    ] {
-        assert!(readme.contains(&said), "the README does not say {said:?}");
-    }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vdi_core::{Access, CreateOptions, Disk, HostFile, Locking, NewKind};
-use vdi_tests::counts;
+use vdi_tests::counts::{self, FrontEnd, qemu_version};
 use vdi_tests::guest::{Guest, create_image, expect_clean, stop};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::random::Random;
@@ -95,6 +95,7 @@ fn four_queues_direct_keep_what_a_guest_wrote_for_the_next_one_on_the_same_daemo
 /// `VDI_TEST_ROUNDS` says how many kills.
 #[test]
 fn kill_9_under_a_guest_is_a_pause_and_no_error() {
+    const QUEUES: u16 = 4;
     let wanted = std::env::var("VDI_TEST_ROUNDS").map_or(8, |rounds| rounds.parse().unwrap());
     let mut random = Random::printed();
     let image = create_image(DISK_BYTES);
@@ -102,10 +103,10 @@ fn kill_9_under_a_guest_is_a_pause_and_no_error() {
     let launch = || {
         let launch = Launch::image_at(image.path(), &place.path().join("socket"));
         // Past the page cache writes take long enough for a kill to meet them.
-        launch.args(["--num-queues", "4", "--cache", "direct"])
+        launch.args(["--num-queues", &QUEUES.to_string(), "--cache", "direct"])
     };
     let mut daemon = launch().start();
-    let guest = Guest::on(&daemon, 4)
+    let guest = Guest::on(&daemon, QUEUES)
         .that_reconnects()
         .with_fio()
         .within(150 + wanted * 10)
@@ -134,6 +135,13 @@ fn kill_9_under_a_guest_is_a_pause_and_no_error() {
         "kill -9 under a real guest: {kills} kills, {recovered} requests started again, 0 errors in the guest, fio verified \
          every block"
     ));
+    let row = FrontEnd {
+        name: "QEMU, Linux guest",
+        version: &qemu_version(),
+        features: &format!("`num-queues={QUEUES}`, `reconnect-ms`"),
+        verified: "`kill -9` of the daemon under fio that verifies",
+    };
+    row.tell();
     stop(daemon);
     // The last daemon may have had nothing to write, and then leaves what the killed ones had reserved.
     let check = tool::vdi(["check".as_ref(), image.path().as_os_str()]);

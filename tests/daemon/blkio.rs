@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
-use vdi_tests::counts::{crate_version, tell_front_end};
+use vdi_tests::counts::{FrontEnd, crate_version};
 use vdi_tests::driver::PATIENCE;
 use vdi_tests::image::{Image, MIB, are_zeros};
 use vdi_tests::qemu;
@@ -163,9 +163,11 @@ fn blkio_does_all_it_can_on_1_to_4_queues_that_call_or_poll() {
         qemu::expect_clean(image.path());
     }
     let [blkio, driver] = ["blkio", "virtio-driver"].map(crate_version);
-    tell_front_end(
-        &format!("blkio {blkio} on virtio-driver {driver}"),
-        "1, 2 and 4 queues that call, 1 and 2 that poll",
-        "read, write, flush, discard, write-zeroes with and without unmap; every byte verified",
-    );
+    let row = FrontEnd {
+        name: "blkio",
+        version: &format!("blkio {blkio}, virtio-driver {driver}"),
+        features: "1, 2 and 4 queues that call, 1 and 2 that poll",
+        verified: "read, write, flush, discard, write-zeroes with and without unmap",
+    };
+    row.tell();
 }

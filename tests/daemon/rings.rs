@@ -403,6 +403,36 @@ fn regions_may_be_added_and_removed_under_load() {
 }
 
 #[test]
+fn a_device_that_is_reset_has_stopped_its_rings_and_begins_anew() {
+    let image = Image::by_qemu(8 * MIB);
+    let server = serve(&image);
+    let mut options = Options::new();
+    options.wanted.protocol |= Protocol::RESET_DEVICE;
+    let mut driver = server.driver(&options);
+    let token = driver
+        .queue()
+        .submit(&Request::write(5, vec![5; 512]), &Layout::framed());
+    let reset = driver.control.within("RESET_DEVICE", |front_end| {
+        vhost::vhost_user::VhostUserFrontend::reset_device(front_end)
+    });
+    reset.unwrap();
+    // What was taken is answered, and no more is.
+    let before = driver.queue().wait_within(token, Duration::ZERO);
+    let late = driver
+        .queue()
+        .submit(&Request::read(5, 512), &Layout::framed());
+    let nothing = driver.queue().wait_within(late, Duration::from_millis(100));
+    assert!(nothing.is_none(), "a ring runs after a reset");
+    let (features, base) = (driver.control.features(), driver.queue().used_index());
+    driver.control.accept(features).unwrap();
+    driver.control.start(&driver.queues[0], base).unwrap();
+    let _none = before
+        .unwrap_or_else(|| driver.queue().wait(token))
+        .expect_ok();
+    assert_eq!(driver.queue().wait(late).expect_ok(), [5; 512]);
+}
+
+#[test]
 fn without_protocol_features_rings_work_at_once() {
     let image = Image::by_qemu(8 * MIB);
     let server = serve(&image);

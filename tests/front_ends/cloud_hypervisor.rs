@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-use vdi_tests::counts::{crate_version, tell_front_end};
+use vdi_tests::counts::{FrontEnd, crate_version, tell as count};
 use vdi_tests::driver::{Config, Layout, PATIENCE, Request, feature};
 use vdi_tests::guest::{create_image, expect_clean, stop};
 use vdi_tests::image::{Image, MIB};
@@ -204,13 +204,12 @@ fn a_disk_is_added_paused_resumed_and_attached_again_with_requests_in_flight() {
     }
     stop(daemon);
     expect_clean(&image);
-    tell_front_end(
-        &player(),
-        "4 queues of 128, all its protocol features, config at 0 and at 0x100",
-        &format!(
-            "pause and resume, 6 reconnects after kill -9 with {recovered} requests under way, {verified} bytes written and \
-             verified"
-        ),
+    count(&format!(
+        "Cloud Hypervisor played: {recovered} requests under way at kill -9, {verified} bytes written and verified"
+    ));
+    tell(
+        "its protocol features, configuration at 0 and at 0x100",
+        "pause and resume, `kill -9` and reconnect with requests in flight",
     );
 }
 
@@ -240,16 +239,19 @@ fn a_snapshot_is_taken_and_restored_with_an_empty_state_and_no_other_is_taken_ov
     verified += guest.write_and_verify(&mut random);
     stop(daemon);
     expect_clean(&image);
-    tell_front_end(
-        &player(),
-        "4 queues of 128, DEVICE_STATE",
-        &format!("snapshot and restore, {verified} bytes written and verified"),
-    );
+    count(&format!(
+        "Cloud Hypervisor played: {verified} bytes written and verified around a snapshot"
+    ));
+    tell("DEVICE_STATE", "snapshot and restore");
 }
 
-fn player() -> String {
-    format!(
-        "Cloud Hypervisor, played by vhost {}",
-        crate_version("vhost")
-    )
+/// Tells what was verified.
+fn tell(features: &str, verified: &str) {
+    let row = FrontEnd {
+        name: "Cloud Hypervisor, played",
+        version: &format!("vhost {}", crate_version("vhost")),
+        features: &format!("{QUEUES} queues of {QUEUE_SIZE}, {features}"),
+        verified,
+    };
+    row.tell();
 }

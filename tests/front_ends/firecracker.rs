@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use vdi_tests::counts::{crate_version, tell_front_end};
+use vdi_tests::counts::{FrontEnd, crate_version, tell};
 use vdi_tests::driver::{Config, feature};
 use vdi_tests::guest::{create_image, expect_clean, stop};
 use vdi_tests::image::MIB;
@@ -97,11 +97,16 @@ fn a_drive_is_put_put_again_and_used_whatever_its_cache_type() {
     }
     stop(daemon);
     expect_clean(&image);
-    tell_front_end(
-        &format!("Firecracker, played by vhost {}", crate_version("vhost")),
-        "1 queue of 256, EVENT_IDX, CONFIG only, cache_type Unsafe and Writeback",
-        &format!(
-            "PUT, PUT again, activation, the next microVM: {verified} bytes written and verified"
+    tell(&format!(
+        "Firecracker played: {verified} bytes written and verified"
+    ));
+    let row = FrontEnd {
+        name: "Firecracker, played",
+        version: &format!("vhost {}", crate_version("vhost")),
+        features: &format!(
+            "1 queue of {QUEUE_SIZE}, CONFIG alone, `cache_type` Unsafe and Writeback"
         ),
-    );
+        verified: "PUT, PUT again, activation, the next microVM",
+    };
+    row.tell();
 }

@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use vdi_tests::counts;
+use vdi_tests::counts::{self, FrontEnd, qemu_version};
 use vdi_tests::guest::{create_image, expect_clean, stop};
 use vdi_tests::image::MIB;
 use vdi_tests::server::{Launch, Server};
@@ -25,10 +25,13 @@ const LOAD: &str = "fio --name=load --filename=/dev/vda --offset=256m --size=64m
 const READER: &str = "(n=0; while [ $n -lt 500 ]; do dd if=/mnt/data of=/dev/null bs=100000 count=1 skip=$n; \
     n=$((n + 1)); done) >/dev/null 2>&1 & reader=$!";
 
+const QUEUES: u16 = 2;
+const OPTIONS: &str = "config-wce=off";
+
 fn boot<'a>(daemon: &'a Server, incoming: Option<&'a std::path::Path>) -> Boot<'a> {
     Boot {
         cpus: 2,
-        disk: Some((daemon, Some(2), "config-wce=off")),
+        disk: Some((daemon, Some(QUEUES), OPTIONS)),
         incoming,
         with_fio: true,
     }
@@ -90,4 +93,11 @@ fn a_guest_under_load_moves_to_and_fro_between_two_daemons() {
     counts::tell(&format!(
         "live migration under load: {rounds} migrations between two QEMUs and two daemons, 0 wrong bytes"
     ));
+    let row = FrontEnd {
+        name: "QEMU, Linux guest",
+        version: &qemu_version(),
+        features: &format!("`-incoming`, `num-queues={QUEUES},{OPTIONS}`"),
+        verified: "live migration to and fro between two QEMUs and two daemons, under fio that verifies",
+    };
+    row.tell();
 }

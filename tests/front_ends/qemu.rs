@@ -3,10 +3,8 @@
 //! Every case writes data whose checksums the test keeps, and in the end QEMU's tools must find them in the image. Boots are
 //! slow without KVM, so cases share them.
 
-use std::process::Command;
-
 use serde_json::json;
-use vdi_tests::counts::tell_front_end;
+use vdi_tests::counts::{FrontEnd, qemu_version, tell as count};
 use vdi_tests::guest::{create_image, expect_clean, stop};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::server::{Launch, Server};
@@ -20,11 +18,15 @@ const PIECE_MIB: u64 = 4;
 const UNTIL: &str = r#"until_true() { for i in $(seq 100); do if eval "$1"; then return 0; fi; sleep 0.1; done; echo "not true: $1"; return 1; }"#;
 
 /// QEMU's name with its version.
-fn qemu() -> String {
-    let output = Command::new("qemu-system-x86_64").arg("--version").output();
-    let text = String::from_utf8(output.unwrap().stdout).unwrap();
-    let version = text.split_whitespace().nth(3).expect("it says its version");
-    format!("QEMU {version}")
+/// Tells what was verified.
+fn tell(features: &str, verified: &str) {
+    let row = FrontEnd {
+        name: "QEMU, Linux guest",
+        version: &qemu_version(),
+        features,
+        verified,
+    };
+    row.tell();
 }
 
 /// What is on the disk: a checksum for each piece that was written.
@@ -88,10 +90,11 @@ fn start(size_mib: u64) -> (Image, Server) {
 
 #[test]
 fn one_queue_survives_resets_and_reboots_and_a_changed_cache_mode() {
+    const OPTIONS: &str = "packed=off,config-wce=on";
     let (image, daemon) = start(64);
     let mut vm = Vm::boot(&Boot {
         cpus: 2,
-        disk: Some((&daemon, Some(1), "packed=off,config-wce=on")),
+        disk: Some((&daemon, Some(1), OPTIONS)),
         incoming: None,
         with_fio: false,
     });
@@ -112,10 +115,9 @@ fn one_queue_survives_resets_and_reboots_and_a_changed_cache_mode() {
     written.verify(&mut vm);
     vm.end();
     written.expect_in(daemon, &image);
-    tell_front_end(
-        &qemu(),
-        "num-queues=1 packed=off config-wce=on",
-        "write back and write through chosen by the guest, system_reset, reboot; data verified after each, and in the image",
+    tell(
+        &format!("`num-queues=1,{OPTIONS}`"),
+        "write back and write through chosen by the guest, `system_reset`, reboot",
     );
 }
 
@@ -195,11 +197,9 @@ fn a_disk_is_plugged_in_and_out_and_memory_comes_and_goes_under_it() {
     unplug(&mut vm);
     vm.end();
     written.expect_in(daemon, &image);
-    tell_front_end(
-        &qemu(),
-        "num-queues=1 and 2 packed=off config-wce=off",
-        "plugged in and out 3 times, 256 MiB of memory plugged in and out under the disk; data verified after each, and in \
-         the image",
+    tell(
+        "`num-queues=1` and `2`, `packed=off,config-wce=off`",
+        "the disk is plugged in and out, 256 MiB of memory are plugged in and out under it",
     );
 }
 
@@ -209,10 +209,11 @@ const MEMORY_KIB: &str = "sed -n \"s/^MemTotal: *\\([0-9]*\\) kB/\\1/p\" /proc/m
 #[test]
 fn eight_processors_get_eight_queues_unasked_and_pauses_disturb_no_io() {
     const PAUSES: usize = 12;
+    const OPTIONS: &str = "config-wce=off";
     let (image, daemon) = start(96);
     let mut vm = Vm::boot(&Boot {
         cpus: 8,
-        disk: Some((&daemon, None, "config-wce=off")),
+        disk: Some((&daemon, None, OPTIONS)),
         incoming: None,
         with_fio: false,
     });
@@ -252,11 +253,11 @@ fn eight_processors_get_eight_queues_unasked_and_pauses_disturb_no_io() {
     written.verify(&mut vm);
     vm.end();
     written.expect_in(daemon, &image);
-    tell_front_end(
-        &qemu(),
-        "num-queues not given, so 8 for 8 processors, config-wce=off",
-        &format!(
-            "{PAUSES} times stop and cont under load, {rounds} pieces of 1 MiB written and verified meanwhile on 8 queues"
-        ),
+    count(&format!(
+        "pauses of QEMU: {rounds} pieces of 1 MiB written and verified meanwhile on 8 queues"
+    ));
+    tell(
+        &format!("`num-queues` not given, so 8 for 8 processors, `{OPTIONS}`"),
+        &format!("{PAUSES} times `stop` and `cont` under load on all queues"),
     );
 }

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::process::Command;
 
 /// Tells one line of counts.
 ///
@@ -24,9 +25,57 @@ pub fn tell(line: &str) {
     }
 }
 
-/// Tells one line of what was verified of a front end, for the table of front ends in the README.
-pub fn tell_front_end(name: &str, features: &str, verified: &str) {
-    tell(&format!("front end {name}: {features}: {verified}"));
+/// A row of the README's table of front ends. `ci/front-ends` makes the table of those that were told.
+#[derive(Debug, Clone, Copy)]
+pub struct FrontEnd<'a> {
+    /// Who it is.
+    pub name: &'a str,
+    /// What it was this time.
+    pub version: &'a str,
+    /// How it was used.
+    pub features: &'a str,
+    /// What came of it.
+    pub verified: &'a str,
+}
+
+impl FrontEnd<'_> {
+    /// Tells it, at the end of the test that found it true.
+    ///
+    /// # Panics
+    /// If the README says anything else, but for the version.
+    pub fn tell(&self) {
+        let Self {
+            name,
+            version,
+            features,
+            verified,
+        } = self;
+        tell(&format!("| {name} | {version} | {features} | {verified} |"));
+        let (start, end) = (
+            format!("| {name} | "),
+            format!(" | {features} | {verified} |"),
+        );
+        let is_it = |line: &str| line.starts_with(&start) && line.ends_with(&end);
+        assert!(
+            README.lines().any(is_it),
+            "the README's table of front ends does not say: {start}...{end}"
+        );
+    }
+}
+
+const README: &str = include_str!("../../README.md");
+
+/// The version of QEMU that guests are run with.
+///
+/// # Panics
+/// If it does not say so.
+#[must_use]
+pub fn qemu_version() -> String {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    let text = String::from_utf8(output.expect("QEMU can be run").stdout);
+    let text = text.expect("QEMU speaks UTF-8");
+    let version = text.split_whitespace().nth(3);
+    format!("QEMU {}", version.expect("it says its version"))
 }
 
 /// The version of a crate that the tests are built with.

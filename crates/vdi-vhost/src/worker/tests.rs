@@ -64,9 +64,13 @@ struct TestDisk {
 
 impl Scene {
     fn new() -> Self {
+        Self::with(EngineChoice::Sync)
+    }
+
+    fn with(engine: EngineChoice) -> Self {
         let (orders, inbox) = mpsc::channel();
         let doorbell = Arc::new(Doorbell::new().unwrap());
-        let worker = Worker::new(EngineChoice::Sync, Arc::clone(&doorbell), inbox).unwrap();
+        let worker = Worker::new(engine, Arc::clone(&doorbell), inbox).unwrap();
         Self {
             worker,
             doorbell,
@@ -676,6 +680,33 @@ fn a_read_that_fails_is_marked_as_far_as_it_may_have_come() {
     assert_eq!(status, [1]);
     // The block is the 21st MiB, in the second window; the third was not begun.
     assert!(marked().into_iter().eq(0..2 * WINDOW / 4096));
+}
+
+#[test]
+fn a_sync_that_a_transfer_or_the_rest_of_a_read_would_wait_for_is_not_done_on_the_threads_time() {
+    let mut scene = Scene::with(EngineChoice::IoUring);
+    let (mut disk, mut other) = (scene.seat(0), scene.seat(1));
+    other.offer(0, OUT, 3);
+    while !other.is_answered(0) {
+        scene.turn();
+        scene.do_chores(&other);
+    }
+    disk.offer(0, FLUSH, 0);
+    other.offer(0, IN, 3);
+    scene.worker.tools.inline_left = 0;
+    scene.turn_until_syncs();
+    assert_eq!(scene.worker.tools.engine.in_flight(), 1);
+    assert_eq!(scene.worker.others(), Others::Wait);
+    while !(disk.is_answered(0) && other.is_answered(0)) {
+        scene.turn();
+    }
+    let _marked = scene.log_large(&mut other, 2 * WINDOW);
+    disk.offer(0, FLUSH, 0);
+    // Zeros, which need no transfers.
+    other.offer_large(8, 2 * WINDOW);
+    scene.turn_until_syncs();
+    assert_eq!(scene.worker.tools.engine.in_flight(), 0);
+    assert_eq!(scene.worker.others(), Others::Wait);
 }
 
 #[test]
