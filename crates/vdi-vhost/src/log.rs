@@ -38,7 +38,7 @@ pub(crate) fn begin(form: LogFormat) {
 }
 
 /// What is logged: levels and targets, as RUST_LOG says. `EnvFilter` knows spans too, of which there are none, and
-/// brings an engine of regular expressions, which took a tenth of the memory of an idle daemon.
+/// brings an engine of regular expressions, which took a twelfth of the memory of an idle daemon.
 fn filter() -> Targets {
     let said = std::env::var("RUST_LOG").ok();
     let said = said.and_then(|said| said.parse().ok());
