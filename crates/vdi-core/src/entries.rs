@@ -8,13 +8,13 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::format::{ENTRY_BYTES, ENTRY_FREE};
+use crate::format::ENTRY_FREE;
 
 /// Entries of a page: 4 KiB of them, so that a block of 1 MiB that is written makes the entries of 1 GiB resident.
 pub(crate) const PAGE_ENTRIES: u32 = 1024;
 
 /// Bytes of a page's entries in the file.
-pub(crate) const PAGE_BYTES: usize = PAGE_ENTRIES as usize * ENTRY_BYTES as usize;
+pub(crate) const PAGE_BYTES: usize = PAGE_ENTRIES as usize * size_of::<u32>();
 
 const COUNT: usize = PAGE_ENTRIES as usize;
 
