@@ -14,8 +14,8 @@
 //! them home.
 //!
 //! Look-ups take no lock and never wait. Memory is taken as entries are read and
-//! found right, so a file that only claims to be large costs nothing: its holes read as
-//! entries 0, and the second of them breaks B2.
+//! found right, and only where some are not unallocated ([`Entries`]). So a file that only claims to be large costs
+//! nothing: its holes read as entries 0, and the second of them breaks B2.
 //!
 //! Source: VirtualBox `VDICore.h`, `VDIIMAGEBLOCKPOINTER`.
 
@@ -23,13 +23,14 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::entries::{Entries, PAGE_BYTES, PAGE_ENTRIES, is_unallocated};
 use crate::format::{ENTRY_BYTES, ENTRY_FREE, ENTRY_ZERO};
 use crate::header::Header;
 use crate::storage::Storage;
 use crate::units::{Capacity, DiskBlock, FileBlock, FileOffset};
 
-/// How much of the map is read at a time.
-const PIECE_ENTRIES: u32 = 256 << 10;
+/// How much of the map is read at a time: whole pages, and what stays in the CPU's cache.
+const PIECE_ENTRIES: u32 = 64 * PAGE_ENTRIES;
 
 /// How many blocks can be away: `offset_data` has 32 bits and a block at least 128 KiB, so no more than
 /// these make way for a map.
@@ -73,7 +74,7 @@ impl BlockMapEntry {
 /// The map in memory: one entry for each block that the disk has.
 #[derive(Debug)]
 pub struct BlockMap {
-    entries: Box<[AtomicU32]>,
+    entries: Entries,
     start: FileOffset,
     /// How many of them are allocated.
     count_allocated: AtomicU32,
@@ -100,7 +101,7 @@ impl BlockMap {
             });
         }
         let mut judge = Judge::new(header, file_len);
-        let mut entries = Vec::new();
+        let mut entries = Entries::default();
         let mut buf = Vec::new();
         for first in (0..blocks).step_by(PIECE_ENTRIES as usize) {
             let count = PIECE_ENTRIES.min(blocks - first);
@@ -109,21 +110,23 @@ impl BlockMap {
             storage
                 .read_exact_at(&mut buf, at)
                 .map_err(|source| MapError::Read { source })?;
-            for (block, raw) in (first..).map(DiskBlock::new).zip(raw_entries(&buf)) {
-                judge.admit(block, BlockMapEntry::from_raw(raw))?;
-                if u64::from(block.get()) < judge.disk_blocks {
-                    entries.push(AtomicU32::new(raw));
+            let pages = (first..).step_by(PAGE_ENTRIES as usize);
+            for (first, page) in pages.zip(buf.chunks(PAGE_BYTES)) {
+                judge.admit_page(DiskBlock::new(first), page)?;
+                let kept = judge.of_disk(DiskBlock::new(first), page);
+                if !kept.is_empty() {
+                    entries.push(kept);
                 }
             }
         }
         let owners = judge.finish()?;
-        let mut allocated = 0;
-        for entry in &mut entries {
-            allocated +=
-                u32::from(BlockMapEntry::from_raw(*AtomicU32::get_mut(entry)).is_allocated());
-        }
+        entries.end();
+        let present = entries.present();
+        let allocated = present.map(|(_, raw)| BlockMapEntry::from_raw(raw));
+        let allocated = allocated.filter(|entry| entry.is_allocated()).count();
+        let allocated = u32::try_from(allocated).expect("entries have 32-bit indexes");
         let map = Self {
-            entries: entries.into_boxed_slice(),
+            entries,
             start: header.map_start(),
             count_allocated: AtomicU32::new(allocated),
             count_released: AtomicU64::new(0),
@@ -133,12 +136,12 @@ impl BlockMap {
 
     /// Where `block` is kept.
     pub fn get(&self, block: DiskBlock) -> BlockMapEntry {
-        BlockMapEntry::from_raw(self.entries[block.index()].load(Ordering::Acquire))
+        BlockMapEntry::from_raw(self.entries.get(block.index()))
     }
 
     /// Lets readers see a new entry. The file must have it already (W3).
     pub(crate) fn publish(&self, block: DiskBlock, entry: BlockMapEntry) {
-        let before = self.entries[block.index()].swap(entry.to_raw(), Ordering::AcqRel);
+        let before = self.entries.set(block.index(), entry.to_raw());
         match (
             BlockMapEntry::from_raw(before).is_allocated(),
             entry.is_allocated(),
@@ -176,20 +179,19 @@ impl BlockMap {
 
     /// Whether the disk has no block: its size rounds down to nothing.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.entries.len() == 0
     }
 
     /// All entries, one for each block of the disk.
     pub fn entries(&self) -> impl Iterator<Item = BlockMapEntry> {
-        let raw = self.entries.iter();
-        raw.map(|raw| BlockMapEntry::from_raw(raw.load(Ordering::Acquire)))
+        self.entries.iter().map(BlockMapEntry::from_raw)
     }
 
     /// The blocks that have storage: where, and which they are.
     pub(crate) fn allocated(&self) -> impl Iterator<Item = (FileBlock, DiskBlock)> {
-        let blocks = (0..).map(DiskBlock::new).zip(self.entries());
-        blocks.filter_map(|(disk_block, entry)| match entry {
-            BlockMapEntry::Allocated(file_block) => Some((file_block, disk_block)),
+        let present = self.entries.present();
+        present.filter_map(|(at, raw)| match BlockMapEntry::from_raw(raw) {
+            BlockMapEntry::Allocated(file_block) => Some((file_block, disk_block(at))),
             BlockMapEntry::Unallocated | BlockMapEntry::Zero => None,
         })
     }
@@ -213,6 +215,10 @@ impl BlockMap {
 
 const fn entry_at(map_start: FileOffset, block: DiskBlock) -> FileOffset {
     map_start.plus(block.get() as u64 * ENTRY_BYTES)
+}
+
+fn disk_block(at: usize) -> DiskBlock {
+    DiskBlock::new(u32::try_from(at).expect("entries have 32-bit indexes"))
 }
 
 fn raw_entries(bytes: &[u8]) -> impl Iterator<Item = u32> {
@@ -311,6 +317,25 @@ impl Judge {
             away: None,
             has_open: header.ends_in_a_block_of_qemu(),
         }
+    }
+
+    /// Admits the entries of a page, or of the part of one, that begins with `first`.
+    fn admit_page(&mut self, first: DiskBlock, page: &[u8]) -> Result<(), MapError> {
+        if is_unallocated(page) {
+            // Nothing to judge in those, and whether one is the disk's is known by the first.
+            return self.admit(first, BlockMapEntry::Unallocated);
+        }
+        let blocks = (first.get()..).map(DiskBlock::new);
+        blocks
+            .zip(raw_entries(page))
+            .try_for_each(|(block, raw)| self.admit(block, BlockMapEntry::from_raw(raw)))
+    }
+
+    /// The part of that page that the disk has; the rest is beyond its end.
+    fn of_disk<'p>(&self, first: DiskBlock, page: &'p [u8]) -> &'p [u8] {
+        let blocks = self.disk_blocks.saturating_sub(u64::from(first.get()));
+        let bytes = usize::try_from(blocks.saturating_mul(ENTRY_BYTES)).unwrap_or(usize::MAX);
+        &page[..page.len().min(bytes)]
     }
 
     fn admit(&mut self, block: DiskBlock, entry: BlockMapEntry) -> Result<(), MapError> {

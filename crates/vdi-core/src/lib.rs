@@ -32,6 +32,7 @@ pub mod convert;
 pub mod create;
 mod crew;
 pub mod disk;
+mod entries;
 pub mod format;
 pub mod header;
 mod holes;

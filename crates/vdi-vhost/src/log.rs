@@ -9,17 +9,15 @@ use std::sync::OnceLock;
 use serde::Deserialize;
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::Directive;
+use tracing_subscriber::filter::{ParseError, Targets};
 use tracing_subscriber::fmt::format::{Compact, Format, FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, format};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::reload::{self, Handle};
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::args::LogFormat;
-
-/// What is logged unless RUST_LOG says otherwise.
-const FILTER: &str = "info,virtio_queue=off";
 
 /// It logs whatever a guest does wrong, without limit.
 const UNLIMITED: &str = "virtio_queue";
@@ -30,15 +28,15 @@ static FILTERED: OnceLock<Box<dyn Filtered>> = OnceLock::new();
 /// A filter whose log may have any form.
 trait Filtered: Send + Sync {
     fn show(&self) -> Result<String, LevelError>;
-    fn replace(&self, filter: EnvFilter) -> Result<(), LevelError>;
+    fn replace(&self, filter: Targets) -> Result<(), LevelError>;
 }
 
-impl<S> Filtered for Handle<EnvFilter, S> {
+impl<S> Filtered for Handle<Targets, S> {
     fn show(&self) -> Result<String, LevelError> {
         Ok(self.with_current(ToString::to_string)?)
     }
 
-    fn replace(&self, filter: EnvFilter) -> Result<(), LevelError> {
+    fn replace(&self, filter: Targets) -> Result<(), LevelError> {
         Ok(self.reload(filter)?)
     }
 }
@@ -54,6 +52,8 @@ pub(crate) struct Filter(String);
 pub(crate) enum LevelError {
     #[error("the log has not begun")]
     NoLog,
+    #[error("that is no filter")]
+    NoFilter(#[source] ParseError),
     #[error("the log's filter cannot be had")]
     Gone(#[from] reload::Error),
 }
@@ -64,7 +64,7 @@ impl TryFrom<String> for Filter {
     fn try_from(text: String) -> Result<Self, String> {
         for part in text.split(',') {
             let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
-            if level.parse::<LevelFilter>().is_err() || part.parse::<Directive>().is_err() {
+            if level.parse::<LevelFilter>().is_err() || part.parse::<Targets>().is_err() {
                 return Err(format!(
                     "`{part}` is no level; say off, error, warn, info, debug or trace, or TARGET=LEVEL"
                 ));
@@ -82,42 +82,47 @@ pub(crate) fn filter() -> Result<String, LevelError> {
 /// Has this logged from now on, and still nothing that a guest can repeat without limit, unless that is named.
 pub(crate) fn set_filter(filter: &Filter) -> Result<(), LevelError> {
     let text = format!("{UNLIMITED}=off,{}", filter.0);
-    let filter = EnvFilter::new(text);
+    let filter = text.parse().map_err(LevelError::NoFilter)?;
     FILTERED.get().ok_or(LevelError::NoLog)?.replace(filter)
 }
 
 /// Lets the log begin, on standard error.
 pub(crate) fn begin(form: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER));
     let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(LevelFilter::TRACE)
         .with_writer(io::stderr)
         .with_target(false);
     match form {
-        LogFormat::Json => {
-            let log = log.json().flatten_event(true).with_filter_reloading();
-            remember(log.reload_handle());
-            log.init();
-        }
+        LogFormat::Json => start(log.json().flatten_event(true).finish()),
         // The service manager has connected standard error with its journal, which knows the time.
         LogFormat::Text if std::env::var_os("JOURNAL_STREAM").is_some() => {
             let log = log.with_ansi(false).event_format(Journal::new());
-            let log = log.with_filter_reloading();
-            remember(log.reload_handle());
-            log.init();
+            start(log.finish());
         }
         LogFormat::Text => {
             let log = log.with_ansi(io::stderr().is_terminal());
-            let log = log.with_filter_reloading();
-            remember(log.reload_handle());
-            log.init();
+            start(log.finish());
         }
     }
 }
 
-fn remember<S: 'static>(handle: Handle<EnvFilter, S>) {
+fn start<S: Subscriber + Send + Sync>(log: S) {
+    let (filter, handle) = reload::Layer::new(filter_of_start());
     // The log begins once.
     let _ = FILTERED.set(Box::new(handle));
+    log.with(filter).init();
+}
+
+/// What is logged: levels and targets, as RUST_LOG says. `EnvFilter` knows spans too, of which there are none, and
+/// brings an engine of regular expressions, which an idle daemon would carry along.
+fn filter_of_start() -> Targets {
+    let said = std::env::var("RUST_LOG").ok();
+    let said = said.and_then(|said| said.parse().ok());
+    said.unwrap_or_else(|| {
+        Targets::new()
+            .with_default(LevelFilter::INFO)
+            .with_target(UNLIMITED, LevelFilter::OFF)
+    })
 }
 
 /// Lines that begin with their priority.
@@ -163,7 +168,7 @@ mod tests {
     #[test]
     fn a_filter_is_levels_and_no_other_words() {
         let filter = |text: &str| Filter::try_from(text.to_owned());
-        for good in ["debug", "off", "info,vdi_vhost::session=trace", FILTER] {
+        for good in ["debug", "off", "info,vdi_vhost::session=trace", "info,virtio_queue=off"] {
             assert!(filter(good).is_ok(), "{good}");
         }
         for bad in ["", "debgu", "info,", "session", "a=b", "info,[=debug"] {

@@ -235,7 +235,7 @@ impl GuestBuffer {
 }
 
 /// Whether bytes are all zeros, by words where they are aligned.
-fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     // Most data differ early.
     let (head, rest) = bytes.split_at(bytes.len().min(16));
     head.iter().all(|&byte| byte == 0)

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
 
-use crate::ring::{GuestBuffer, run_round, to_usize};
+use crate::ring::{GuestBuffer, is_zero, run_round, to_usize};
 
 /// Iovecs of one system call: the kernel's UIO_MAXIOV; more is EINVAL.
 pub(crate) const MAX_IOVECS: usize = 1024;
@@ -24,6 +24,9 @@ const BOUNCE_BYTES: usize = 256 << 10;
 
 /// The alignment of buffers of our own: a page suits every file.
 const BOUNCE_ALIGNMENT: usize = 4096;
+
+/// What is copied or left out as a whole.
+const PAGE: usize = 4096;
 
 /// How often a transfer that the kernel interrupted or could not queue is started again.
 const MAX_RETRIES: u8 = 100;
@@ -152,9 +155,20 @@ impl BounceBuffer {
         self.iovec.iov_base = std::ptr::null_mut();
     }
 
-    /// Begins the round again, with the bytes that are there.
-    fn rewind(&mut self, len: usize) {
-        self.begin(len);
+    /// Begins the round of `len` bytes again with what is there, but for the pages of zeros that it begins and ends with: where what is
+    /// left begins, if anything is.
+    fn rewind_to_stored(&mut self, len: usize) -> Option<usize> {
+        let round = &mut self.bytes[self.start..][..len];
+        let stored = |page: &[u8]| !is_zero(page);
+        let first = round.chunks(PAGE).position(stored)?;
+        let last = round.chunks(PAGE).rposition(stored)?;
+        let skipped = first * PAGE;
+        let left = &mut round[skipped..len.min((last + 1) * PAGE)];
+        self.iovec = libc::iovec {
+            iov_base: left.as_mut_ptr().cast(),
+            iov_len: left.len(),
+        };
+        Some(skipped)
     }
 
     /// Goes on behind the first `len` bytes of the round; true if that was its end.
@@ -207,7 +221,8 @@ impl Transfer {
         }
     }
 
-    /// Copies `len` bytes from one place to another (copy-on-write).
+    /// Copies `len` bytes from one place to another (copy-on-write). The target reads as zeros before, so pages of zeros that a round
+    /// begins or ends with are not written: where the source has holes, the target mostly has them too.
     pub(crate) fn copy(
         token: u64,
         source: (Arc<File>, u64),
@@ -397,13 +412,16 @@ impl Transfer {
         if !bounce.consume(count) {
             return Progress::Again;
         }
-        if self.operation == Operation::Read {
-            bounce.rewind(round_len(own.left));
+        let len = round_len(own.left);
+        if self.operation == Operation::Read
+            && let Some(skipped) = bounce.rewind_to_stored(len)
+        {
             self.operation = Operation::Write;
-            (self.file, self.at) = own.target.clone();
+            let (file, at) = own.target.clone();
+            (self.file, self.at) = (file, at + skipped as u64);
             return Progress::Again;
         }
-        let done = round_len(own.left) as u64;
+        let done = len as u64;
         own.left -= done;
         own.target.1 += done;
         if own.left == 0 {
@@ -631,6 +649,36 @@ mod tests {
         let mut found = vec![0; len];
         target.read_exact_at(&mut found, 0).unwrap();
         assert!(found == bytes);
+    }
+
+    #[test]
+    fn a_copy_leaves_out_the_zeros_that_its_rounds_begin_and_end_with() {
+        let len = 3 * BOUNCE_BYTES + 5 * 512;
+        let mut bytes = vec![0; len];
+        bytes[5 * PAGE + 7] = 1;
+        bytes[9 * PAGE - 1] = 2;
+        // The second round is nothing but zeros; the last one ends with a part of a page.
+        bytes[2 * BOUNCE_BYTES] = 3;
+        bytes[len - 1] = 4;
+        let source = file(&bytes);
+        // What is not written can be told by what was there before.
+        let target = file(&vec![9; len + 512]);
+        let (from, to) = ((source, 0), (Arc::clone(&target), 512));
+        Transfer::copy(1, from, to, len as u64)
+            .run()
+            .result
+            .unwrap();
+        let mut expected = bytes;
+        for left_out in [
+            0..5 * PAGE,
+            9 * PAGE..2 * BOUNCE_BYTES,
+            2 * BOUNCE_BYTES + PAGE..3 * BOUNCE_BYTES,
+        ] {
+            expected[left_out].fill(9);
+        }
+        let mut found = vec![0; len];
+        target.read_exact_at(&mut found, 512).unwrap();
+        assert!(found == expected);
     }
 
     #[test]
