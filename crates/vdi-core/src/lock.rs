@@ -71,6 +71,14 @@ pub(crate) fn hold(file: &File, access: Access) -> io::Result<()> {
     Ok(())
 }
 
+/// Keeps of a writer's locks what a reader has: others may read from now on, and nobody came in between who writes.
+pub(crate) fn keep_reading(file: &File) -> io::Result<()> {
+    for byte in bytes(&[WRITE, RESIZE], HELD_BASE) {
+        fcntl(file, FcntlArg::F_OFD_SETLK(&one_byte(byte, libc::F_UNLCK)))?;
+    }
+    Ok(())
+}
+
 fn held(access: Access) -> &'static [i64] {
     match access {
         Access::ReadOnly => &[CONSISTENT_READ],
@@ -134,6 +142,18 @@ mod tests {
             Outcome::Conflict
         );
     }
+
+    #[test]
+    fn a_writer_that_goes_on_as_a_reader_lets_readers_in_and_no_writer() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, reader, writer) = (open(&file), open(&file), open(&file));
+        assert_eq!(acquire(&first, Access::Writable).unwrap(), Outcome::Held);
+        keep_reading(&first).unwrap();
+        assert_eq!(acquire(&reader, Access::ReadOnly).unwrap(), Outcome::Held);
+        let outcome = acquire(&writer, Access::Writable).unwrap();
+        assert_eq!(outcome, Outcome::Conflict);
+    }
+
     #[test]
     fn whoever_holds_too_keeps_others_out_when_the_first_is_gone() {
         let file = tempfile::NamedTempFile::new().unwrap();

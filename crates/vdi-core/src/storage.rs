@@ -160,6 +160,14 @@ impl HostFile {
         lock::hold(other, access)
     }
 
+    /// Ends the writing of an image: others may read it from now on, and none has written it in between.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn keep_reading(&self) -> io::Result<()> {
+        lock::keep_reading(&self.file)
+    }
+
     /// The path by which it was opened.
     pub fn path(&self) -> &Path {
         &self.path

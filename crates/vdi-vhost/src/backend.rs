@@ -166,7 +166,8 @@ impl Backend {
             return Err(Refusal::Access { served, found }.into());
         }
         self.serve(opened);
-        Ok(())
+        // Those for which the image did not come back, after a command.
+        Ok(self.rings.resume(&self.device)?)
     }
 
     /// Has the workers serve an image that was opened.
@@ -201,7 +202,8 @@ impl Backend {
         Ok(())
     }
 
-    /// Does something with the image while no request is under way.
+    /// Does something with the image while no request is under way. If the image does not come back, requests wait until
+    /// it does: with the next such command, or the next ring that starts.
     fn while_suspended<E>(
         &mut self,
         change: impl FnOnce(
@@ -213,10 +215,10 @@ impl Backend {
         if !was_held {
             self.begin_turn().map_err(ControlError::Open)?;
         }
-        let running = self.rings.suspend()?;
+        self.rings.suspend()?;
         let (opened, changed) = change(&mut self.turn)?;
         self.serve(opened);
-        self.rings.resume(&running, &self.device)?;
+        self.rings.resume(&self.device)?;
         if !was_held && self.rings.dismiss_if_idle() {
             self.turn.end();
         }

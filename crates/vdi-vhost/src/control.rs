@@ -26,7 +26,7 @@
 //! | `exists` | a disk of this name is there |
 //! | `not-open` | the image cannot be opened: another program has it, it is damaged, or the sandbox forbids it |
 //! | `not-possible` | the format, the host or the way the disk is served says no; or the disks are being handed over |
-//! | `broken` | a part of the daemon failed; the disk needs a restart |
+//! | `broken` | the image did not come back, or a part of the daemon failed: the guest's requests wait until a `resize` (to the size it has) or another front end finds it whole again, or the daemon is started anew |
 //!
 //! Each connection has a thread, so that a command that takes its time holds up nobody else. Whoever connects has [`PATIENCE`] for
 //! each line. The socket's file is its owner's alone.
