@@ -18,6 +18,7 @@ mod durability;
 mod eventfds;
 mod fleet;
 mod load;
+mod merges;
 mod metrics;
 mod program;
 mod requests;

@@ -19,16 +19,27 @@ use crate::load::{Habits, Load};
 use crate::scenes::{BASE, PLAIN, TOP, fill, make, make_child};
 
 /// Moments that are looked at besides those of the commands.
-const OTHERS: usize = 40;
+const OTHERS: usize = 20;
+
+/// Moments of commands that are looked at.
+const MOST: usize = 100;
 
 /// What the disk must read as, and what else must be there.
 struct Told<'o> {
     oracle: &'o Oracle,
-    /// Images that were frozen: their names, when that was asked and answered, and what they hold.
+    /// Images that were frozen, to be kept or to be merged: their names, when that was asked and done, and what they hold.
     frozen: Vec<Frozen>,
 }
 
+/// What was asked of the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Snapshot,
+    Commit,
+}
+
 struct Frozen {
+    what: Asked,
     name: String,
     asked: Moment,
     answered: Moment,
@@ -117,7 +128,8 @@ impl Told<'_> {
         if let Some(wrong) = self.oracle.judge(0, &found, moment, crash, |_| 0) {
             return Err(wrong);
         }
-        for frozen in self.frozen.iter().filter(|one| one.answered < moment) {
+        let kept = |one: &&Frozen| one.what == Asked::Snapshot && one.answered < moment;
+        for frozen in self.frozen.iter().filter(kept) {
             if read(&left.join(&frozen.name))? != frozen.holds {
                 return Err(format!("{} does not hold what was frozen", frozen.name));
             }
@@ -151,11 +163,20 @@ impl Told<'_> {
         if let Some(wrong) = self.oracle.judge(0, &found, moment, Crash::Kill, |_| 0) {
             return Err(wrong);
         }
-        let answer = desk.ask("snapshot", &json!({"disk": "top", "to": to}));
-        match (&answer, was_done) {
+        let answer = match frozen.what {
+            Asked::Snapshot => desk.ask("snapshot", &json!({"disk": "top", "to": to})),
+            Asked::Commit => desk.ask("commit", &json!({"disk": "top"})),
+        };
+        match (&answer, was_done && frozen.what == Asked::Snapshot) {
             (Ok(_), false) => {}
             (Err(class), true) if class == "not-possible" => {}
             _ => return Err(format!("again: {answer:?}, and it was done: {was_done}")),
+        }
+        if frozen.what == Asked::Commit {
+            desk.wait_for_job("top", "done");
+            if to.exists() {
+                return Err("what was merged is left".to_owned());
+            }
         }
         if read(&mut driver) != found {
             return Err("the guest sees something else after it".to_owned());
@@ -178,6 +199,10 @@ impl Told<'_> {
             self.frozen.iter().any(during)
         };
         let (mut chosen, others): (Vec<_>, Vec<_>) = all.partition(of_commands);
+        while chosen.len() > MOST {
+            let nth = random.within(0..chosen.len() as u64);
+            chosen.swap_remove(usize::try_from(nth).unwrap());
+        }
         chosen.extend((0..OTHERS).map(|_| *random.pick(&others)));
         chosen.sort_unstable();
         chosen
@@ -220,6 +245,7 @@ fn play(over_a_parent: bool, random: &mut Random) {
         load.oracle.flush(asked, answered);
         let holds = load.oracle.now().to_vec();
         frozen.push(Frozen {
+            what: Asked::Snapshot,
             name,
             asked,
             answered,
@@ -230,6 +256,44 @@ fn play(over_a_parent: bool, random: &mut Random) {
     let (driver, oracle) = load.end();
     let _exit = desk.server.kill();
     drop(driver);
+    let oracle = &oracle;
+    judge(&files.recording(), &Told { oracle, frozen }, random);
+}
+
+/// Merges a disk into its parent while it is used, and looks at what crashes leave.
+fn play_merge(random: &mut Random) {
+    let files = Recorded::mount();
+    make(&files, BASE, PLAIN.block, PLAIN.disk);
+    let disk = vec![0; PLAIN.disk_len()];
+    let (server, disk) = fill(&files, &PLAIN, BASE, disk, 60, random);
+    assert_eq!(server.terminate().code, Some(0));
+    make_child(&files, PLAIN.block);
+    let (server, disk) = fill(&files, &PLAIN, TOP, disk, 60, random);
+    assert_eq!(server.terminate().code, Some(0));
+    files.forget_the_past();
+    let desk = Desk::open(files.directory(), &["top"]);
+    let (oracle, fork) = (Oracle::new(disk), random.fork());
+    let driver = desk.driver("top");
+    let mut load = Load::new(&files, driver, oracle, Habits::ALL, PLAIN.block, fork);
+    load.run(40);
+    let asked = files.note();
+    desk.ask("commit", &json!({"disk": "top"})).unwrap();
+    // All that was answered before is durable in what is frozen.
+    load.oracle.flush(asked, files.note());
+    load.run(80);
+    desk.wait_for_job("top", "done");
+    let answered = files.note();
+    load.run(40);
+    let (driver, oracle) = load.end();
+    let _exit = desk.server.kill();
+    drop(driver);
+    let frozen = vec![Frozen {
+        what: Asked::Commit,
+        name: "top.vdi.merging".to_owned(),
+        asked,
+        answered,
+        holds: Vec::new(),
+    }];
     let oracle = &oracle;
     judge(&files.recording(), &Told { oracle, frozen }, random);
 }
@@ -271,4 +335,9 @@ fn a_crash_during_a_live_snapshot_leaves_the_disk_under_its_name_and_the_command
         play(false, &mut random);
         play(true, &mut random);
     });
+}
+
+#[test]
+fn a_crash_during_a_live_commit_leaves_the_disk_as_it_reads_and_the_command_can_be_given_again() {
+    for_each_seed(1, |mut random| play_merge(&mut random));
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -80,6 +81,26 @@ impl Desk {
     /// The class of the daemon's error.
     pub fn ask(&self, command: &str, arguments: &Value) -> Result<Value, String> {
         ask(&self.control(), command, arguments)
+    }
+
+    /// Waits until the last job of a disk is in this state; what is said of it.
+    ///
+    /// # Panics
+    /// If it ends in another one, or not in time.
+    pub fn wait_for_job(&self, disk: &str, state: &str) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let jobs = self.ask("jobs", &json!(null)).expect("it is known");
+            let of_disk = |job: &&Value| job["disk"] == disk;
+            let jobs = jobs["jobs"].as_array().expect("there is a list");
+            let job = jobs.iter().find(of_disk).expect("there is a job");
+            if job["state"] == state {
+                return job.clone();
+            }
+            assert_eq!(job["state"], "running", "{job}");
+            assert!(Instant::now() < deadline, "it does not end: {job}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Where a disk's front end connects.

@@ -63,6 +63,15 @@ pub(crate) fn acquire(file: &File, access: Access) -> io::Result<Outcome> {
     Ok(Outcome::Held)
 }
 
+/// Has a reader hold what a writer holds, if there is nobody else; otherwise it stays a reader.
+pub(crate) fn begin_writing(file: &File) -> io::Result<Outcome> {
+    let outcome = acquire(file, Access::Writable);
+    if !matches!(outcome, Ok(Outcome::Held)) {
+        keep_reading(file)?;
+    }
+    outcome
+}
+
 /// Takes the locks for `access` without a look at who else has some.
 pub(crate) fn hold(file: &File, access: Access) -> io::Result<()> {
     for byte in bytes(held(access), HELD_BASE).chain(bytes(&UNSHARED, UNSHARED_BASE)) {
@@ -151,6 +160,13 @@ mod tests {
         keep_reading(&first).unwrap();
         assert_eq!(acquire(&reader, Access::ReadOnly).unwrap(), Outcome::Held);
         let outcome = acquire(&writer, Access::Writable).unwrap();
+        assert_eq!(outcome, Outcome::Conflict);
+        drop(writer);
+        assert_eq!(begin_writing(&first).unwrap(), Outcome::Conflict);
+        drop(reader);
+        let reader = open(&file);
+        assert_eq!(begin_writing(&first).unwrap(), Outcome::Held);
+        let outcome = acquire(&reader, Access::ReadOnly).unwrap();
         assert_eq!(outcome, Outcome::Conflict);
     }
 

@@ -160,6 +160,14 @@ impl HostFile {
         lock::hold(other, access)
     }
 
+    /// Has the one who reads an image exclude all others, as who writes it does, if there are none; whether that is so.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn exclude_others(&self) -> io::Result<bool> {
+        Ok(lock::begin_writing(&self.file)? == Outcome::Held)
+    }
+
     /// Ends the writing of an image: others may read it from now on, and none has written it in between.
     ///
     /// # Errors

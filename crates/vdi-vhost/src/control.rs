@@ -9,6 +9,9 @@
 //! {"version": 1, "execute": "remove", "arguments": {"disk": "web-2"}}
 //! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
 //! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
+//! {"version": 1, "execute": "commit", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "jobs"}
+//! {"version": 1, "execute": "cancel", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats-of-all"}
 //! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
@@ -17,6 +20,7 @@
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
 //!
+//! `commit` is answered when it has begun, and `cancel` when it has ended.
 //! `disk` may be left out where there is one. What an error leaves is what was there before.
 //!
 //! | class | |
@@ -47,6 +51,7 @@ use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
 use crate::fleet::{self, Fleet, FleetError};
+use crate::jobs::{self, JobError, JobInfo};
 use crate::limits::{Limits, LimitsError};
 use crate::socket::{SocketError, SocketFile};
 use crate::stats::{StatsSnapshot, Usage};
@@ -96,6 +101,9 @@ enum Command {
         disk: Option<String>,
         to: PathBuf,
     },
+    Commit(Option<Which>),
+    Jobs,
+    Cancel(Option<Which>),
     Stats(Option<Which>),
     StatsOfAll,
     SetLimits {
@@ -132,6 +140,8 @@ enum Returned {
     List { disks: Vec<Info> },
     Stats(Box<NamedStats>),
     StatsOfAll { disks: Vec<NamedStats> },
+    Job(JobInfo),
+    Jobs { jobs: Vec<JobInfo> },
     Nothing {},
 }
 
@@ -325,6 +335,18 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             berth.lock().snapshot(&to)?;
             Returned::Info(Info::of(&berth))
         }
+        Command::Commit(which) => {
+            let disk = which.and_then(|which| which.disk);
+            let _change = fleet.change()?;
+            Returned::Job(jobs::commit(fleet, disk.as_deref())?)
+        }
+        Command::Jobs => Returned::Jobs {
+            jobs: fleet.jobs().list(),
+        },
+        Command::Cancel(which) => {
+            let disk = which.and_then(|which| which.disk);
+            Returned::Job(jobs::cancel(fleet, disk.as_deref())?)
+        }
         Command::Stats(which) => {
             let disk = which.and_then(|which| which.disk);
             let berth = fleet.find(disk.as_deref())?;
@@ -388,6 +410,18 @@ enum Failed {
     Disk(#[from] ControlError),
     #[error(transparent)]
     Limits(#[from] LimitsError),
+    #[error(transparent)]
+    Job(JobError),
+}
+
+impl From<JobError> for Failed {
+    fn from(error: JobError) -> Self {
+        match error {
+            JobError::Fleet(error) => error.into(),
+            JobError::Disk(error) => error.into(),
+            other => Self::Job(other),
+        }
+    }
 }
 
 impl From<Failed> for Outcome {
@@ -407,8 +441,11 @@ impl From<Failed> for Outcome {
                 | FleetError::Socket(_)
                 | FleetError::Host(_),
             )
-            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_))
-            | Failed::Limits(_) => "not-possible",
+            | Failed::Disk(
+                ControlError::Grow(_) | ControlError::Snapshot(_) | ControlError::Merge(_),
+            )
+            | Failed::Limits(_)
+            | Failed::Job(_) => "not-possible",
             Failed::Fleet(FleetError::Close(_))
             | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_)) => "broken",
         };

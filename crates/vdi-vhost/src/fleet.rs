@@ -24,6 +24,7 @@ use crate::config::{Config, DiskError, DiskOptions, DiskTable};
 use crate::crew::Crew;
 use crate::device::{Device, Serial, Zeros};
 use crate::housekeeper::Housekeepers;
+use crate::jobs::Jobs;
 use crate::limits::Limits;
 use crate::metrics::Handle;
 use crate::parents::Parents;
@@ -58,6 +59,7 @@ pub(crate) struct Fleet {
     metrics: OnceLock<Weak<Handle>>,
     /// The disks are another daemon's.
     is_handed_over: AtomicBool,
+    jobs: Jobs,
     /// Why all has to end, if it has to.
     fatal: Mutex<Option<ServeError>>,
     /// The only connection there would be has ended, or something fatal happened, or an operator wants it.
@@ -199,6 +201,7 @@ impl Fleet {
             changes: RwLock::default(),
             metrics: OnceLock::new(),
             is_handed_over: AtomicBool::new(false),
+            jobs: Jobs::default(),
             fatal: Mutex::default(),
             end: EventFd::from_flags(flags)?,
         })
@@ -212,6 +215,11 @@ impl Fleet {
     /// What is waited for at the doors.
     pub(crate) const fn knocks(&self) -> &Epoll {
         &self.doors
+    }
+
+    /// What operators began.
+    pub(crate) const fn jobs(&self) -> &Jobs {
+        &self.jobs
     }
 
     /// What becomes readable when all is to end.

@@ -38,6 +38,7 @@ pub mod fuzzing;
 mod housekeeper;
 mod image_file;
 mod inflight;
+mod jobs;
 mod limits;
 mod log;
 mod memory;

@@ -16,7 +16,11 @@
 //!
 //! - W5 holds across turns: an image that failed is not opened again by this process.
 //!
+//! - An image that gets a child while it is served is still its daemon's in between: writers stay locked out until the child is there.
+//!
 //! Not here: how images are opened (`vdi-core`), how their data are reached (`image_file`).
+
+pub(crate) mod merge;
 
 use std::fs::File;
 use std::io;
@@ -25,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use vdi_core::commit::live::{self, LoosenError};
 use vdi_core::disk::MOST_IMAGES;
 use vdi_core::resize::{self, ResizeError};
 use vdi_core::{
@@ -139,6 +144,15 @@ pub(crate) enum GrowError {
     Resize(#[from] ResizeError),
 }
 
+/// What an image is frozen for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To be kept as it is.
+    Keep,
+    /// To be merged into its parent, which changes with that.
+    Merge,
+}
+
 /// Why a disk was not frozen; it is as it was.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SnapshotError {
@@ -151,6 +165,10 @@ pub(crate) enum SnapshotError {
     Elsewhere { to: PathBuf },
     #[error("the disk has {MOST_IMAGES} images already; merge some of them first")]
     TooLong,
+    #[error("what the disk holds is being merged into its parent; wait for that, or cancel it")]
+    Merging,
+    #[error("the image cannot forget the state of its parent")]
+    Loosen(#[from] LoosenError),
     #[error("the image cannot be made exact")]
     Close(#[from] WriteError),
     #[error("the image cannot be read again")]
@@ -374,8 +392,10 @@ impl Turn {
     pub(crate) fn snapshot(
         &mut self,
         to: &Path,
+        purpose: Purpose,
     ) -> Result<(Opened, Result<(), SnapshotError>), TurnError> {
-        let (files, frozen) = self.change(|turn, disk, files| turn.freeze(disk, files, to))?;
+        let (files, frozen) =
+            self.change(|turn, disk, files| turn.freeze(disk, files, to, purpose))?;
         let files = if frozen.is_ok() {
             self.is_untidy = false;
             self.opening.disk.parents.insert(0, to.to_owned());
@@ -405,7 +425,13 @@ impl Turn {
     }
 
     /// Makes the image exact and durable, and puts a child in its place.
-    fn freeze(&self, disk: &Arc<Disk>, files: &Files, to: &Path) -> Result<(), SnapshotError> {
+    fn freeze(
+        &self,
+        disk: &Arc<Disk>,
+        files: &Files,
+        to: &Path,
+        purpose: Purpose,
+    ) -> Result<(), SnapshotError> {
         let image = &self.opening.disk.image;
         if self.opening.disk.access == Access::ReadOnly {
             return Err(SnapshotError::ReadOnly);
@@ -420,6 +446,9 @@ impl Turn {
             disk.close_tidily()?;
         } else {
             disk.close()?;
+        }
+        if purpose == Purpose::Merge {
+            live::loosen(&*files.top)?;
         }
         // As it is now, not as it was opened.
         let now = Image::examine(Arc::clone(&files.top) as Arc<dyn Storage>)?;
