@@ -1,7 +1,7 @@
 //! Many disks in one process: by a configuration file, and added and removed while others are served.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,13 +10,13 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vdi_core::NewKind;
-use vdi_tests::driver::{Driver, Options, PATIENCE};
+use vdi_tests::driver::{Driver, Options};
 use vdi_tests::image::MIB;
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
 use vdi_tests::server::{Launch, Server, scratch, wait_for_listener};
 use vdi_tests::stop::StopOnDrop;
-use vdi_tests::{qemu, tool, words};
+use vdi_tests::{operator, qemu, tool, words};
 
 /// A daemon for the disks `a` and `b`, children of one golden image, and more.
 pub(crate) struct Fleet {
@@ -69,17 +69,7 @@ impl Fleet {
 
     /// Sends a command; what it returns, or its error's class.
     pub(crate) fn ask(&self, command: &str, arguments: &Value) -> Result<Value, String> {
-        let mut stream = UnixStream::connect(self.path("control")).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let line = json!({"version": 1, "execute": command, "arguments": arguments});
-        writeln!(stream, "{line}").unwrap();
-        let mut answer = String::new();
-        BufReader::new(stream).read_line(&mut answer).unwrap();
-        let mut answer: Value = serde_json::from_str(&answer).unwrap();
-        match answer.get_mut("return") {
-            Some(returned) => Ok(returned.take()),
-            None => Err(answer["error"]["class"].as_str().unwrap().to_owned()),
-        }
+        operator::ask(&self.path("control"), command, arguments)
     }
 
     pub(crate) fn names(&self) -> Vec<String> {

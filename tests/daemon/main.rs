@@ -19,6 +19,7 @@ mod durability;
 mod eventfds;
 mod fleet;
 mod load;
+mod merges;
 mod metrics;
 mod program;
 mod requests;

@@ -9,6 +9,7 @@
 
 mod alone;
 mod last;
+mod operators;
 mod partly;
 mod scene;
 mod space;

@@ -13,5 +13,6 @@
 
 mod judge;
 mod load;
+mod names;
 mod scenes;
 mod tools;

@@ -6,10 +6,9 @@
 //!                                                   └─────► rules: what fails, is cut short or takes its time
 //! ```
 //!
-//! One directory of regular files, in memory. The page cache is left out (`FOPEN_DIRECT_IO`), so every system call of a program arrives
+//! One directory of regular files, in memory, which may have several names. The page cache is left out (`FOPEN_DIRECT_IO`), so every system call of a program arrives
 //! as it was made, and reads see what the file holds now. An operation takes effect when it arrives, and has ended when
-//! it is answered; a sync covers what had ended before it arrived. Names are durable at once: what happens to files is recorded, not what
-//! happens to directories.
+//! it is answered; a sync covers what had ended before it arrived. What happens to names is recorded as well, and synced by the directory.
 //!
 //! What it cannot show: the kernel holds a sync back while writes to the same file are under way, so a program that syncs before
 //! its writes have ended is not caught by that alone.

@@ -1,7 +1,7 @@
 //! Many writes that share their syncs, for maintenance that copies whole blocks.
 //!
 //! A write over a parent's data must be synced before it is published (W2). [`Disk::write_at`] does that for
-//! each; here they are kept until there are [`MOST_BYTES`] of them, and one sync serves all. Not for
+//! each; here they are kept until there are as many as the caller wants, and one sync serves all. Not for
 //! guests: what was written shows only after [`Batch::finish`].
 
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use crate::units::SectorRange;
 use crate::visit::Lane;
 use crate::writer::WriteError;
 
-/// How much waits for one sync: enough that its cost does not matter.
-const MOST_BYTES: u64 = 64 << 20;
+/// How much waits for one sync where nobody else waits: enough that its cost does not matter.
+pub(crate) const MOST_BYTES: u64 = 64 << 20;
 
 /// Writes that were done but do not show yet. Dropping it undoes them.
 #[derive(Debug)]
@@ -24,16 +24,18 @@ pub(crate) struct Batch<'d> {
     waker: Waker,
     written: Vec<Reservation>,
     written_bytes: u64,
+    most_bytes: u64,
 }
 
 impl<'d> Batch<'d> {
-    pub(crate) fn new(disk: &'d Arc<Disk>) -> Self {
+    pub(crate) fn new(disk: &'d Arc<Disk>, most_bytes: u64) -> Self {
         Self {
             disk,
             lane: disk.lane(),
             waker: Waker::from(Arc::new(Unpark(std::thread::current()))),
             written: Vec::new(),
             written_bytes: 0,
+            most_bytes,
         }
     }
 
@@ -51,7 +53,7 @@ impl<'d> Batch<'d> {
         self.disk.fill_from_parents(&reservation)?;
         self.written.push(reservation);
         self.written_bytes += range.len_bytes();
-        if self.written_bytes >= MOST_BYTES {
+        if self.written_bytes >= self.most_bytes {
             self.finish()?;
         }
         Ok(())

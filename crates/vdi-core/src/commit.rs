@@ -12,13 +12,15 @@
 //! before its entry is gone for good: it would read as zeros. Doing all of it again completes it.
 //! A child of version 0 never knows a state of its parent, so 1 and 4 change nothing in it.
 
+pub mod live;
+
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use uuid::Uuid;
 
-use crate::batch::Batch;
+use crate::batch::{self, Batch};
 use crate::block_map::BlockMapEntry;
 use crate::chores::Modified;
 use crate::convert::is_zero;
@@ -78,7 +80,12 @@ pub fn commit(
     child.begin_maintenance(Modified::Places)?;
     let uuid_image = parent.header().uuid_image();
     set_link(&child, uuid_image, Uuid::nil())?;
-    let merged = Merge::new(&child, &parent).run(progress)?;
+    let mut all = |done, total| {
+        progress(done, total);
+        ControlFlow::Continue(())
+    };
+    let merged = Merge::new(&child, &parent, batch::MOST_BYTES).run(&mut all)?;
+    let merged = merged.expect("nobody stops it");
     parent.close().map_err(CommitError::Parent)?;
     empty(&child)?;
     let renewed = RawHeader::read(&**parent_file).map_err(|source| CommitError::Link { source })?;
@@ -135,28 +142,36 @@ struct Merge<'d> {
 }
 
 impl<'d> Merge<'d> {
-    fn new(child: &'d Disk, parent: &'d Arc<Disk>) -> Self {
+    fn new(child: &'d Disk, parent: &'d Arc<Disk>, batch_bytes: u64) -> Self {
         Self {
             child,
             parent,
-            batch: Batch::new(parent),
+            batch: Batch::new(parent, batch_bytes),
             zeros: 0..0,
             merged: Merged::default(),
         }
     }
 
-    fn run(mut self, progress: &mut dyn FnMut(u32, u32)) -> Result<Merged, CommitError> {
+    /// `None` if it was told to stop.
+    fn run(
+        mut self,
+        progress: &mut dyn FnMut(u32, u32) -> ControlFlow<()>,
+    ) -> Result<Option<Merged>, CommitError> {
         let own: Vec<_> = own_blocks(self.child).collect();
         let total = u32::try_from(own.len()).expect("block numbers have 32 bits");
         let mut buf = Vec::new();
         for (done, (block, entry)) in (0..).zip(own) {
-            progress(done, total);
+            if progress(done, total).is_break() {
+                self.batch.finish().map_err(CommitError::Parent)?;
+                return Ok(None);
+            }
             self.merge_block(block, entry, &mut buf)?;
         }
         self.zero_run().map_err(CommitError::Parent)?;
         self.batch.finish().map_err(CommitError::Parent)?;
-        progress(total, total);
-        Ok(self.merged)
+        // It is done, whether there is more to go on with or not.
+        let _ = progress(total, total);
+        Ok(Some(self.merged))
     }
 
     fn merge_block(
@@ -256,6 +271,14 @@ pub enum CommitError {
     NoParent,
     #[error("the parent must grow to {to} bytes, the child's size, and cannot; see `vdi resize`")]
     Grow { to: u64, source: ResizeError },
+    #[error(
+        "the parent has {found} bytes, fewer than its child, {needed}; it can grow while nobody uses it (`vdi commit`, or `vdi resize`)"
+    )]
+    Smaller { found: u64, needed: u64 },
+    #[error(
+        "the parent has blocks where its map once was, and they must move first; run `vdi compact`"
+    )]
+    Away,
     #[error("cannot read what is to be merged")]
     Read(#[from] ReadError),
     #[error("cannot change the parent; the child reads as before, and a new attempt completes it")]

@@ -63,10 +63,27 @@ pub(crate) fn acquire(file: &File, access: Access) -> io::Result<Outcome> {
     Ok(Outcome::Held)
 }
 
+/// Has a reader hold what a writer holds, if there is nobody else; otherwise it stays a reader.
+pub(crate) fn begin_writing(file: &File) -> io::Result<Outcome> {
+    let outcome = acquire(file, Access::Writable);
+    if !matches!(outcome, Ok(Outcome::Held)) {
+        keep_reading(file)?;
+    }
+    outcome
+}
+
 /// Takes the locks for `access` without a look at who else has some.
 pub(crate) fn hold(file: &File, access: Access) -> io::Result<()> {
     for byte in bytes(held(access), HELD_BASE).chain(bytes(&UNSHARED, UNSHARED_BASE)) {
         fcntl(file, FcntlArg::F_OFD_SETLK(&one_byte(byte, libc::F_RDLCK)))?;
+    }
+    Ok(())
+}
+
+/// Keeps of a writer's locks what a reader has: others may read from now on, and nobody came in between who writes.
+pub(crate) fn keep_reading(file: &File) -> io::Result<()> {
+    for byte in bytes(&[WRITE, RESIZE], HELD_BASE) {
+        fcntl(file, FcntlArg::F_OFD_SETLK(&one_byte(byte, libc::F_UNLCK)))?;
     }
     Ok(())
 }
@@ -134,6 +151,25 @@ mod tests {
             Outcome::Conflict
         );
     }
+
+    #[test]
+    fn a_writer_that_goes_on_as_a_reader_lets_readers_in_and_no_writer() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, reader, writer) = (open(&file), open(&file), open(&file));
+        assert_eq!(acquire(&first, Access::Writable).unwrap(), Outcome::Held);
+        keep_reading(&first).unwrap();
+        assert_eq!(acquire(&reader, Access::ReadOnly).unwrap(), Outcome::Held);
+        let outcome = acquire(&writer, Access::Writable).unwrap();
+        assert_eq!(outcome, Outcome::Conflict);
+        drop(writer);
+        assert_eq!(begin_writing(&first).unwrap(), Outcome::Conflict);
+        drop(reader);
+        let reader = open(&file);
+        assert_eq!(begin_writing(&first).unwrap(), Outcome::Held);
+        let outcome = acquire(&reader, Access::ReadOnly).unwrap();
+        assert_eq!(outcome, Outcome::Conflict);
+    }
+
     #[test]
     fn whoever_holds_too_keeps_others_out_when_the_first_is_gone() {
         let file = tempfile::NamedTempFile::new().unwrap();

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use crate::batch::Batch;
+use crate::batch::{self, Batch};
 use crate::block_map::BlockMapEntry;
 use crate::chores::Modified;
 use crate::convert::is_zero;
@@ -128,7 +128,7 @@ fn copy(
         .map(|(block, _)| block)
         .collect();
     let total = u32::try_from(open.len()).expect("block numbers have 32 bits");
-    let mut batch = Batch::new(child);
+    let mut batch = Batch::new(child, batch::MOST_BYTES);
     let (mut old, mut new) = (Vec::new(), Vec::new());
     let (mut zeros, mut blocks_copied) = (Vec::new(), 0);
     for (done, block) in (0..).zip(open) {

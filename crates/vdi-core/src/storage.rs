@@ -160,6 +160,22 @@ impl HostFile {
         lock::hold(other, access)
     }
 
+    /// Has the one who reads an image exclude all others, as who writes it does, if there are none; whether that is so.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn exclude_others(&self) -> io::Result<bool> {
+        Ok(lock::begin_writing(&self.file)? == Outcome::Held)
+    }
+
+    /// Ends the writing of an image: others may read it from now on, and none has written it in between.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn keep_reading(&self) -> io::Result<()> {
+        lock::keep_reading(&self.file)
+    }
+
     /// The path by which it was opened.
     pub fn path(&self) -> &Path {
         &self.path

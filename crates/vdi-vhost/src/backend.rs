@@ -14,6 +14,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use vdi_core::commit::CommitError;
 use vdi_core::{Access, Capacity, Disk, WriteError};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -34,12 +35,15 @@ use crate::dirty::DirtyLog;
 use crate::dump::{ControlDump, ImageDump, Witnesses};
 use crate::fault::Account;
 use crate::housekeeper::Housekeepers;
+use crate::jobs::{End, Job};
 use crate::limits::Throttle;
 use crate::memory::{self, Memory, MemoryError, Region};
+use crate::parents::Identity;
 use crate::rings::{Addresses, Lost, RingError, Rings};
 use crate::stats::{Stats, Usage};
 use crate::tracking::{Tracking, TrackingError};
-use crate::turn::{GrowError, Opened, SnapshotError, Turn, TurnError};
+use crate::turn::merge::{Merge, MergeError};
+use crate::turn::{GrowError, Opened, Purpose, SnapshotError, Turn, TurnError};
 use crate::workers::{Served, Workers};
 
 /// The device as a front end controls it.
@@ -51,6 +55,8 @@ pub(crate) struct Backend {
     stats: Arc<Stats>,
     throttle: Arc<Throttle>,
     rings: Rings,
+    /// What is being merged into its parent, if something is.
+    merging: Option<Merging>,
     /// What became of what this session's front end shares.
     account: Account,
     /// Where the front end hears of changes, if it wants to.
@@ -59,6 +65,13 @@ pub(crate) struct Backend {
     log: Option<Arc<DirtyLog>>,
     /// The state that the front end gives the device, until it asks how that went.
     loading: Option<Loading>,
+}
+
+/// A merge that is under way.
+struct Merging {
+    job: Arc<Job>,
+    /// The image is open for that alone.
+    lets_go: bool,
 }
 
 /// Why a message is refused. `vhost` sees it as an error of the handler.
@@ -106,6 +119,9 @@ pub(crate) enum ControlError {
     /// The same.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The same.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
 }
 
 impl From<Refusal> for Error {
@@ -153,6 +169,7 @@ impl Backend {
             channel: None,
             log: None,
             loading: None,
+            merging: None,
         }
     }
 
@@ -168,7 +185,8 @@ impl Backend {
             return Err(Refusal::Access { served, found }.into());
         }
         self.serve(opened);
-        Ok(())
+        // Those for which the image did not come back, after a command.
+        Ok(self.rings.resume(&self.device)?)
     }
 
     /// Has the workers serve an image that was opened.
@@ -198,12 +216,104 @@ impl Backend {
     /// Freezes the disk as it is at this instant, under the name `to`, while its guest goes on in a child: requests wait
     /// meanwhile, and all that were answered are in the frozen image, durably.
     pub(crate) fn snapshot(&mut self, to: &Path) -> std::result::Result<(), ControlError> {
-        self.while_suspended(|turn| turn.snapshot(to))??;
+        if self.merging.is_some() {
+            return Err(SnapshotError::Merging.into());
+        }
+        self.while_suspended(|turn| turn.snapshot(to, Purpose::Keep))??;
         tracing::info!("the disk was frozen as {}", to.display());
         Ok(())
     }
 
-    /// Does something with the image while no request is under way.
+    /// Which file the disk would be merged into.
+    pub(crate) fn merge_target(&mut self) -> std::result::Result<Identity, ControlError> {
+        let was_held = self.is_open();
+        if !was_held {
+            self.begin_turn().map_err(ControlError::Open)?;
+        }
+        let target = self.turn.merge_target();
+        self.let_go_if(!was_held);
+        Ok(target?)
+    }
+
+    /// Whether a file is one of the disk's.
+    pub(crate) fn uses(&self, file: Identity) -> bool {
+        self.turn.uses(file)
+    }
+
+    /// Freezes what the disk holds, to be merged into its parent, which nobody else may use; or takes up where an earlier merge
+    /// was ended.
+    pub(crate) fn begin_merge(
+        &mut self,
+        job: &Arc<Job>,
+    ) -> std::result::Result<Merge, ControlError> {
+        let lets_go = !self.is_open();
+        if lets_go {
+            self.begin_turn().map_err(ControlError::Open)?;
+        }
+        let merge = self.freeze_to_merge();
+        match merge {
+            Ok(_) => {
+                let job = Arc::clone(job);
+                self.merging = Some(Merging { job, lets_go });
+            }
+            Err(_) => {
+                self.turn.end_claim();
+                self.let_go_if(lets_go);
+            }
+        }
+        merge
+    }
+
+    /// Lets the image go that was opened for a command alone, unless a guest wants it now.
+    fn let_go_if(&mut self, was_opened: bool) {
+        if was_opened && self.rings.dismiss_if_idle() {
+            self.turn.end();
+        }
+    }
+
+    fn freeze_to_merge(&mut self) -> std::result::Result<Merge, ControlError> {
+        let parent = self.turn.claim()?;
+        if !self.turn.has_unfinished_merge() {
+            self.turn.clear_spent()?;
+            let to = self.turn.merging_name();
+            let frozen = self.while_suspended(|turn| turn.snapshot(&to, Purpose::Merge))?;
+            frozen.map_err(MergeError::from)?;
+        }
+        Ok(self.turn.merge(parent)?)
+    }
+
+    /// Ends a merge, which was done or not: with the parent as the disk's own, or with all as it is.
+    pub(crate) fn end_merge(
+        &mut self,
+        job: &Job,
+        merged: std::result::Result<bool, CommitError>,
+    ) -> End {
+        let merging = self.merging.take();
+        let failed = |error: &dyn std::error::Error| End::Failed(crate::chain_of(error));
+        let end = match merged {
+            Err(error) => failed(&error),
+            Ok(done) if !done || job.is_cancelled() || !self.is_open() => End::Cancelled,
+            Ok(_) => match self.while_suspended(Turn::skip_merged) {
+                Ok(Ok(())) => End::Done,
+                Ok(Err(error)) => failed(&error),
+                Err(error) => failed(&error),
+            },
+        };
+        self.turn.end_claim();
+        self.let_go_if(merging.is_some_and(|merging| merging.lets_go));
+        end
+    }
+
+    /// Ends a merge when the image is about to be let go of. What it has done stays.
+    fn abandon_merge(&mut self) {
+        if let Some(merging) = self.merging.take() {
+            merging.job.cancel();
+            merging.job.wait_until_merged();
+        }
+    }
+
+    /// Does something with the image while no request is under way. If the image does not come back, requests wait until
+    /// it does: with the next such command, or the next ring that starts.
     fn while_suspended<E>(
         &mut self,
         change: impl FnOnce(
@@ -215,13 +325,15 @@ impl Backend {
         if !was_held {
             self.begin_turn().map_err(ControlError::Open)?;
         }
-        let running = self.rings.suspend()?;
+        if let Some(disk) = self.turn.disk() {
+            // So that little is left to be written while requests wait. A failure is told by whoever writes next.
+            let _ = disk.flush();
+        }
+        self.rings.suspend()?;
         let (opened, changed) = change(&mut self.turn)?;
         self.serve(opened);
-        self.rings.resume(&running, &self.device)?;
-        if !was_held && self.rings.dismiss_if_idle() {
-            self.turn.end();
-        }
+        self.rings.resume(&self.device)?;
+        self.let_go_if(!was_held);
         Ok(changed)
     }
 
@@ -339,6 +451,7 @@ impl Backend {
     pub(crate) fn let_go(&mut self) -> std::result::Result<bool, RingError> {
         self.rings.reset()?;
         self.rings.dismiss();
+        self.abandon_merge();
         self.turn.end();
         Ok(self.turn.is_untidy())
     }
@@ -350,6 +463,7 @@ impl Backend {
 
     /// Answers what is in flight and closes the image; nothing is served after that.
     pub(crate) fn close(&mut self) -> std::result::Result<(), WriteError> {
+        self.abandon_merge();
         // The housekeeper, in the turn, must still be there for requests that wait for room.
         self.rings.dismiss();
         self.turn.close()
@@ -457,6 +571,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let base = self.rings.stop(index)?;
         if self.rings.dismiss_if_idle() {
+            self.abandon_merge();
             self.turn.end();
         }
         Ok(VhostUserVringState::new(index, u32::from(base)))

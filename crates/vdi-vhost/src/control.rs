@@ -9,6 +9,9 @@
 //! {"version": 1, "execute": "remove", "arguments": {"disk": "web-2"}}
 //! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
 //! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
+//! {"version": 1, "execute": "commit", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "jobs"}
+//! {"version": 1, "execute": "cancel", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats-of-all"}
 //! {"version": 1, "execute": "set-limits", "arguments": {"disk": "web-1", "limits": {"iops_total": 1000, "bps_total": 104857600}}}
@@ -26,6 +29,7 @@
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
 //!
+//! `commit` is answered when it has begun, and `cancel` when it has ended.
 //! `disk` may be left out where there is one. What an error leaves is what was there before.
 //!
 //! | class | |
@@ -37,7 +41,7 @@
 //! | `in-use` | the group has disks |
 //! | `not-open` | the image cannot be opened: another program has it, it is damaged, or the sandbox forbids it |
 //! | `not-possible` | the format, the host or the way the disk is served says no; or the disks are being handed over |
-//! | `broken` | a part of the daemon failed; the disk needs a restart |
+//! | `broken` | the image did not come back, or a part of the daemon failed: the guest's requests wait until a `resize` (to the size it has) or another front end finds it whole again, or the daemon is started anew |
 //!
 //! Each connection has a thread, so that a command that takes its time holds up nobody else. Whoever connects has [`PATIENCE`] for
 //! each line. The socket's file is its owner's alone.
@@ -60,6 +64,7 @@ use crate::config::DiskTable;
 use crate::dump::Dump;
 use crate::fleet::{self, Fleet, FleetError};
 use crate::groups::{GroupError, GroupTable};
+use crate::jobs::{self, JobError, JobInfo};
 use crate::limits::Limits;
 use crate::log::{self, Filter, LevelError};
 use crate::socket::{SocketError, SocketFile};
@@ -110,6 +115,9 @@ enum Command {
         disk: Option<String>,
         to: PathBuf,
     },
+    Commit(Option<Which>),
+    Jobs,
+    Cancel(Option<Which>),
     Stats(Option<Which>),
     StatsOfAll,
     SetLimits {
@@ -176,6 +184,10 @@ enum Returned {
     Stats(Box<NamedStats>),
     StatsOfAll {
         disks: Vec<NamedStats>,
+    },
+    Job(JobInfo),
+    Jobs {
+        jobs: Vec<JobInfo>,
     },
     Nothing {},
 }
@@ -374,6 +386,18 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             berth.lock().snapshot(&to)?;
             Returned::info(&berth)
         }
+        Command::Commit(which) => {
+            let disk = which.and_then(|which| which.disk);
+            let _change = fleet.change()?;
+            Returned::Job(jobs::commit(fleet, disk.as_deref())?)
+        }
+        Command::Jobs => Returned::Jobs {
+            jobs: fleet.jobs().list(),
+        },
+        Command::Cancel(which) => {
+            let disk = which.and_then(|which| which.disk);
+            Returned::Job(jobs::cancel(fleet, disk.as_deref())?)
+        }
         Command::Stats(which) => {
             let stats = NamedStats::of(&*one(which, fleet)?);
             Returned::Stats(Box::new(stats))
@@ -528,6 +552,18 @@ enum Failed {
     Level(#[from] LevelError),
     #[error("limits are a disk's or a group's; name one of them")]
     TwoMeant,
+    #[error(transparent)]
+    Job(JobError),
+}
+
+impl From<JobError> for Failed {
+    fn from(error: JobError) -> Self {
+        match error {
+            JobError::Fleet(error) => error.into(),
+            JobError::Disk(error) => error.into(),
+            other => Self::Job(other),
+        }
+    }
 }
 
 impl From<Failed> for Outcome {
@@ -553,7 +589,10 @@ impl From<Failed> for Outcome {
                 | FleetError::Socket(_)
                 | FleetError::Host(_),
             )
-            | Failed::Disk(ControlError::Grow(_) | ControlError::Snapshot(_)) => "not-possible",
+            | Failed::Disk(
+                ControlError::Grow(_) | ControlError::Snapshot(_) | ControlError::Merge(_),
+            )
+            | Failed::Job(_) => "not-possible",
             Failed::Fleet(FleetError::Close(_) | FleetError::Pause(_))
             | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_))
             | Failed::Level(_) => "broken",

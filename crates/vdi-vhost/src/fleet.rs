@@ -25,6 +25,7 @@ use crate::crew::Crew;
 use crate::device::{Device, Serial, Zeros};
 use crate::groups::{self, GroupError, Groups};
 use crate::housekeeper::Housekeepers;
+use crate::jobs::Jobs;
 use crate::metrics::Handle;
 use crate::parents::Parents;
 use crate::session::ServeError;
@@ -59,6 +60,7 @@ pub(crate) struct Fleet {
     metrics: OnceLock<Weak<Handle>>,
     /// The disks are another daemon's.
     is_handed_over: AtomicBool,
+    jobs: Jobs,
     /// Why all has to end, if it has to.
     fatal: Mutex<Option<ServeError>>,
     /// The only connection there would be has ended, or something fatal happened, or an operator wants it.
@@ -205,6 +207,7 @@ impl Fleet {
             changes: RwLock::default(),
             metrics: OnceLock::new(),
             is_handed_over: AtomicBool::new(false),
+            jobs: Jobs::default(),
             fatal: Mutex::default(),
             end: EventFd::from_flags(flags)?,
         })
@@ -218,6 +221,11 @@ impl Fleet {
     /// What is waited for at the doors.
     pub(crate) const fn knocks(&self) -> &Epoll {
         &self.doors
+    }
+
+    /// What operators began.
+    pub(crate) const fn jobs(&self) -> &Jobs {
+        &self.jobs
     }
 
     /// What becomes readable when all is to end.

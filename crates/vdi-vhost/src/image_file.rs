@@ -125,7 +125,9 @@ impl ImageFile {
             .open(path)
             .map_err(DirectError::Open)?;
         // A write that is on its way to the storage when this process is killed may not land in the next one's time.
-        HostFile::lock_too(&direct, access).map_err(DirectError::Lock)?;
+        if access == Access::Writable {
+            HostFile::lock_too(&direct, access).map_err(DirectError::Lock)?;
+        }
         let alignment = direct_alignment(&direct).map_err(DirectError::Alignment)?;
         check_layout(alignment, data_start.0, block_bytes)?;
         // Read-ahead would bring pages with metadata and data into the cache as one folio. Advice only.

@@ -42,6 +42,7 @@ mod groups;
 mod housekeeper;
 mod image_file;
 mod inflight;
+mod jobs;
 mod limits;
 mod log;
 mod memory;

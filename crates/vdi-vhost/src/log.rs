@@ -168,7 +168,12 @@ mod tests {
     #[test]
     fn a_filter_is_levels_and_no_other_words() {
         let filter = |text: &str| Filter::try_from(text.to_owned());
-        for good in ["debug", "off", "info,vdi_vhost::session=trace", "info,virtio_queue=off"] {
+        for good in [
+            "debug",
+            "off",
+            "info,vdi_vhost::session=trace",
+            "info,virtio_queue=off",
+        ] {
             assert!(filter(good).is_ok(), "{good}");
         }
         for bad in ["", "debgu", "info,", "session", "a=b", "info,[=debug"] {

@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use vdi_core::{HostFile, Image, OpenError, SeenImages};
+use vdi_core::{HostFile, Image, OpenError, SeenImages, Storage};
 
 use crate::args::Cache;
 use crate::image_file::ImageFile;
@@ -16,7 +16,7 @@ use crate::image_file::ImageFile;
 /// All parents that are open.
 #[derive(Debug, Default)]
 pub(crate) struct Parents {
-    open: Mutex<HashMap<(u64, u64), Weak<Parent>>>,
+    open: Mutex<HashMap<Identity, Weak<Parent>>>,
     /// What the files in directories of images were seen to be.
     pub(crate) seen: Arc<SeenImages>,
 }
@@ -25,7 +25,7 @@ pub(crate) struct Parents {
 #[derive(Debug)]
 pub(crate) struct Parent {
     /// Keeps the lock.
-    _file: Arc<HostFile>,
+    file: Arc<HostFile>,
     /// Its header and map.
     pub(crate) image: Arc<Image>,
     cached: ImageFile,
@@ -47,8 +47,7 @@ pub(crate) enum ParentError {
 impl Parents {
     /// The parent that `file` is, which is let go of if the parent is open already.
     pub(crate) fn share(&self, file: HostFile) -> Result<Arc<Parent>, ParentError> {
-        let metadata = file.file().metadata()?;
-        let identity = (metadata.dev(), metadata.ino());
+        let identity = identity(&file)?;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(parent) = open.get(&identity).and_then(Weak::upgrade) {
             return Ok(parent);
@@ -58,6 +57,24 @@ impl Parents {
         open.insert(identity, Arc::downgrade(&parent));
         Ok(parent)
     }
+
+    /// The parent that `file` is, as it is now: it was written since it was opened, by who had it alone.
+    pub(crate) fn renew(&self, file: HostFile) -> Result<Arc<Parent>, ParentError> {
+        let identity = identity(&file)?;
+        let parent = Arc::new(Parent::open(Arc::new(file))?);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.insert(identity, Arc::downgrade(&parent));
+        Ok(parent)
+    }
+}
+
+/// Which file it is, whatever its name.
+pub(crate) type Identity = (u64, u64);
+
+/// Which file that is.
+pub(crate) fn identity(file: &HostFile) -> io::Result<Identity> {
+    let metadata = file.file().metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 impl Parent {
@@ -70,8 +87,18 @@ impl Parent {
             // One whose blocks lie askew may as well be read through the page cache.
             direct: ImageFile::direct(copy()?, vdi_core::Access::ReadOnly, area).ok(),
             image: Arc::new(image),
-            _file: file,
+            file,
         })
+    }
+
+    /// Its file.
+    pub(crate) fn file(&self) -> &HostFile {
+        &self.file
+    }
+
+    /// The same, to read it as an image.
+    pub(crate) fn storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.file) as Arc<dyn Storage>
     }
 
     /// How its data are reached.

@@ -65,6 +65,8 @@ struct Ring {
     /// Where it is kicked, if the front end gave that.
     kick: Option<File>,
     started: bool,
+    /// It was started, and waits for the image.
+    suspended: bool,
     /// It has been started before in this session.
     was_started: bool,
 }
@@ -333,7 +335,7 @@ impl Rings {
             tracing::debug!("queue {index} is stopped");
         }
         let ring = self.ring(index)?;
-        ring.started = false;
+        (ring.started, ring.suspended) = (false, false);
         ring.vring.set_queue_ready(false);
         ring.kick = None;
         ring.vring.set_kick(None);
@@ -341,23 +343,25 @@ impl Rings {
         Ok(ring.vring.queue_next_avail())
     }
 
-    /// Stops all rings that run when what they had in flight is answered, and lets go of what is served; which ones.
-    pub(crate) fn suspend(&mut self) -> Result<Vec<u32>> {
-        let mut running = Vec::new();
+    /// Stops all rings that run when what they had in flight is answered, and lets go of what is served.
+    pub(crate) fn suspend(&mut self) -> Result<()> {
         for index in 0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX) {
             if self.ring(index)?.started {
                 self.tell(index, Command::Stop)?;
-                self.ring(index)?.started = false;
-                running.push(index);
+                let ring = self.ring(index)?;
+                (ring.started, ring.suspended) = (false, true);
             }
         }
         self.workers.dismiss();
-        Ok(running)
+        Ok(())
     }
 
-    /// Has rings run again that were suspended.
-    pub(crate) fn resume(&mut self, rings: &[u32], device: &Device) -> Result<()> {
-        for index in rings.iter().copied() {
+    /// Has the rings run again that were suspended.
+    pub(crate) fn resume(&mut self, device: &Device) -> Result<()> {
+        for index in 0..u32::try_from(self.rings.len()).unwrap_or(u32::MAX) {
+            if !self.ring(index)?.suspended {
+                continue;
+            }
             let failed = |source| RingError::Worker { index, source };
             let kick = self.ring(index)?.kick.as_ref().map(File::try_clone);
             let kick = kick.transpose().map_err(failed)?;
@@ -563,6 +567,7 @@ impl Rings {
         self.workers.start(setup, kick, guest).map_err(failed)?;
         let ring = self.ring(index)?;
         (ring.started, ring.was_started) = (true, true);
+        ring.suspended = false;
         tracing::debug!("queue {index} is started, {:?}", ready.mode);
         Ok(())
     }
@@ -592,6 +597,7 @@ impl Rings {
                 addresses: None,
                 kick: None,
                 started: false,
+                suspended: false,
                 was_started: false,
             });
         }

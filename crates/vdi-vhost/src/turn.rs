@@ -16,14 +16,21 @@
 //!
 //! - W5 holds across turns: an image that failed is not opened again by this process.
 //!
+//! - An image that gets a child while it is served is still its daemon's in between: writers stay locked out until the child is there.
+//!
 //! Not here: how images are opened (`vdi-core`), how their data are reached (`image_file`).
+
+pub(crate) mod merge;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use vdi_core::commit::live::{self, LoosenError};
+use vdi_core::disk::MOST_IMAGES;
 use vdi_core::resize::{self, ResizeError};
 use vdi_core::{
     Access, Capacity, ChainError, ChainOptions, CreateError, Disk, HostFile, Image, Locking,
@@ -113,6 +120,9 @@ pub(crate) enum TurnError {
     /// Out of descriptors.
     #[error("cannot duplicate the image's descriptor")]
     Duplicate(#[source] io::Error),
+    /// The file system knows no locks.
+    #[error("cannot lock the image for reading only")]
+    Lock(#[source] io::Error),
     /// Another daemon has it, or nobody.
     #[error("the image is not open here")]
     NotHeld,
@@ -134,6 +144,15 @@ pub(crate) enum GrowError {
     Resize(#[from] ResizeError),
 }
 
+/// What an image is frozen for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To be kept as it is.
+    Keep,
+    /// To be merged into its parent, which changes with that.
+    Merge,
+}
+
 /// Why a disk was not frozen; it is as it was.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SnapshotError {
@@ -144,6 +163,12 @@ pub(crate) enum SnapshotError {
         to.display()
     )]
     Elsewhere { to: PathBuf },
+    #[error("the disk has {MOST_IMAGES} images already; merge some of them first")]
+    TooLong,
+    #[error("what the disk holds is being merged into its parent; wait for that, or cancel it")]
+    Merging,
+    #[error("the image cannot forget the state of its parent")]
+    Loosen(#[from] LoosenError),
     #[error("the image cannot be made exact")]
     Close(#[from] WriteError),
     #[error("the image cannot be read again")]
@@ -195,13 +220,29 @@ impl Opening {
     fn lock(&self, access: Access) -> Result<Files, TurnError> {
         let mut files = self.find(access, Locking::Locked)?.into_iter();
         let top = Arc::new(files.next().expect("a chain begins with its top image"));
-        let share = |file: HostFile| {
-            let path = file.path().to_owned();
-            let shared = self.parents.share(file);
-            shared.map_err(|source| TurnError::Parent { path, source })
-        };
-        let parents = files.map(share).collect::<Result<_, _>>()?;
+        let parents = files.map(|file| self.share(file));
+        let parents = parents.collect::<Result<_, _>>()?;
         Ok(Files { top, parents })
+    }
+
+    /// The files of a disk whose image is called `to` now and has a child in its place. Nobody who writes gets the image in
+    /// between, and its parents are not looked for again.
+    fn over(&self, frozen: Files, to: &Path) -> Result<Files, TurnError> {
+        let open = |path, access| {
+            let file = HostFile::open(path, access, Locking::Locked);
+            file.map_err(|error| TurnError::Chain(error.into()))
+        };
+        frozen.top.keep_reading().map_err(TurnError::Lock)?;
+        let top = Arc::new(open(&self.disk.image, self.disk.access)?);
+        let parent = self.share(open(to, Access::ReadOnly)?)?;
+        let parents = std::iter::once(parent).chain(frozen.parents).collect();
+        Ok(Files { top, parents })
+    }
+
+    fn share(&self, file: HostFile) -> Result<Arc<Parent>, TurnError> {
+        let path = file.path().to_owned();
+        let shared = self.parents.share(file);
+        shared.map_err(|source| TurnError::Parent { path, source })
     }
 
     /// The disk that these files are.
@@ -351,13 +392,14 @@ impl Turn {
     pub(crate) fn snapshot(
         &mut self,
         to: &Path,
+        purpose: Purpose,
     ) -> Result<(Opened, Result<(), SnapshotError>), TurnError> {
-        let (files, frozen) = self.change(|turn, disk, files| turn.freeze(disk, files, to))?;
+        let (files, frozen) =
+            self.change(|turn, disk, files| turn.freeze(disk, files, to, purpose))?;
         let files = if frozen.is_ok() {
-            // The lock for writing goes: the image is a parent now.
-            drop(files);
+            self.is_untidy = false;
             self.opening.disk.parents.insert(0, to.to_owned());
-            self.opening.lock(self.opening.disk.access)?
+            self.opening.over(files, to)?
         } else {
             files
         };
@@ -383,7 +425,13 @@ impl Turn {
     }
 
     /// Makes the image exact and durable, and puts a child in its place.
-    fn freeze(&self, disk: &Arc<Disk>, files: &Files, to: &Path) -> Result<(), SnapshotError> {
+    fn freeze(
+        &self,
+        disk: &Arc<Disk>,
+        files: &Files,
+        to: &Path,
+        purpose: Purpose,
+    ) -> Result<(), SnapshotError> {
         let image = &self.opening.disk.image;
         if self.opening.disk.access == Access::ReadOnly {
             return Err(SnapshotError::ReadOnly);
@@ -391,22 +439,24 @@ impl Turn {
         if to.parent() != image.parent() {
             return Err(SnapshotError::Elsewhere { to: to.to_owned() });
         }
+        if files.parents.len() + 2 > MOST_IMAGES {
+            return Err(SnapshotError::TooLong);
+        }
         if self.is_untidy {
             disk.close_tidily()?;
         } else {
             disk.close()?;
         }
+        if purpose == Purpose::Merge {
+            live::loosen(&*files.top)?;
+        }
         // As it is now, not as it was opened.
         let now = Image::examine(Arc::clone(&files.top) as Arc<dyn Storage>)?;
         let child = Child::make(image, &now)?;
         let failed = |step, source| SnapshotError::Name { step, source };
-        std::fs::hard_link(image, to)
-            .map_err(|error| failed("give the image its new name", error))?;
-        if let Err(error) = child.take_place(image) {
-            let _ = std::fs::remove_file(to);
-            return Err(failed("put the child in its place", error));
-        }
-        Ok(())
+        name_too(image, to).map_err(|error| failed("give the image its new name", error))?;
+        let placed = child.take_place(image, to);
+        placed.map_err(|error| failed("put the child in its place", error))
     }
 
     /// Makes everything durable and lets the image go; whoever opens it finds it as after a crash, without harm. The
@@ -475,14 +525,42 @@ impl Child {
         Ok(Self { path: Some(path) })
     }
 
-    /// Durably: the file was synced when it was made, the names are now.
-    fn take_place(mut self, of: &Path) -> io::Result<()> {
-        if let Some(path) = &self.path {
-            std::fs::rename(path, of)?;
+    /// Takes the place of an image that is called `other`, too. Durably: the file was synced when it was made, the names are now.
+    /// If that fails, the image has its place and only that.
+    fn take_place(mut self, of: &Path, other: &Path) -> io::Result<()> {
+        if let Some(path) = self.path.take()
+            && let Err(error) = std::fs::rename(&path, of)
+        {
+            self.path = Some(path);
+            let _ = std::fs::remove_file(other);
+            return Err(error);
         }
-        self.path = None;
-        File::open(crate::sandbox::directory_of(of))?.sync_all()
+        // The other name may be the only one of all the data now, and is not taken away.
+        sync_names(of).inspect_err(|_| drop(std::fs::rename(other, of)))
     }
+}
+
+/// Gives an image another name, durably: only then may it lose the one it has. It may have it already, from a daemon that was
+/// killed before that.
+fn name_too(image: &Path, to: &Path) -> io::Result<()> {
+    match std::fs::hard_link(image, to) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let identity = |path| {
+                let metadata = std::fs::metadata(path)?;
+                io::Result::Ok((metadata.dev(), metadata.ino()))
+            };
+            if identity(image)? != identity(to)? {
+                return Err(error);
+            }
+        }
+        linked => linked?,
+    }
+    sync_names(image)
+}
+
+/// Makes the names durable that are beside an image.
+fn sync_names(image: &Path) -> io::Result<()> {
+    File::open(crate::sandbox::directory_of(image))?.sync_all()
 }
 
 impl Drop for Child {

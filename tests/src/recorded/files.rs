@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::random::Random;
 use crate::simulated::history::InFlight;
 use crate::simulated::{Contents, History, Moment, Operation};
 
@@ -24,6 +25,8 @@ pub(super) struct Files {
     names: BTreeMap<String, u64>,
     /// What names meant since when.
     past_names: Vec<(Moment, BTreeMap<String, u64>)>,
+    /// When names were made durable: before these moments.
+    name_syncs: Vec<Moment>,
     clock: Moment,
     next_inode: u64,
 }
@@ -34,6 +37,7 @@ impl Default for Files {
             by_inode: BTreeMap::new(),
             names: BTreeMap::new(),
             past_names: vec![(Moment::START, BTreeMap::new())],
+            name_syncs: Vec::new(),
             clock: Moment::START,
             next_inode: ROOT + 1,
         }
@@ -56,6 +60,12 @@ impl Files {
         change(&mut self.names);
         let now = self.note();
         self.past_names.push((now, self.names.clone()));
+    }
+
+    /// All names that there are are durable.
+    pub(super) fn sync_names(&mut self) {
+        let now = self.note();
+        self.name_syncs.push(now);
     }
 
     pub(super) fn names(&self) -> &BTreeMap<String, u64> {
@@ -105,6 +115,7 @@ impl Files {
         }
         self.clock = Moment::START;
         self.past_names = vec![(Moment::START, self.names.clone())];
+        self.name_syncs.clear();
     }
 
     pub(super) fn recording(&self) -> Recording {
@@ -115,6 +126,7 @@ impl Files {
                 .map(|(&inode, file)| (inode, file.history.clone()))
                 .collect(),
             past_names: self.past_names.clone(),
+            name_syncs: self.name_syncs.clone(),
             end: self.clock,
         }
     }
@@ -125,6 +137,7 @@ impl Files {
 pub struct Recording {
     histories: BTreeMap<u64, History>,
     past_names: Vec<(Moment, BTreeMap<String, u64>)>,
+    name_syncs: Vec<Moment>,
     /// When the record ends.
     pub end: Moment,
 }
@@ -133,12 +146,40 @@ impl Recording {
     /// The file that had this name at `moment`.
     #[must_use]
     pub fn file(&self, name: &str, moment: Moment) -> Option<u64> {
-        let (_, names) = self
-            .past_names
-            .iter()
-            .rev()
-            .find(|(since, _)| *since <= moment)?;
+        let mut past = self.past_names.iter().rev();
+        let (_, names) = past.find(|(since, _)| *since <= moment)?;
         names.get(name).copied()
+    }
+
+    /// The files by the names that they had just before `moment`: what a killed program leaves.
+    #[must_use]
+    pub fn names(&self, moment: Moment) -> BTreeMap<String, u64> {
+        let mut past = self.past_names.iter().rev();
+        let before = past.find(|(since, _)| *since < moment);
+        before.map_or_else(BTreeMap::new, |(_, names)| names.clone())
+    }
+
+    /// The names that a power cut at `moment` could have left: those that were synced, and of what was done to names since any
+    /// part. A renaming is done as a whole or not.
+    #[must_use]
+    pub fn names_after_cut(&self, moment: Moment, random: &mut Random) -> BTreeMap<String, u64> {
+        let synced = self.name_syncs.iter().rev().find(|sync| **sync < moment);
+        let mut left = self.names(synced.copied().unwrap_or(Moment::START.next()));
+        let in_doubt = |since: Moment| synced.is_none_or(|sync| since >= *sync) && since < moment;
+        for pair in self.past_names.windows(2) {
+            let [(_, old), (since, new)] = pair else {
+                continue;
+            };
+            if !in_doubt(*since) || random.within(0..2) == 0 {
+                continue;
+            }
+            left.retain(|name, _| new.contains_key(name) || !old.contains_key(name));
+            let changed = new
+                .iter()
+                .filter(|(name, file)| old.get(*name) != Some(file));
+            left.extend(changed.map(|(name, file)| (name.clone(), *file)));
+        }
+        left
     }
 
     /// What was done to a file.

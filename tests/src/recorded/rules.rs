@@ -20,6 +20,8 @@ pub enum Kind {
     Allocate,
     /// `fsync(2)` and `fdatasync(2)`, and what makes a write with `RWF_SYNC` durable; it touches all bytes.
     Sync,
+    /// `fsync(2)` of the directory.
+    SyncNames,
 }
 
 /// What becomes of an operation.

@@ -72,6 +72,8 @@ impl Server {
 }
 
 fn attributes(files: &Files, inode: u64) -> Option<FileAttr> {
+    let names = files.names().values().filter(|named| **named == inode);
+    let nlink = u32::try_from(names.count().max(1)).expect("there are few names");
     let (size, blocks, kind, perm) = if inode == ROOT {
         (0, 0, FileType::Directory, 0o755)
     } else {
@@ -90,7 +92,7 @@ fn attributes(files: &Files, inode: u64) -> Option<FileAttr> {
         crtime: epoch,
         kind,
         perm,
-        nlink: 1,
+        nlink,
         uid: nix::unistd::geteuid().as_raw(),
         gid: nix::unistd::getegid().as_raw(),
         rdev: 0,
@@ -211,6 +213,24 @@ impl Filesystem for Server {
         answer!(reply, done, () => reply.ok());
     }
 
+    fn link(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _newparent: INodeNo,
+        newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        let made = text(newname).and_then(|name| {
+            let mut inner = self.0.lock();
+            inner.files.change_names(|names| {
+                names.insert(name.to_owned(), ino.0);
+            });
+            attributes(&inner.files, ino.0).ok_or(Errno::ENOENT)
+        });
+        answer!(reply, made, attr => reply.entry(&TTL, &attr, Generation(0)));
+    }
+
     fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         reply.opened(FileHandle(0), open_flags());
     }
@@ -295,6 +315,10 @@ impl Filesystem for Server {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
+        if let Some(errno) = self.judge(Kind::SyncNames, &ANYWHERE).failure {
+            return reply.error(Errno::from_i32(errno as i32));
+        }
+        self.0.lock().files.sync_names();
         reply.ok();
     }
 

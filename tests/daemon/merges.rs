@@ -1,0 +1,195 @@
+//! `commit` by the control socket: an image is merged into its parent while its guest goes on.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tempfile::TempDir;
+use vdi_tests::driver::{Driver, Layout, Request};
+use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
+use vdi_tests::operator::Desk;
+use vdi_tests::random::Random;
+use vdi_tests::server::scratch;
+use vdi_tests::stop::StopOnDrop;
+use vdi_tests::{tool, words};
+
+/// Two images without anything in them, one the child of the other.
+fn family() -> TempDir {
+    let place = scratch();
+    let (base, child) = (place.path().join("base.vdi"), place.path().join("d.vdi"));
+    tool::vdi(words!["create", base, (DISK_SECTORS * 512).to_string()]).expect_code(0);
+    tool::vdi(words!["snapshot", base, child]).expect_code(0);
+    place
+}
+
+fn merging(place: &Path) -> PathBuf {
+    place.join("d.vdi.merging")
+}
+
+/// What an image reads as by the tool, which leaves it alone.
+fn contents(image: &Path) -> Vec<u8> {
+    let raw = image.with_extension("raw");
+    tool::vdi(words!["convert", "--force", "-O", "raw", image, raw]).expect_code(0);
+    fs::read(raw).unwrap()
+}
+
+/// How many requests so far, one at a time, and how long the slowest took.
+fn read_on(driver: &mut Driver, stop: &AtomicBool) -> (u64, Duration) {
+    let (mut count, mut slowest) = (0, Duration::ZERO);
+    while !stop.load(Ordering::Relaxed) {
+        let begun = Instant::now();
+        let token = driver
+            .queue()
+            .submit(&Request::read(count % 4096, 512), &Layout::framed());
+        let _sector = driver.queue().wait(token).expect_ok();
+        slowest = slowest.max(begun.elapsed());
+        count += 1;
+    }
+    (count, slowest)
+}
+
+#[test]
+fn a_disk_is_merged_into_its_parent_while_its_guest_writes() {
+    let mut random = Random::printed();
+    let place = family();
+    let desk = Desk::open(place.path(), &["d"]);
+    let mut driver = desk.driver("d");
+    let mut loads: Vec<_> = (0..2)
+        .map(|_| Load::new(random.fork(), 2, Mix::Everything))
+        .collect();
+    for _ in 0..3 {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let stop = &stop;
+            let _stop = StopOnDrop::new(stop);
+            for (queue, load) in driver.queues.iter_mut().zip(&mut loads) {
+                scope.spawn(move || load.run(queue, || !stop.load(Ordering::Relaxed)));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            let command = json!({"disk": "d"});
+            let job = desk.ask("commit", &command).unwrap();
+            assert_eq!(job["state"], "running");
+            // One at a time; and what is being merged is not frozen again.
+            let busy = desk.ask("commit", &command);
+            let to = json!({"disk": "d", "to": place.path().join("other.vdi")});
+            let frozen = desk.ask("snapshot", &to);
+            let job = desk.wait_for_job("d", "done");
+            assert_eq!(job["done_bytes"], job["total_bytes"]);
+            if busy.is_ok() || frozen.is_ok() {
+                // It was over before.
+                desk.wait_for_job("d", "done");
+            }
+        });
+    }
+    assert!(loads.iter().map(|load| load.answered).sum::<u64>() > 100);
+    drop(driver);
+    let exit = desk.server.terminate();
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    assert!(!merging(place.path()).exists());
+    let image = place.path().join("d.vdi");
+    assert!(contents(&image) == disk_after(&loads));
+    tool::vdi(words!["check", image]).expect_code(0);
+}
+
+#[test]
+fn what_is_merged_is_in_the_parent_and_the_guest_hardly_waits() {
+    let place = family();
+    let desk = Desk::open(place.path(), &["d"]);
+    let mut driver = desk.driver("d");
+    for block in 0..24 {
+        driver.write(block * 2048, &[7; 1 << 20]);
+    }
+    let stop = AtomicBool::new(false);
+    let (count, slowest) = std::thread::scope(|scope| {
+        let (stop, driver) = (&stop, &mut driver);
+        let reads = scope.spawn(move || read_on(driver, stop));
+        let stopping = StopOnDrop::new(stop);
+        desk.ask("commit", &json!({"disk": "d"})).unwrap();
+        desk.wait_for_job("d", "done");
+        drop(stopping);
+        reads.join().unwrap()
+    });
+    println!("{count} reads while 24 MiB were merged, the slowest took {slowest:?}");
+    driver.write(3, &[9; 512]);
+    drop(driver);
+    assert_eq!(desk.server.terminate().code, Some(0));
+    let base = place.path().join("base.vdi");
+    assert!(contents(&base).iter().all(|byte| *byte == 7));
+    tool::vdi(words!["check", base]).expect_code(0);
+    let mut expected = vec![7; 24 << 20];
+    expected[3 * 512..4 * 512].fill(9);
+    assert!(contents(&place.path().join("d.vdi")) == expected);
+}
+
+#[test]
+fn a_merge_that_is_cancelled_or_killed_leaves_all_there_and_is_taken_up_again() {
+    let mut random = Random::printed();
+    let place = family();
+    let mut desk = Desk::open(place.path(), &["d"]);
+    let mut load = [Load::new(random.fork(), 1, Mix::Everything)];
+    for round in 0..6 {
+        let mut driver = desk.driver("d");
+        let mut left = 300;
+        load[0].run(driver.queue(), || {
+            left -= 1;
+            left > 0
+        });
+        desk.ask("commit", &json!({"disk": "d"})).unwrap();
+        std::thread::sleep(Duration::from_millis(random.within(0..40)));
+        if round % 2 == 0 {
+            let job = desk.ask("cancel", &json!({"disk": "d"})).unwrap();
+            assert!(
+                job["state"] == "cancelled" || job["state"] == "done",
+                "{job}"
+            );
+            let mut left = 100;
+            load[0].run(driver.queue(), || {
+                left -= 1;
+                left > 0
+            });
+        }
+        let _exit = desk.server.kill();
+        drop(driver);
+        assert!(contents(&place.path().join("d.vdi")) == disk_after(&load));
+        desk = Desk::open(place.path(), &["d"]);
+    }
+    desk.ask("commit", &json!({"disk": "d"})).unwrap();
+    desk.wait_for_job("d", "done");
+    assert!(!merging(place.path()).exists());
+    assert_eq!(desk.server.terminate().code, Some(0));
+    assert!(contents(&place.path().join("d.vdi")) == disk_after(&load));
+}
+
+#[test]
+fn a_parent_that_others_use_is_not_changed() {
+    let place = family();
+    let path = |name: &str| place.path().join(name);
+    tool::vdi(words!["snapshot", path("base.vdi"), path("e.vdi")]).expect_code(0);
+    let desk = Desk::open(place.path(), &["d", "e"]);
+    let (mut d, mut e) = (desk.driver("d"), desk.driver("e"));
+    d.write(0, &[1; 512]);
+    let commit = || desk.ask("commit", &json!({"disk": "d"}));
+    let before = fs::read(path("base.vdi")).unwrap();
+    assert_eq!(commit(), Err("not-possible".to_owned()));
+    // Nor when the other's guest is away and its image let go of.
+    let _base = e.control.stop(0).unwrap();
+    let _base = e.control.stop(1).unwrap();
+    assert_eq!(commit(), Err("not-possible".to_owned()));
+    assert!(fs::read(path("base.vdi")).unwrap() == before);
+    assert!(!merging(place.path()).exists());
+    d.write(1, &[2; 512]);
+    drop(e);
+    desk.ask("remove", &json!({"disk": "e"})).unwrap();
+    commit().unwrap();
+    desk.wait_for_job("d", "done");
+    assert_eq!(d.read(0, 1536), [[1; 512], [2; 512], [0; 512]].concat());
+    // Whoever was made of the parent before is told.
+    let e = json!({"name": "e", "image": path("e.vdi")});
+    assert_eq!(desk.ask("add", &e), Err("not-open".to_owned()));
+    assert_eq!(
+        desk.ask("cancel", &json!({"disk": "d"})).unwrap()["state"],
+        "done"
+    );
+}
