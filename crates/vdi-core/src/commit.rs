@@ -78,8 +78,11 @@ pub fn commit(
     child.begin_maintenance(Modified::Places)?;
     let uuid_image = parent.header().uuid_image();
     set_link(&child, uuid_image, Uuid::nil())?;
-    let merged = Merge::new(&child, &parent).run(progress)?;
-    parent.close().map_err(CommitError::Parent)?;
+    let merged = Merge::new(&child, &parent).run(progress);
+    // Whatever failed: where the host is full, room that was not used is missed most.
+    let closed = parent.close().map_err(CommitError::Parent);
+    let merged = merged?;
+    closed?;
     empty(&child)?;
     let renewed = RawHeader::read(&**parent_file).map_err(|source| CommitError::Link { source })?;
     set_link(&child, uuid_image, renewed.uuid_modify.get())?;
