@@ -311,7 +311,7 @@ fn snapshot_refuses_what_it_must_not_do() {
         assert!(answer.err.contains(reason), "{answer:#?}");
     };
     fs::write(&child, "mine").unwrap();
-    refused("exists");
+    refused("choose another name");
     assert_eq!(fs::read(&child).unwrap(), b"mine");
     fs::remove_file(&child).unwrap();
     let answer = vdi(words!["snapshot", base, base]).expect_code(1);

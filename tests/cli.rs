@@ -276,6 +276,26 @@ fn info_shows_people_what_the_image_is() {
 }
 
 #[test]
+fn info_says_which_blocks_a_stopped_resize_left_behind_the_numbers() {
+    let directory = scratch();
+    let path = directory.path().join("a.vdi");
+    let full = image().with_blocks(3).with_entry(2, 2);
+    full.with_entry(0, 3).with_len_change(1 << 20).write(&path);
+    let json = info(&path);
+    assert_eq!(json["format-specific"]["data"]["fragmentation"]["away"], 1);
+    let warning = json["warnings"][0].as_str().unwrap();
+    let text = vdi(words!["info", path]).expect_code(0).out;
+    for part in ["1 of its blocks", "number of 3", "`vdi check`"] {
+        assert!(warning.contains(part), "{part} is not in {warning}");
+    }
+    assert!(text.contains(warning), "{text}");
+    vdi(words!["repair", "--apply", path]).expect_code(0);
+    let json = info(&path);
+    assert_eq!(json["format-specific"]["data"]["fragmentation"]["away"], 0);
+    assert_eq!(json["warnings"], serde_json::json!([]));
+}
+
+#[test]
 fn map_shows_every_part_of_the_disk_once() {
     let directory = scratch();
     let path = directory.path().join("a.vdi");

@@ -171,6 +171,7 @@ fn info_counts_runs_holes_and_the_tail_as_the_map_has_them() {
             "fragmented-percent": found["fragmentation"]["fragmented-percent"],
             "holes": end - kept.len() as u64,
             "tail": (len - start).div_ceil(size) - end,
+            "away": 0,
         });
         assert_eq!(found["fragmentation"], expected, "{:?}", entries(&path));
         assert_eq!(

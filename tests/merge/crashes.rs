@@ -4,12 +4,15 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use nix::errno::Errno;
 use vdi_core::{
     Access, CreateOptions, Disk, FileOffset, ModifiedParent, NewKind, Sector, Storage, Zeroing,
-    commit, rebase,
+    check, commit, rebase,
 };
 use vdi_tests::random::Random;
-use vdi_tests::simulated::{Contents, Moment, SimulatedFile, for_each_seed, percent};
+use vdi_tests::simulated::{
+    Contents, Failure, Kind, Moment, SimulatedFile, for_each_seed, percent,
+};
 
 const BLOCK: u64 = 128 << 10;
 /// Instants at which a run is cut, and how often at each.
@@ -340,4 +343,37 @@ fn a_rebase_that_the_power_ends_harms_nothing_and_is_completed() {
         };
         crash_everywhere(images, &mut random, verb, look, is_done);
     });
+}
+
+#[test]
+fn a_merge_or_a_flatten_that_finds_the_host_full_leaves_no_room_behind() {
+    let mut failed = 0;
+    for_each_seed(24, |mut random| {
+        let world = World::new(chain(2, &mut random));
+        let storages = world.storages();
+        let expected = read(&storages);
+        let is_merge = percent(&mut random, 50);
+        let written = usize::from(is_merge);
+        let disk = open(&storages[written..], Access::ReadOnly);
+        let data = disk.header().data_area().start().0..u64::MAX;
+        let after = usize::try_from(random.within(0..3)).unwrap();
+        world.files[written].fail(Kind::Write, data, after, Failure::Clean(Errno::ENOSPC));
+        let is_done = if is_merge {
+            commit::commit(&storages, ModifiedParent::Refuse, &mut |_, _| ()).is_ok()
+        } else {
+            rebase::flatten(&open(&storages, Access::Writable), &mut |_, _| ()).is_ok()
+        };
+        if is_done {
+            return;
+        }
+        failed += 1;
+        assert!(
+            read(&storages) == expected,
+            "the child reads something else"
+        );
+        let report = check::check(&*storages[written]).unwrap();
+        let left: Vec<_> = report.counts().collect();
+        assert_eq!(left, []);
+    });
+    assert!(failed > 4, "{failed}");
 }

@@ -226,7 +226,8 @@ JSON has the keys of `qemu-img info`. Under format-specific.data there are, besi
   blocks         blocks of the disk: allocated, zero, unallocated
   fragmentation  runs: pieces of the file in the disk's order, at best 1; fragmented-clusters:
                  runs - 1; fragmented-percent: of the allocated ones; holes: unused blocks of the
-                 file between used ones; tail: unused blocks behind them
+                 file between used ones; tail: unused blocks behind them; away: blocks that a
+                 stopped resize left behind the last number
   shown          with --backing-chain, if there are parents: bytes of data and of zeros that readers
                  of the disk get from this image; its children hide the rest")]
 pub(crate) struct InfoArgs {

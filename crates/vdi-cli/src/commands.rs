@@ -397,8 +397,11 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
     Ok(stop)
 }
 
+/// Bytes that are put out at a time: a map may have gigabytes.
+const OUTPUT_BYTES: usize = 64 << 10;
+
 fn output() -> BufWriter<io::StdoutLock<'static>> {
-    BufWriter::new(io::stdout().lock())
+    BufWriter::with_capacity(OUTPUT_BYTES, io::stdout().lock())
 }
 
 fn done(mut out: impl Write, code: ExitCode) -> Result<ExitCode, Failure> {

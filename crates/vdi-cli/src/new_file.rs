@@ -15,7 +15,10 @@ use vdi_core::{Access, FileError, HostFile, Locking};
 /// What to do with a file that has the name already. Empty files are always replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Existing {
+    /// Unless the user gives `--force`, which this verb has.
     Keep,
+    /// Whatever the user says.
+    KeepAlways,
     Replace,
 }
 
@@ -33,6 +36,8 @@ pub(crate) struct NewFile {
 pub(crate) enum NewFileError {
     #[error("{} exists and has {len_bytes} bytes; give --force to replace it", path.display())]
     Exists { path: PathBuf, len_bytes: u64 },
+    #[error("{} exists and has {len_bytes} bytes; choose another name", path.display())]
+    Taken { path: PathBuf, len_bytes: u64 },
     #[error("{} names no file", path.display())]
     NoName { path: PathBuf },
     #[error("{} cannot be replaced", path.display())]
@@ -67,11 +72,15 @@ impl NewFile {
         };
         if let Some(old) = &old {
             let len_bytes = old.file().metadata().map_err(look)?.len();
-            if len_bytes > 0 && existing == Existing::Keep {
-                return Err(NewFileError::Exists {
-                    path: path.to_owned(),
-                    len_bytes,
-                });
+            let path = path.to_owned();
+            match existing {
+                Existing::Keep if len_bytes > 0 => {
+                    return Err(NewFileError::Exists { path, len_bytes });
+                }
+                Existing::KeepAlways if len_bytes > 0 => {
+                    return Err(NewFileError::Taken { path, len_bytes });
+                }
+                Existing::Keep | Existing::KeepAlways | Existing::Replace => {}
             }
         }
         let Some(name) = destination.file_name() else {

@@ -84,9 +84,11 @@ pub fn commit(
         progress(done, total);
         ControlFlow::Continue(())
     };
-    let merged = Merge::new(&child, &parent, batch::MOST_BYTES).run(&mut all)?;
-    let merged = merged.expect("nobody stops it");
-    parent.close().map_err(CommitError::Parent)?;
+    let merged = Merge::new(&child, &parent, batch::MOST_BYTES).run(&mut all);
+    // Whatever failed: where the host is full, room that was not used is missed most.
+    let closed = parent.close().map_err(CommitError::Parent);
+    let merged = merged?.expect("nobody stops it");
+    closed?;
     empty(&child)?;
     let renewed = RawHeader::read(&**parent_file).map_err(|source| CommitError::Link { source })?;
     set_link(&child, uuid_image, renewed.uuid_modify.get())?;

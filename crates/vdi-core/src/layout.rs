@@ -33,6 +33,9 @@ pub struct Spread {
     pub holes: u32,
     /// File blocks behind them.
     pub tail: u64,
+    /// Blocks that are kept behind the numbers that the header knows, where a stopped resize left them
+    /// ([`crate::block_map`], B1).
+    pub away: u32,
 }
 
 impl Spread {
@@ -227,6 +230,7 @@ impl FileCells {
     /// If `most_cells` is 0.
     pub fn of(image: &Image, disk: Grid, most_cells: u32) -> io::Result<Self> {
         let owned_end = image.map.owned_end();
+        let blocks_in_image = image.header.blocks_in_image();
         let file_bytes = image.storage.len_bytes()?;
         let covered = image.area.blocks_covered(file_bytes);
         let blocks = covered.max(u64::from(owned_end));
@@ -244,6 +248,7 @@ impl FileCells {
             last = Some(file_block);
             spread.allocated += 1;
             spread.runs += u32::from(!goes_on);
+            spread.away += u32::from(file_block.get() >= blocks_in_image);
             let nth = grid.cell_of(u64::from(file_block.get()));
             let cell = &mut cells[nth.expect("it is below owned_end")];
             cell.used += 1;

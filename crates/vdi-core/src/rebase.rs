@@ -120,6 +120,19 @@ fn copy(
     parent: Option<&Disk>,
     progress: &mut dyn FnMut(u32, u32),
 ) -> Result<Copied, RebaseError> {
+    let copied = copy_blocks(child, parent, progress);
+    // Whatever failed: where the host is full, room that was not used is missed most.
+    let closed = child.close();
+    let copied = copied?;
+    closed?;
+    Ok(copied)
+}
+
+fn copy_blocks(
+    child: &Arc<Disk>,
+    parent: Option<&Disk>,
+    progress: &mut dyn FnMut(u32, u32),
+) -> Result<Copied, RebaseError> {
     child.begin_maintenance(Modified::Places)?;
     let open: Vec<_> = (0..)
         .map(DiskBlock::new)
@@ -147,7 +160,6 @@ fn copy(
     for blocks in zeros.chunks(BATCH) {
         child.replace_entries(blocks, BlockMapEntry::Zero)?;
     }
-    child.close()?;
     progress(total, total);
     Ok(Copied {
         blocks_copied,

@@ -18,7 +18,7 @@ pub(super) fn run(args: &SnapshotArgs) -> Result<ExitCode, Failure> {
         path: args.base.clone(),
         source,
     })?;
-    let new = NewFile::beside(&args.child, Existing::Keep)?;
+    let new = NewFile::beside(&args.child, Existing::KeepAlways)?;
     let block_size = args
         .block_size
         .unwrap_or(vdi_core::create::DEFAULT_BLOCK_SIZE);

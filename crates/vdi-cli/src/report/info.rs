@@ -94,6 +94,8 @@ struct Fragmentation {
     fragmented_percent: f64,
     holes: u32,
     tail: u64,
+    /// Blocks that a stopped resize left behind the last number.
+    away: u32,
 }
 
 impl From<Spread> for Fragmentation {
@@ -105,6 +107,7 @@ impl From<Spread> for Fragmentation {
             fragmented_percent: (spread.fragmented_percent() * 100.0).round() / 100.0,
             holes: spread.holes,
             tail: spread.tail,
+            away: spread.away,
         }
     }
 }
@@ -180,6 +183,21 @@ impl HeaderFields {
     }
 }
 
+/// What makes an image one to be mended, though it can be used.
+fn warnings(image: &Image, spread: Spread) -> Vec<String> {
+    let of_header = image.header().warnings().map(|warning| warning.to_string());
+    let away = (spread.away > 0).then(|| {
+        let Spread { away, .. } = spread;
+        let last = image.header().blocks_in_image();
+        format!(
+            "{away} of its blocks are behind the last number of {last} (blocks_in_image): a resize was stopped"
+        )
+    });
+    let all = of_header.chain(away);
+    all.map(|warning| format!("{warning}; see `vdi check`"))
+        .collect()
+}
+
 impl Looked {
     /// Looks at an image in a file of that length; its map is walked.
     pub(crate) fn new(
@@ -190,13 +208,14 @@ impl Looked {
     ) -> io::Result<Self> {
         let raw = image.header().raw();
         let version = raw.version.get();
+        let spread = Spread::of(image)?;
         let data = SpecificData {
             version: format!("{}.{}", version >> 16, version & 0xFFFF),
             kind: image.header().kind().to_string(),
             file_length: len_bytes,
             comment: raw.comment(),
             blocks: Blocks::count(image),
-            fragmentation: Spread::of(image)?.into(),
+            fragmentation: spread.into(),
             shown: None,
             has_parent: matches!(image.header().kind(), ImageKind::Differencing(_)),
             lchs_geometry: Geometry::of(raw),
@@ -213,11 +232,7 @@ impl Looked {
                 r#type: "vdi",
                 data,
             },
-            warnings: image
-                .header()
-                .warnings()
-                .map(|warning| format!("{warning}; see `vdi check`"))
-                .collect(),
+            warnings: warnings(image, spread),
         })
     }
 
@@ -338,6 +353,7 @@ impl fmt::Display for Fragmentation {
             fragmented_percent: percent,
             holes,
             tail,
+            away: _,
         } = self;
         let word = if *runs == 1 { "run" } else { "runs" };
         write!(

@@ -33,11 +33,11 @@ pub(crate) fn map_json(
     files: &[PathBuf],
 ) -> io::Result<()> {
     let names: Vec<String> = names(files).collect();
-    write!(out, "[")?;
+    let mut row = vec![b'['];
     let mut start = 0;
     for extent in extents {
         if start > 0 {
-            writeln!(out, ",")?;
+            row.extend_from_slice(b",\n");
         }
         let (present, depth, offset) = match extent.source {
             Source::Unallocated => (false, 0, None),
@@ -57,10 +57,13 @@ pub(crate) fn map_json(
             offset,
             filename: offset.and_then(|_| names.get(depth)).map(String::as_str),
         };
-        serde_json::to_writer(&mut *out, &entry)?;
+        serde_json::to_writer(&mut row, &entry)?;
+        out.write_all(&row)?;
+        row.clear();
         start += length;
     }
-    writeln!(out, "]")
+    row.extend_from_slice(b"]\n");
+    out.write_all(&row)
 }
 
 fn names(files: &[PathBuf]) -> impl Iterator<Item = String> {
@@ -84,21 +87,65 @@ pub(crate) fn map(
     );
     writeln!(out, "{}", head.trim_end())?;
     let mut start = 0;
+    let mut row = Vec::new();
     for extent in extents {
         let (state, depth, at) = match extent.source {
-            Source::Unallocated => ("unallocated", None, String::new()),
-            Source::Zero { depth } => ("zero", Some(depth), String::new()),
-            Source::Stored { depth, at } => ("stored", Some(depth), format!("{:#x}", at.0)),
+            Source::Unallocated => ("unallocated", None, None),
+            Source::Zero { depth } => ("zero", Some(depth), None),
+            Source::Stored { depth, at } => ("stored", Some(depth), Some(at.0)),
         };
-        let name = depth
-            .and_then(|depth| names.get(depth))
-            .map_or("", String::as_str);
-        let line = format!(
-            "{start:>#18x} {:>#18x}  {state:<12} {at:>18}  {name}",
-            extent.len_bytes
-        );
-        writeln!(out, "{}", line.trim_end())?;
+        let name = depth.and_then(|depth| names.get(depth));
+        row.clear();
+        row.extend_from_slice(&number(start));
+        row.push(b' ');
+        row.extend_from_slice(&number(extent.len_bytes));
+        row.extend_from_slice(b"  ");
+        row.extend_from_slice(state.as_bytes());
+        row.resize(STATE_END, b' ');
+        row.push(b' ');
+        row.extend_from_slice(&at.map_or([b' '; NUMBER], number));
+        row.extend_from_slice(b"  ");
+        row.extend_from_slice(name.map_or("", String::as_str).as_bytes());
+        row.truncate(row.trim_ascii_end().len());
+        row.push(b'\n');
+        out.write_all(&row)?;
         start += extent.len_bytes;
     }
     Ok(())
+}
+
+/// The width of a number: `0x` and the digits of 64 bits.
+const NUMBER: usize = 18;
+/// Where the widest state of a row ends.
+const STATE_END: usize = NUMBER + 1 + NUMBER + 2 + 12;
+
+/// A number as `{:>#18x}` has it. A map may have many millions of them, and most of its time went into `write!`.
+fn number(value: u64) -> [u8; NUMBER] {
+    let mut digits = [b' '; NUMBER];
+    let mut left = value;
+    let mut at = NUMBER;
+    loop {
+        at -= 1;
+        digits[at] = b"0123456789abcdef"[(left % 16) as usize];
+        left /= 16;
+        if left == 0 {
+            digits[at - 2..at].copy_from_slice(b"0x");
+            return digits;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_as_the_standard_library_writes_them() {
+        for value in [0, 9, 0x10, 0xfe_dc_ba_98, 1 << 60, u64::MAX] {
+            assert_eq!(
+                number(value).as_slice(),
+                format!("{value:>#18x}").as_bytes()
+            );
+        }
+    }
 }
