@@ -373,24 +373,9 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             tracing::info!("{disk}: removed");
             Returned::Nothing {}
         }
-        Command::Resize { disk, size_bytes } => {
-            let berth = fleet.find(disk.as_deref())?;
-            let to = Capacity::from_bytes_rounded_down(size_bytes);
-            let _change = fleet.change()?;
-            berth.lock().grow(to)?;
-            Returned::info(&berth)
-        }
-        Command::Snapshot { disk, to } => {
-            let berth = fleet.find(disk.as_deref())?;
-            let _change = fleet.change()?;
-            berth.lock().snapshot(&to)?;
-            Returned::info(&berth)
-        }
-        Command::Commit(which) => {
-            let disk = which.and_then(|which| which.disk);
-            let _change = fleet.change()?;
-            Returned::Job(jobs::commit(fleet, disk.as_deref())?)
-        }
+        Command::Resize { disk, size_bytes } => resize(disk.as_deref(), size_bytes, fleet)?,
+        Command::Snapshot { disk, to } => snapshot(disk.as_deref(), &to, fleet)?,
+        Command::Commit(which) => commit(which, fleet)?,
         Command::Jobs => Returned::Jobs {
             jobs: fleet.jobs().list(),
         },
@@ -412,11 +397,7 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             group,
             limits,
         } => set_limits(disk.as_deref(), group.as_deref(), &limits, fleet)?,
-        Command::AddGroup(table) => {
-            let _change = fleet.change()?;
-            let added = fleet.groups().add(table).map_err(FleetError::from)?;
-            Returned::Group(GroupTable::of(&added))
-        }
+        Command::AddGroup(table) => add_group(table, fleet)?,
         Command::RemoveGroup { group } => {
             fleet.remove_group(&group)?;
             Returned::Nothing {}
@@ -458,6 +439,33 @@ impl NamedStats {
 fn one(which: Option<Which>, fleet: &Fleet) -> Result<Arc<Berth>, Failed> {
     let disk = which.and_then(|which| which.disk);
     Ok(fleet.find(disk.as_deref())?)
+}
+
+fn resize(disk: Option<&str>, size_bytes: u64, fleet: &Fleet) -> Result<Returned, Failed> {
+    let berth = fleet.find(disk)?;
+    let to = Capacity::from_bytes_rounded_down(size_bytes);
+    let _change = fleet.change()?;
+    berth.lock().grow(to)?;
+    Ok(Returned::info(&berth))
+}
+
+fn snapshot(disk: Option<&str>, to: &Path, fleet: &Fleet) -> Result<Returned, Failed> {
+    let berth = fleet.find(disk)?;
+    let _change = fleet.change()?;
+    berth.lock().snapshot(to)?;
+    Ok(Returned::info(&berth))
+}
+
+fn commit(which: Option<Which>, fleet: &Arc<Fleet>) -> Result<Returned, Failed> {
+    let disk = which.and_then(|which| which.disk);
+    let _change = fleet.change()?;
+    Ok(Returned::Job(jobs::commit(fleet, disk.as_deref())?))
+}
+
+fn add_group(table: GroupTable, fleet: &Fleet) -> Result<Returned, Failed> {
+    let _change = fleet.change()?;
+    let added = fleet.groups().add(table).map_err(FleetError::from)?;
+    Ok(Returned::Group(GroupTable::of(&added)))
 }
 
 fn pause(berth: &Berth, fleet: &Fleet) -> Result<Returned, Failed> {
