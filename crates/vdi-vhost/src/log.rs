@@ -64,7 +64,10 @@ impl TryFrom<String> for Filter {
     fn try_from(text: String) -> Result<Self, String> {
         for part in text.split(',') {
             let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
-            if level.parse::<LevelFilter>().is_err() || part.parse::<Targets>().is_err() {
+            if level.is_empty()
+                || level.parse::<LevelFilter>().is_err()
+                || part.parse::<Targets>().is_err()
+            {
                 return Err(format!(
                     "`{part}` is no level; say off, error, warn, info, debug or trace, or TARGET=LEVEL"
                 ));
