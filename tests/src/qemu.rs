@@ -5,6 +5,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 /// Runs `qemu-img`.
 ///
@@ -59,10 +60,22 @@ pub fn contents(image: &Path) -> Vec<u8> {
     let raw = image.with_extension("qemu-raw");
     let from = image.to_str().expect("test paths are UTF-8");
     let to = raw.to_str().expect("test paths are UTF-8");
-    expect_success(&img(["convert", "-f", "vdi", "-O", "raw", from, to]));
+    let read = || img(["convert", "-f", "vdi", "-O", "raw", from, to]);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut output = read();
+    // The kernel ends the last I/O of a daemon that was killed after the daemon is gone, and its locks with that.
+    while is_locked(&output) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+        output = read();
+    }
+    expect_success(&output);
     let bytes = std::fs::read(&raw).expect("qemu-img wrote it");
     std::fs::remove_file(&raw).expect("it is ours");
     bytes
+}
+
+fn is_locked(output: &Output) -> bool {
+    String::from_utf8_lossy(&output.stderr).contains("Failed to get")
 }
 
 fn expect_success(output: &Output) {
