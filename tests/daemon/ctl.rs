@@ -4,14 +4,18 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vdi_tests::driver::Options;
+use vdi_tests::driver::{Layout, Options, Request};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::server::Launch;
 use vdi_tests::tool::{self, Answer};
+use vdi_tests::words;
 
 use crate::fleet::Fleet;
+
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn ctl(socket: &Path, words: &[&str]) -> Answer {
     let start = [
@@ -71,8 +75,9 @@ fn an_operator_adds_grows_freezes_limits_and_removes_a_disk_that_is_used() {
         .lines()
         .map(|line| line.split_whitespace().collect())
         .collect();
-    assert_eq!(rows[0], ["NAME", "SIZE", "STATE", "IMAGE", "SOCKET"]);
-    assert_eq!(rows[1][..4], ["a", "24", "MiB", "idle"]);
+    let header = ["NAME", "SIZE", "STATE", "GROUP", "IMAGE", "SOCKET"];
+    assert_eq!(rows[0], header);
+    assert_eq!(rows[1][..5], ["a", "24", "MiB", "idle", "-"]);
     assert_eq!(rows[3][..5], ["c", "40", "MiB", "in", "use"]);
     assert_eq!(fleet.ctl_json(&["info", "c"])["connected"], true);
 
@@ -91,6 +96,114 @@ fn an_operator_adds_grows_freezes_limits_and_removes_a_disk_that_is_used() {
     assert!(!fleet.ctl(&["list"]).out.contains("c.vdi"));
     fleet.ctl(&["shutdown"]).expect_code(0);
     assert_eq!(fleet.server.wait().code, Some(0));
+}
+
+/// What stands in a table in the row that begins with `first`.
+fn row<'a>(text: &'a str, first: &str) -> Vec<&'a str> {
+    let rows = text.lines().map(|line| line.split_whitespace().collect());
+    let found = rows
+        .into_iter()
+        .find(|row: &Vec<_>| row.first() == Some(&first));
+    found.unwrap_or_else(|| panic!("no {first} in {text}"))
+}
+
+#[test]
+fn groups_hold_their_disks_and_a_dump_shows_what_waits() {
+    let fleet = Fleet::start("");
+    let quiet = |words: &[&str]| assert_eq!(fleet.ctl(words).expect_code(0).out, "", "{words:?}");
+    quiet(&["add-group", "t", "iops_total=50000", "bps_total=100M"]);
+    let image = fleet.path("c.vdi");
+    let image = image.to_str().unwrap();
+    let limit = "--limit=bps_total_max_length=2";
+    let limits = ["--limit=bps_total=1G", "--limit=bps_total_max=2G", limit];
+    let add = [&["add", "c", image, "--group", "t"], &limits[..]].concat();
+    let added = fleet.ctl(&add).expect_code(0).out;
+    let own = "bps_total=1024M bps_total_max=2048M bps_total_max_length=2";
+    assert!(added.contains(own), "{added}");
+    let listed = fleet.ctl(&["list"]).expect_code(0).out;
+    assert_eq!(row(&listed, "c")[..5], ["c", "24", "MiB", "idle", "t"]);
+    let group = ["t", "bps_total=100M", "iops_total=50000"];
+    assert_eq!(row(&listed, "t"), group);
+
+    let mut driver = fleet.driver("c");
+    quiet(&["set-limits", "c", "none"]);
+    quiet(&["set-limits", "--group", "t", "iops_total=1"]);
+    let request = || Request::write(0, vec![0x53; 512]);
+    let tokens = [(); 3].map(|()| driver.queue().submit(&request(), &Layout::framed()));
+    let deadline = Instant::now() + PATIENCE;
+    while fleet.ctl_json(&["dump", "c"])["held_seats"] != 1 {
+        assert!(Instant::now() < deadline, "nothing is held");
+    }
+    let dump = fleet.ctl(&["dump", "c"]).expect_code(0).out;
+    for said in ["group limits: iops_total=1\n", "\nIMAGE\n", "held for: "] {
+        assert!(dump.contains(said), "no {said:?} in {dump}");
+    }
+    let threads = dump.matches("\nTHREAD ").count();
+    assert!((1..=2).contains(&threads), "{dump}");
+    assert!(!dump.contains("SSSS") && dump.lines().count() < 100);
+    quiet(&["set-limits", "--group", "t", "none"]);
+    for token in tokens {
+        let _status = driver.queue().wait(token).expect_ok();
+    }
+
+    let refused = fleet.ctl(&["remove-group", "t"]).expect_code(1).err;
+    assert!(refused.contains("(in-use): the group t has disks; c is one; `vdi ctl leave-group`"));
+    quiet(&["leave-group", "c"]);
+    quiet(&["join-group", "a", "t"]);
+    let listed = fleet.ctl(&["list"]).expect_code(0).out;
+    assert_eq!((row(&listed, "a")[4], row(&listed, "c")[5]), ("t", "-"));
+    assert_eq!(row(&listed, "t"), ["t", "none"]);
+    quiet(&["leave-group", "a"]);
+    quiet(&["remove-group", "t"]);
+    assert!(!fleet.ctl(&["list"]).out.contains("LIMITS"));
+}
+
+#[test]
+fn a_disk_pauses_and_is_merged_and_the_log_says_more() {
+    let fleet = Fleet::start("");
+    let (base, image) = (fleet.path("base.vdi"), fleet.path("d.vdi"));
+    tool::vdi(words!["create", base, "64M"]).expect_code(0);
+    tool::vdi(words!["snapshot", base, image]).expect_code(0);
+    let image = image.to_str().unwrap();
+    fleet.ctl(&["add", "d", image]).expect_code(0);
+    let mut driver = fleet.driver("d");
+    driver.write(0, &vec![7; 8 << 20]);
+
+    assert_eq!(fleet.ctl(&["pause", "d"]).expect_code(0).out, "");
+    let token = driver
+        .queue()
+        .submit(&Request::read(0, 512), &Layout::framed());
+    let listed = fleet.ctl(&["list"]).expect_code(0).out;
+    assert_eq!(row(&listed, "d")[3], "paused");
+    assert_eq!(fleet.ctl_json(&["stats", "d"])["read"]["requests"], 0);
+    assert_eq!(fleet.ctl_json(&["resume", "d"])["paused"], false);
+    assert_eq!(driver.queue().wait(token).expect_ok()[..512], [7; 512]);
+
+    let level = fleet.ctl(&["log-level"]).expect_code(0).out;
+    let changed = fleet.ctl(&["log-level", "debug"]).expect_code(0).out;
+    let both = format!("debug (before: {})\n", level.trim_end());
+    assert!(changed.ends_with(&both), "{changed}");
+    let now = fleet.ctl(&["log-level"]).expect_code(0).out;
+    assert!(now.ends_with("debug\n"), "{now}");
+    fleet.ctl(&["log-level", "loud=loud"]).expect_code(1);
+
+    assert_eq!(fleet.ctl(&["jobs"]).expect_code(0).out.lines().count(), 1);
+    let begun = fleet.ctl(&["commit", "d"]).expect_code(0).out;
+    assert!(begun.contains("disk:"), "{begun}");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let jobs = fleet.ctl(&["jobs"]).expect_code(0).out;
+        match row(&jobs, "d")[..3] {
+            [_, "commit", "done"] => {
+                break assert_eq!(row(&jobs, "d")[3..], ["8", "MiB", "8", "MiB"]);
+            }
+            _ => assert!(Instant::now() < deadline, "{jobs}"),
+        }
+    }
+    assert_eq!(fleet.ctl_json(&["cancel", "d"])["state"], "done");
+    assert_eq!(driver.read(0, 512), [7; 512]);
+    let refused = fleet.ctl(&["cancel", "a"]).expect_code(1).err;
+    assert!(refused.contains("nothing was begun for the disk a"));
 }
 
 #[test]

@@ -42,9 +42,15 @@ pub(crate) struct Info {
     /// Whether the image is open in the daemon.
     #[serde(default)]
     pub(crate) open: bool,
+    /// Whether its requests wait because an operator wants them to.
+    #[serde(default)]
+    pub(crate) paused: bool,
     /// Whether a failure ended all writing.
     #[serde(default)]
     pub(crate) failed: bool,
+    /// Whom it shares limits with.
+    #[serde(default)]
+    pub(crate) group: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -190,7 +196,8 @@ fn is_hang_up(error: &io::Error) -> bool {
 fn advice(class: &str) -> &'static str {
     match class {
         "not-understood" => "; this `vdi` and that daemon may be of different versions",
-        "no-such-disk" => "; `vdi ctl list` shows which there are",
+        "no-such-disk" | "no-such-group" => "; `vdi ctl list` shows which there are",
+        "in-use" => "; `vdi ctl leave-group` takes a disk out of its group",
         "exists" => "; take another name, or remove that one first",
         "not-open" => {
             "; the image must be sound, nobody else's, and in one of the daemon's image-dirs"

@@ -4,6 +4,7 @@
 //! Names in the JSON output are stable: they may be added to, never changed.
 
 mod control;
+mod dump;
 mod info;
 mod map;
 mod picture;
@@ -19,7 +20,8 @@ use std::path::Path;
 use serde::Serialize;
 use vdi_core::check::{Finding, MapSummary, Report, Severity};
 
-pub(crate) use self::control::{Time, all_stats, disks, object, stats};
+pub(crate) use self::control::{Time, all_stats, disks, jobs, level, object, stats};
+pub(crate) use self::dump::dump;
 pub(crate) use self::info::{Looked, info};
 pub(crate) use self::map::{map, map_json};
 pub(crate) use self::picture::Scene;

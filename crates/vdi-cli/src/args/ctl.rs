@@ -29,6 +29,9 @@ Examples:
   vdi ctl resize vm3 +10G
   vdi ctl snapshot vm3 /var/lib/vdi-vhost/vm3-monday.vdi
   vdi ctl set-limits vm3 iops_total=2000 bps_total=100M iops_total_max=8000
+  vdi ctl add-group tenant-1 iops_total=10000
+  vdi ctl join-group vm3 tenant-1
+  vdi ctl dump vm3
   vdi ctl --socket /run/vdi-vhost/disk1.control info
   vdi ctl raw '{\"version\": 1, \"execute\": \"list\"}'")]
 pub(crate) struct CtlArgs {
@@ -39,12 +42,24 @@ pub(crate) struct CtlArgs {
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
-    pub(crate) command: CtlCommand,
+    pub(crate) said: Said,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Said {
+    #[command(flatten)]
+    Command(CtlCommand),
+    /// Send any message and print the answer as it comes
+    Raw {
+        /// One JSON object, such as {"version": 1, "execute": "list"}
+        #[arg(value_name = "JSON", value_parser = message)]
+        message: Value,
+    },
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CtlCommand {
-    /// Show all disks
+    /// Show all disks, and the groups that share limits
     List,
     /// Show a disk
     Info(Which),
@@ -71,26 +86,66 @@ pub(crate) enum CtlCommand {
         /// The frozen image's new name, in the same directory
         to: PathBuf,
     },
-    /// Limit a disk from now on, instead of the limits it had
-    #[command(after_help = "\
-KEY is one of QEMU's: iops_total and bps_total per second, and iops_total_max and bps_total_max for what may come at once
-after a quiet time. `none` ends all limits.")]
+    /// Merge what a disk's image holds into its parent while its guest goes on; done when it has begun
+    Commit(Which),
+    /// Show how far each disk's last merge is
+    Jobs,
+    /// End a disk's merge; it can be taken up again
+    Cancel(Which),
+    /// Limit a disk or a group from now on, instead of the limits it had
+    #[command(after_help = LIMITS_HELP)]
     SetLimits {
-        /// The disk
-        disk: String,
+        /// NAME is a group's
+        #[arg(long)]
+        group: bool,
+        /// The disk, or the group
+        name: String,
         /// Limits, such as iops_total=2000 or bps_total=100M, or `none`
         #[arg(value_name = "KEY=VALUE", required = true, value_parser = limit)]
         limits: Vec<Limit>,
     },
+    /// Make a group, whose disks share limits beside their own
+    #[command(after_help = LIMITS_HELP)]
+    AddGroup {
+        /// What the group is to be called
+        name: String,
+        /// Limits, such as iops_total=2000 or bps_total=100M
+        #[arg(value_name = "KEY=VALUE", value_parser = limit)]
+        limits: Vec<Limit>,
+    },
+    /// End a group that has no disks
+    RemoveGroup {
+        /// The group
+        group: String,
+    },
+    /// Have a disk share a group's limits, and no other's
+    JoinGroup {
+        /// The disk
+        disk: String,
+        /// The group
+        group: String,
+    },
+    /// Have a disk heed no limits but its own
+    LeaveGroup(Which),
+    /// Answer what a disk has taken, and let the rest wait
+    Pause(Which),
+    /// Go on with a disk that is paused
+    Resume(Which),
+    /// Say what the daemon logs, or have it log something else from now on
+    LogLevel {
+        /// off, error, warn, info, debug, trace, or as RUST_LOG has it
+        level: Option<String>,
+    },
+    /// Show what a disk is doing, even one that hangs: its rings, threads and oldest requests, and no data of its guest
+    Dump(Which),
     /// End the daemon: requests are answered, all images closed
     Shutdown,
-    /// Send any message and print the answer as it comes
-    Raw {
-        /// One JSON object, such as {"version": 1, "execute": "list"}
-        #[arg(value_name = "JSON", value_parser = message)]
-        message: Value,
-    },
 }
+
+/// What can be limited.
+const LIMITS_HELP: &str = "\
+KEY is one of QEMU's: iops_total and bps_total per second; iops_total_max and bps_total_max for what may come at once after a \
+quiet time; iops_total_max_length and bps_total_max_length to make that a rate, for so many seconds. `none` ends all limits.";
 
 /// A disk, where it may be left out.
 #[derive(Debug, Args)]
@@ -141,9 +196,15 @@ pub(crate) struct AddArgs {
     /// Open it when its first queue starts
     #[arg(long)]
     pub(crate) incoming: bool,
+    /// Group to share limits with; '' for none
+    #[arg(long, value_name = "NAME")]
+    pub(crate) group: Option<String>,
+    /// One of its own limits, as in `vdi ctl set-limits`, or `none` (can be given several times)
+    #[arg(long = "limit", value_name = "KEY=VALUE", value_parser = limit)]
+    pub(crate) limits: Vec<Limit>,
 }
 
-/// One word of `set-limits`; no limit at all is `none`.
+/// One limit as it is said; no limit at all is `none`.
 pub(crate) type Limit = Option<(String, u64)>;
 
 fn limit(text: &str) -> Result<Limit, String> {
@@ -154,7 +215,9 @@ fn limit(text: &str) -> Result<Limit, String> {
         .split_once('=')
         .ok_or("not KEY=VALUE, such as iops_total=2000, nor `none`")?;
     let key = key.replace('-', "_");
-    let value = if key.starts_with("bps") {
+    let value = if key.ends_with("_max_length") {
+        value.parse().map_err(|_| "not a number of seconds")?
+    } else if key.starts_with("bps") {
         size::parse(value).map_err(|error| error.to_string())?
     } else {
         value.parse().map_err(|_| "not a number of requests")?
@@ -172,6 +235,8 @@ fn message(text: &str) -> Result<Value, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -179,9 +244,58 @@ mod tests {
         let some = |key: &str, value| Ok(Some((key.to_owned(), value)));
         assert_eq!(limit("bps_total=100M"), some("bps_total", 100 << 20));
         assert_eq!(limit("iops-total=5"), some("iops_total", 5));
+        assert_eq!(
+            limit("bps_total_max_length=60"),
+            some("bps_total_max_length", 60)
+        );
         assert_eq!(limit("none"), Ok(None));
-        for bad in ["", "iops_total", "iops_total=5k", "bps_total=-1"] {
+        for bad in [
+            "",
+            "iops_total",
+            "iops_total=5k",
+            "bps_total=-1",
+            "bps_total_max_length=1M",
+        ] {
             assert!(limit(bad).is_err(), "{bad}");
         }
+    }
+    /// `Info` is `info`, and `StatsOfAll` is `stats-of-all`.
+    fn kebab(name: &str) -> String {
+        let mut text = String::new();
+        for letter in name.chars() {
+            if letter.is_uppercase() && !text.is_empty() {
+                text.push('-');
+            }
+            text.extend(letter.to_lowercase());
+        }
+        text
+    }
+
+    #[test]
+    fn no_command_of_a_daemon_is_without_a_word() {
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../vdi-vhost/src/control.rs");
+        let source = std::fs::read_to_string(source).unwrap();
+        let (_, commands) = source.split_once("\nenum Command {\n").unwrap();
+        let (commands, _) = commands.split_once("\n}\n").unwrap();
+        let names = commands.lines().filter_map(|line| {
+            let name = line.strip_prefix("    ")?;
+            name.starts_with(char::is_uppercase)
+                .then(|| name.split(|c: char| !c.is_alphanumeric()).next())?
+        });
+        let commands: BTreeSet<String> = names.map(kebab).collect();
+        let examples = source.lines().filter_map(|line| {
+            let (_, rest) = line.strip_prefix("//! ")?.split_once("\"execute\": \"")?;
+            Some(rest.split_once('"')?.0.to_owned())
+        });
+        // What is between two daemons is no operator's.
+        let examples: BTreeSet<String> = examples.filter(|name| name != "hand-over").collect();
+        assert_eq!(commands, examples, "the examples and the commands");
+        let words = CtlCommand::augment_subcommands(clap::Command::new("ctl"));
+        let words = words
+            .get_subcommands()
+            .map(|word| word.get_name().to_owned());
+        // Which is `stats` without a disk.
+        let words: BTreeSet<String> = words.chain(["stats-of-all".to_owned()]).collect();
+        assert_eq!(commands, words, "the commands and the words");
     }
 }

@@ -1,6 +1,6 @@
 //! `vdi ctl`: one command of the control socket for each word.
 //!
-//! A command is an arm in [`carry_out`] (its name, its arguments, how people see the answer) and its words in `args::ctl`.
+//! A command is an arm in [`message`] (its name, its arguments, how people see the answer) and its words in `args::ctl`.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use serde_json::{Map, Value, json};
 
 use super::{Failure, done, output};
-use crate::args::{AddArgs, CtlArgs, CtlCommand, Limit, NewSize};
+use crate::args::{AddArgs, CtlArgs, CtlCommand, Limit, NewSize, Said, Which};
 use crate::daemon::{Daemon, Info};
 use crate::report;
 
@@ -26,77 +26,107 @@ pub(crate) enum NotSent {
 }
 
 /// How people see an answer.
+#[derive(Clone, Copy)]
 enum Shown {
-    /// There is nothing to see.
     Nothing,
-    Object(Value),
-    Disks(Value),
-    Stats(Value),
-    AllStats(Value),
+    Object,
+    Disks,
+    Stats,
+    AllStats,
+    Jobs,
+    Level,
+    Dump,
 }
 
 pub(super) fn run(args: CtlArgs) -> Result<ExitCode, Failure> {
     let mut daemon = Daemon::at(&args.socket)?;
+    let command = match args.said {
+        Said::Command(command) => command,
+        Said::Raw { message } => return raw(&mut daemon, &message),
+    };
+    let (shown, name, arguments) = message(&mut daemon, command)?;
+    let value = daemon.ask(name, arguments)?;
     let mut out = output();
-    if let CtlCommand::Raw { message } = &args.command {
-        let answer = daemon.say(message)?;
-        write!(out, "{answer}")?;
-        let answer: Option<BTreeMap<String, Value>> = serde_json::from_str(&answer).ok();
-        let is_done = answer.is_some_and(|answer| answer.contains_key("return"));
-        let code = if is_done {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::FAILURE
-        };
-        return done(out, code);
-    }
-    let shown = carry_out(&mut daemon, args.command)?;
-    match (shown, args.json) {
-        (Shown::Nothing, true) => report::json(&mut out, &json!({}))?,
-        (Shown::Nothing, false) => {}
-        (
-            Shown::Object(value)
-            | Shown::Disks(value)
-            | Shown::Stats(value)
-            | Shown::AllStats(value),
-            true,
-        ) => report::json(&mut out, &value)?,
-        (Shown::Object(value), false) => report::object(&mut out, &value)?,
-        (Shown::Disks(value), false) => report::disks(&mut out, &value)?,
-        (Shown::Stats(value), false) => report::stats(&mut out, &value)?,
-        (Shown::AllStats(value), false) => report::all_stats(&mut out, &value)?,
+    if args.json {
+        report::json(&mut out, &value)?;
+    } else {
+        match shown {
+            Shown::Nothing => {}
+            Shown::Object => report::object(&mut out, &value)?,
+            Shown::Disks => report::disks(&mut out, &value)?,
+            Shown::Stats => report::stats(&mut out, &value)?,
+            Shown::AllStats => report::all_stats(&mut out, &value)?,
+            Shown::Jobs => report::jobs(&mut out, &value)?,
+            Shown::Level => report::level(&mut out, &value)?,
+            Shown::Dump => report::dump(&mut out, &value)?,
+        }
     }
     done(out, ExitCode::SUCCESS)
 }
 
-fn carry_out(daemon: &mut Daemon, command: CtlCommand) -> Result<Shown, Failure> {
+fn raw(daemon: &mut Daemon, message: &Value) -> Result<ExitCode, Failure> {
+    let answer = daemon.say(message)?;
+    let mut out = output();
+    write!(out, "{answer}")?;
+    let answer: Option<BTreeMap<String, Value>> = serde_json::from_str(&answer).ok();
+    let is_done = answer.is_some_and(|answer| answer.contains_key("return"));
+    let code = if is_done {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    };
+    done(out, code)
+}
+
+/// What is sent, and how people see what comes back.
+fn message(
+    daemon: &mut Daemon,
+    command: CtlCommand,
+) -> Result<(Shown, &'static str, Value), Failure> {
+    let of = |which: Which| json!({"disk": which.disk});
     Ok(match command {
-        CtlCommand::List => Shown::Disks(daemon.ask("list", Value::Null)?),
-        CtlCommand::Info(which) => Shown::Object(daemon.ask("info", json!({"disk": which.disk}))?),
-        CtlCommand::Stats(which) => match which.disk {
-            Some(disk) => Shown::Stats(daemon.ask("stats", json!({"disk": disk}))?),
-            None => Shown::AllStats(daemon.ask("stats-of-all", Value::Null)?),
-        },
-        CtlCommand::Add(args) => Shown::Object(daemon.ask("add", table(&args)?)?),
-        CtlCommand::Remove { disk } => {
-            daemon.ask("remove", json!({"disk": disk}))?;
-            Shown::Nothing
+        CtlCommand::List => (Shown::Disks, "list", Value::Null),
+        CtlCommand::Info(which) => (Shown::Object, "info", of(which)),
+        CtlCommand::Stats(Which { disk: None }) => (Shown::AllStats, "stats-of-all", Value::Null),
+        CtlCommand::Stats(which) => (Shown::Stats, "stats", of(which)),
+        CtlCommand::Add(args) => (Shown::Object, "add", table(*args)?),
+        CtlCommand::Remove { disk } => (Shown::Nothing, "remove", json!({"disk": disk})),
+        CtlCommand::Resize { disk, size } => {
+            (Shown::Object, "resize", resize(daemon, &disk, size)?)
         }
-        CtlCommand::Resize { disk, size } => Shown::Object(resize(daemon, &disk, size)?),
         CtlCommand::Snapshot { disk, to } => {
             let to = absolute(&to)?;
-            Shown::Object(daemon.ask("snapshot", json!({"disk": disk, "to": to}))?)
+            (Shown::Object, "snapshot", json!({"disk": disk, "to": to}))
         }
-        CtlCommand::SetLimits { disk, limits } => {
-            let limits = of_words(limits)?;
-            daemon.ask("set-limits", json!({"disk": disk, "limits": limits}))?;
-            Shown::Nothing
+        CtlCommand::Commit(which) => (Shown::Object, "commit", of(which)),
+        CtlCommand::Jobs => (Shown::Jobs, "jobs", Value::Null),
+        CtlCommand::Cancel(which) => (Shown::Object, "cancel", of(which)),
+        CtlCommand::SetLimits {
+            group,
+            name,
+            limits,
+        } => {
+            let whose = if group { "group" } else { "disk" };
+            let arguments = json!({whose: name, "limits": of_words(limits)?});
+            (Shown::Nothing, "set-limits", arguments)
         }
-        CtlCommand::Shutdown => {
-            daemon.ask("shutdown", Value::Null)?;
-            Shown::Nothing
+        CtlCommand::AddGroup { name, limits } => {
+            let arguments = json!({"name": name, "limits": of_words(limits)?});
+            (Shown::Nothing, "add-group", arguments)
         }
-        CtlCommand::Raw { message } => Shown::Object(message),
+        CtlCommand::RemoveGroup { group } => {
+            (Shown::Nothing, "remove-group", json!({"group": group}))
+        }
+        CtlCommand::JoinGroup { disk, group } => {
+            let arguments = json!({"disk": disk, "group": group});
+            (Shown::Nothing, "join-group", arguments)
+        }
+        CtlCommand::LeaveGroup(which) => (Shown::Nothing, "leave-group", of(which)),
+        CtlCommand::Pause(which) => (Shown::Nothing, "pause", of(which)),
+        CtlCommand::Resume(which) => (Shown::Nothing, "resume", of(which)),
+        CtlCommand::LogLevel { level } => (Shown::Level, "log-level", json!({"level": level})),
+        CtlCommand::Dump(which) => (Shown::Dump, "dump", of(which)),
+        CtlCommand::Shutdown => (Shown::Nothing, "shutdown", Value::Null),
     })
 }
 
@@ -109,7 +139,7 @@ fn resize(daemon: &mut Daemon, disk: &str, size: NewSize) -> Result<Value, Failu
         from,
     };
     let size_bytes = to.ok_or_else(smaller)?;
-    Ok(daemon.ask("resize", json!({"disk": disk, "size_bytes": size_bytes}))?)
+    Ok(json!({"disk": disk, "size_bytes": size_bytes}))
 }
 
 fn of_words(words: Vec<Limit>) -> Result<Map<String, Value>, NotSent> {
@@ -125,7 +155,7 @@ fn of_words(words: Vec<Limit>) -> Result<Map<String, Value>, NotSent> {
 }
 
 /// A disk as the daemon's configuration has it; what was not said is left out.
-fn table(args: &AddArgs) -> Result<Value, Failure> {
+fn table(args: AddArgs) -> Result<Value, Failure> {
     let mut table = Map::new();
     let mut say = |key: &str, value: Value| {
         if !value.is_null() {
@@ -158,6 +188,10 @@ fn table(args: &AddArgs) -> Result<Value, Failure> {
     say("detect-zeroes", json!(args.detect_zeroes));
     say("serial", json!(args.serial));
     say("incoming", yes(args.incoming));
+    say("group", json!(args.group));
+    if !args.limits.is_empty() {
+        say("limits", of_words(args.limits)?.into());
+    }
     Ok(table.into())
 }
 

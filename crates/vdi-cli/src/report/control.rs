@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::daemon::Info;
 use crate::size::Human;
@@ -12,25 +12,54 @@ use crate::stats::{DiskStats, KindStats};
 #[derive(Deserialize)]
 struct Disks<T> {
     disks: Vec<T>,
+    #[serde(default)]
+    groups: Vec<Group>,
+}
+
+/// Disks that share limits.
+#[derive(Deserialize)]
+struct Group {
+    name: String,
+    limits: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct Jobs {
+    jobs: Vec<Job>,
+}
+
+/// A merge.
+#[derive(Deserialize)]
+struct Job {
+    disk: String,
+    command: String,
+    state: String,
+    done_bytes: u64,
+    total_bytes: u64,
+    error: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Level {
+    level: String,
+    before: String,
 }
 
 /// Writes rows below each other: the first column to the left, of the others those to the right whose header begins with a space.
-fn table<const N: usize>(
+pub(super) fn table<R: AsRef<[String]>>(
     out: &mut impl Write,
-    header: [&str; N],
-    rows: &[[String; N]],
+    header: &[&str],
+    rows: &[R],
 ) -> io::Result<()> {
-    let name = |nth: usize| header[nth].trim_start();
-    let width = |nth: usize| {
-        let cells = rows.iter().map(|row| row[nth].chars().count());
-        cells.chain([name(nth).len()]).max().unwrap_or(0)
+    let width = |(nth, name): (usize, &&str)| {
+        let cells = rows.iter().map(|row| row.as_ref()[nth].chars().count());
+        cells.chain([name.trim_start().len()]).max().unwrap_or(0)
     };
-    let widths: [usize; N] = std::array::from_fn(width);
-    let mut line = |cells: [&str; N]| {
+    let widths: Vec<usize> = header.iter().enumerate().map(width).collect();
+    let mut line = |cells: &mut dyn Iterator<Item = &str>| {
         let mut text = String::new();
-        for (nth, cell) in cells.into_iter().enumerate() {
-            let width = widths[nth];
-            if header[nth].starts_with(' ') {
+        for ((cell, width), name) in cells.zip(&widths).zip(header) {
+            if name.starts_with(' ') {
                 text += &format!("{cell:>width$}  ");
             } else {
                 text += &format!("{cell:<width$}  ");
@@ -38,9 +67,9 @@ fn table<const N: usize>(
         }
         writeln!(out, "{}", text.trim_end())
     };
-    line(std::array::from_fn(name))?;
+    line(&mut header.iter().map(|name| name.trim_start()))?;
     rows.iter()
-        .try_for_each(|row| line(std::array::from_fn(|nth| row[nth].as_str())))
+        .try_for_each(|row| line(&mut row.as_ref().iter().map(String::as_str)))
 }
 
 /// Any object: a line for each of its fields.
@@ -59,20 +88,41 @@ pub(crate) fn object(out: &mut impl Write, value: &Value) -> io::Result<()> {
                 Some(bytes) => writeln!(out, "{key:<width$} {bytes} ({})", Human(bytes))?,
                 None => writeln!(out, "{key:<width$} {value}")?,
             },
+            Value::Object(fields) if key.ends_with("limits:") => {
+                writeln!(out, "{key:<width$} {}", limits(fields))?;
+            }
             Value::Array(_) | Value::Object(_) => writeln!(out, "{key:<width$} {value}")?,
         }
     }
     Ok(())
 }
 
-/// All disks.
+/// Limits, in the words that set them.
+fn limits(limits: &Map<String, Value>) -> String {
+    let word = |(key, value): (&String, &Value)| {
+        let is_bytes = key.starts_with("bps") && !key.ends_with("_length");
+        match value.as_u64().filter(|_| is_bytes) {
+            Some(bytes) if bytes % (1 << 20) == 0 => format!("{key}={}M", bytes >> 20),
+            Some(bytes) if bytes % (1 << 10) == 0 => format!("{key}={}K", bytes >> 10),
+            _ => format!("{key}={value}"),
+        }
+    };
+    let words: Vec<_> = limits.iter().map(word).collect();
+    if words.is_empty() {
+        return "none".to_owned();
+    }
+    words.join(" ")
+}
+
+/// All disks, and the groups that there are.
 pub(crate) fn disks(out: &mut impl Write, value: &Value) -> io::Result<()> {
     let all = Disks::<Info>::deserialize(value)?;
     let row = |disk: &Info| {
-        let state = match (disk.failed, disk.open, disk.connected) {
+        let state = match (disk.failed, disk.paused, disk.open, disk.connected) {
             (true, ..) => "failed",
-            (_, false, _) => "waits",
-            (_, _, true) => "in use",
+            (_, true, ..) => "paused",
+            (_, _, false, _) => "waits",
+            (_, _, _, true) => "in use",
             (..) => "idle",
         };
         let socket = disk.socket.as_ref();
@@ -80,12 +130,49 @@ pub(crate) fn disks(out: &mut impl Write, value: &Value) -> io::Result<()> {
             disk.name.clone(),
             Human(disk.size_bytes).to_string(),
             state.to_owned(),
+            disk.group.clone().unwrap_or_else(|| "-".to_owned()),
             disk.image.display().to_string(),
             socket.map_or_else(|| "-".to_owned(), |path| path.display().to_string()),
         ]
     };
     let rows: Vec<_> = all.disks.iter().map(row).collect();
-    table(out, ["NAME", " SIZE", "STATE", "IMAGE", "SOCKET"], &rows)
+    let header = ["NAME", " SIZE", "STATE", "GROUP", "IMAGE", "SOCKET"];
+    table(out, &header, &rows)?;
+    if all.groups.is_empty() {
+        return Ok(());
+    }
+    writeln!(out)?;
+    let row = |group: &Group| [group.name.clone(), limits(&group.limits)];
+    let rows: Vec<_> = all.groups.iter().map(row).collect();
+    table(out, &["GROUP", "LIMITS"], &rows)
+}
+
+/// How far merges are.
+pub(crate) fn jobs(out: &mut impl Write, value: &Value) -> io::Result<()> {
+    let all = Jobs::deserialize(value)?;
+    let row = |job: &Job| {
+        [
+            job.disk.clone(),
+            job.command.clone(),
+            job.state.clone(),
+            Human(job.done_bytes).to_string(),
+            Human(job.total_bytes).to_string(),
+            job.error.clone().unwrap_or_default(),
+        ]
+    };
+    let rows: Vec<_> = all.jobs.iter().map(row).collect();
+    let header = ["DISK", "COMMAND", "STATE", " DONE", " OF", "ERROR"];
+    table(out, &header, &rows)
+}
+
+/// What is logged.
+pub(crate) fn level(out: &mut impl Write, value: &Value) -> io::Result<()> {
+    let Level { level, before } = Level::deserialize(value)?;
+    if before == level {
+        writeln!(out, "{level}")
+    } else {
+        writeln!(out, "{level} (before: {before})")
+    }
 }
 
 /// What one disk did.
@@ -114,7 +201,7 @@ pub(crate) fn stats(out: &mut impl Write, value: &Value) -> io::Result<()> {
         " P50",
         " P99",
     ];
-    table(out, header, &rows)?;
+    table(out, &header, &rows)?;
     writeln!(out)?;
     let mut rest = value.clone();
     if let Some(fields) = rest.as_object_mut() {
@@ -150,7 +237,7 @@ pub(crate) fn all_stats(out: &mut impl Write, value: &Value) -> io::Result<()> {
         " ERRORS",
         " IN FLIGHT",
     ];
-    table(out, header, &rows)
+    table(out, &header, &rows)
 }
 
 /// A time in microseconds, with three digits at most and a unit.
@@ -178,7 +265,7 @@ mod tests {
         let mut out = Vec::new();
         let cell = |text: &str| text.to_owned();
         let rows = [[cell("a"), cell("1")], [cell("long"), cell("1000")]];
-        table(&mut out, ["N", " C"], &rows).unwrap();
+        table(&mut out, &["N", " C"], &rows).unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
             "N        C\na        1\nlong  1000\n"
@@ -194,6 +281,22 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "name:       a\nopen:       yes\nsize bytes: 2048 (2 KiB)\n"
         );
+    }
+
+    #[test]
+    fn limits_are_shown_in_the_words_that_set_them() {
+        let shown = |value: Value| limits(value.as_object().unwrap());
+        let some = json!({"iops_total": 2048, "bps_total": 3 << 20, "bps_total_max": 5 << 20,
+            "bps_total_max_length": 1024});
+        assert_eq!(
+            shown(some),
+            "bps_total=3M bps_total_max=5M bps_total_max_length=1024 iops_total=2048"
+        );
+        assert_eq!(
+            shown(json!({"bps_total": 3 << 10, "bps_total_max": 4097})),
+            "bps_total=3K bps_total_max=4097"
+        );
+        assert_eq!(shown(json!({})), "none");
     }
 
     #[test]
