@@ -340,8 +340,8 @@ fn a_shutdown_answers_what_was_taken_and_closes_the_image_clean() {
     let fleet = Fleet::start("");
     let mut driver = fleet.driver("a");
     let mut written = Vec::new();
-    for nth in 0..32 {
-        let request = Request::write(nth * 64, vec![nth as u8 + 10; 4096]);
+    for nth in 0..32_u8 {
+        let request = Request::write(u64::from(nth) * 64, vec![nth + 10; 4096]);
         written.push((driver.queue().submit(&request, &Layout::framed()), nth));
     }
     // At least one was taken.
@@ -361,8 +361,8 @@ fn a_shutdown_answers_what_was_taken_and_closes_the_image_clean() {
     let found = fs::read(raw).unwrap();
     for (token, nth) in written {
         if done.contains(&token) {
-            let at = nth as usize * 64 * 512;
-            assert_eq!(found[at..at + 4096], [nth as u8 + 10; 4096]);
+            let at = usize::from(nth) * 64 * 512;
+            assert_eq!(found[at..at + 4096], [nth + 10; 4096]);
         }
     }
 }
