@@ -82,6 +82,10 @@ after a quiet time. `none` ends all limits.")]
         #[arg(value_name = "KEY=VALUE", required = true, value_parser = limit)]
         limits: Vec<Limit>,
     },
+    /// Have the daemon read its configuration again: disks are added and removed, limits and groups changed
+    ///
+    /// A disk that is gone from the file stays while a front end is connected, and is told as `kept`.
+    Reload,
     /// End the daemon: requests are answered, all images closed
     Shutdown,
     /// Send any message and print the answer as it comes

@@ -92,6 +92,7 @@ fn carry_out(daemon: &mut Daemon, command: CtlCommand) -> Result<Shown, Failure>
             daemon.ask("set-limits", json!({"disk": disk, "limits": limits}))?;
             Shown::Nothing
         }
+        CtlCommand::Reload => Shown::Object(daemon.ask("reload", Value::Null)?),
         CtlCommand::Shutdown => {
             daemon.ask("shutdown", Value::Null)?;
             Shown::Nothing
