@@ -12,9 +12,10 @@ use std::process::Command;
 use tempfile::TempDir;
 use vdi_tests::driver::{Driver, Options};
 use vdi_tests::image::{Image, MIB};
-use vdi_tests::server::{Launch, wait_for_listener};
+use vdi_tests::server::{Launch, scratch, wait_for_listener};
 
 const UNIT: &str = "lib/systemd/system/vdi-vhost@.service";
+const FLEET_UNIT: &str = "lib/systemd/system/vdi-vhost-fleet@.service";
 
 fn run(program: &str, arguments: &[&str]) -> String {
     let done = Command::new(program).args(arguments).output().unwrap();
@@ -105,6 +106,8 @@ fn it_is_installed_serves_a_disk_by_its_units_command_line_and_is_removed() {
         "usr/share/vdi-vhost/grafana/vdi-vhost.json",
         "lib/systemd/system/vdi-vhost@.socket",
         "lib/systemd/system/vdi-vhost-control@.socket",
+        "etc/vdi-vhost/fleet.toml",
+        "usr/share/doc/vdi-vhost/fleet.md",
     ] {
         let found = fs::metadata(installed.path(file)).unwrap();
         assert!(found.len() > 0, "{file} is empty");
@@ -136,13 +139,62 @@ fn it_is_installed_serves_a_disk_by_its_units_command_line_and_is_removed() {
     assert!(driver.queue().get_id().starts_with(b"from-a-unit"));
     drop(driver);
     assert_eq!(server.terminate().code, Some(0));
+    serves_a_fleet_that_goes_over(&installed);
 
     if installed.is_real {
         judge_units();
         installed.remove();
-        assert!(!Path::new("/usr/bin/vdi-vhost").exists());
+        for file in ["/usr/bin/vdi-vhost", "/etc/vdi-vhost/fleet.toml"] {
+            assert!(!Path::new(file).exists());
+        }
         assert!(!Path::new("/").join(UNIT).exists());
     }
+}
+
+/// The fleet's unit with its configuration, in a place of the test's: the second one takes over from the first.
+fn serves_a_fleet_that_goes_over(installed: &Installed) {
+    let place = scratch();
+    let path = |name: &str| place.path().join(name);
+    let here = place.path().to_str().unwrap();
+    let moved = |text: &str| {
+        text.replace("/run/vdi-vhost", here)
+            .replace("/var/lib/vdi-vhost", here)
+            .replace("/etc/vdi-vhost", here)
+    };
+    let unit = fs::read_to_string(installed.path(FLEET_UNIT)).unwrap();
+    let words = command_line(&moved(&unit), Path::new(""), &[]);
+    let program = installed.path(words[0].trim_start_matches('/'));
+    let start = || Launch::installed(&program).args(&words[1..]).spawn();
+    let tool = installed.path("usr/bin/vdi");
+    let image = path("vm1.vdi");
+    run(
+        tool.to_str().unwrap(),
+        &["create", image.to_str().unwrap(), "8M"],
+    );
+
+    // As it is installed it serves nothing, and waits for commands.
+    let config = fs::read_to_string(installed.path("etc/vdi-vhost/fleet.toml")).unwrap();
+    let config = moved(&config);
+    fs::write(path("fleet.toml"), &config).unwrap();
+    let nothing = start();
+    wait_for_listener(&path("control.sock"));
+    assert_eq!(nothing.terminate().code, Some(0));
+
+    // The first of its examples.
+    let example = config.replacen("# [[disk]]\n# name", "[[disk]]\nname", 1);
+    let example = example.replacen("# image = ", "image = ", 1);
+    fs::write(path("fleet.toml"), example).unwrap();
+    let before = start();
+    wait_for_listener(&path("vm1.sock"));
+    let mut driver = Driver::connect(&path("vm1.sock"), &Options::new()).unwrap();
+    driver.write(0, &[7; 512]);
+    let after = start();
+    let exit = before.wait();
+    assert_eq!(exit.code, Some(0), "{}{}", exit.log, after.log());
+    let mut driver = Driver::connect(&path("vm1.sock"), &Options::new()).unwrap();
+    assert_eq!(driver.read(0, 512), [7; 512]);
+    drop(driver);
+    assert_eq!(after.terminate().code, Some(0));
 }
 
 /// systemd's own opinion: nothing misspelled, and little exposed.
@@ -151,6 +203,7 @@ fn judge_units() {
         "vdi-vhost@disk.service",
         "vdi-vhost@disk.socket",
         "vdi-vhost-control@disk.socket",
+        "vdi-vhost-fleet@a.service",
     ] {
         let said = Command::new("systemd-analyze")
             .args(["verify", "--man=no", unit])
@@ -161,13 +214,11 @@ fn judge_units() {
         assert_eq!(ours.collect::<Vec<_>>(), [""; 0]);
     }
     // In tenths; 10 is no protection at all.
-    run(
-        "systemd-analyze",
-        &[
-            "security",
-            "--offline=true",
-            "--threshold=15",
-            "vdi-vhost@disk.service",
-        ],
-    );
+    for unit in ["vdi-vhost@disk.service", "vdi-vhost-fleet@a.service"] {
+        let strict = ["--offline=true", "--threshold=15"];
+        run(
+            "systemd-analyze",
+            &[&["security"], &strict[..], &[unit]].concat(),
+        );
+    }
 }

@@ -22,6 +22,7 @@ mod load;
 mod merges;
 mod metrics;
 mod program;
+mod reload;
 mod requests;
 mod resize;
 mod rings;

@@ -38,8 +38,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "IMAGE", required_unless_present = "config")]
     pub(crate) blk_file: Option<PathBuf>,
 
-    /// Serve many disks: those that this TOML file describes, and those that are added through its control socket. See vdi-vhost's
-    /// docs/fleet.md for what it can say.
+    /// Serve many disks: those that this TOML file describes, and those that are added through its control socket. It is read
+    /// again on SIGHUP. See vdi-vhost's docs/fleet.md for what it can say.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["blk_file", "socket_path", "fd", "control_socket", "metrics", "metrics_public",
           "read_only", "num_queues", "incoming", "cache", "parents", "image_dirs", "allow_modified_parent", "discard",
           "detect_zeroes", "serial"])]

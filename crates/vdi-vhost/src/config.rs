@@ -129,8 +129,8 @@ pub(crate) struct Config {
     pub(crate) groups: Vec<GroupTable>,
     /// Those that are served from the start.
     pub(crate) disks: Vec<DiskOptions>,
-    /// Whether disks come and go.
-    pub(crate) grows: bool,
+    /// Where it comes from, if that is a file; then disks come and go.
+    pub(crate) file: Option<PathBuf>,
 }
 
 /// Why a configuration file cannot be used.
@@ -336,7 +336,7 @@ impl Config {
             defaults: DiskTable::default(),
             groups: Vec::new(),
             disks: DiskOptions::of(args).into_iter().collect(),
-            grows: false,
+            file: None,
         }
     }
 
@@ -406,7 +406,7 @@ impl Config {
             defaults: file.defaults,
             groups,
             disks,
-            grows: true,
+            file: Some(path.to_owned()),
         })
     }
 }

@@ -24,6 +24,7 @@
 //! {"version": 1, "execute": "resume", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "log-level", "arguments": {"level": "debug"}}
 //! {"version": 1, "execute": "dump", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "reload"}       the configuration file is read again, as by SIGHUP
 //! {"version": 1, "execute": "hand-over"}    what the next daemon asks (--take-over); the rest is between the two
 //! {"version": 1, "execute": "shutdown"}
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
@@ -62,7 +63,7 @@ use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
 use crate::dump::Dump;
-use crate::fleet::{self, Fleet, FleetError};
+use crate::fleet::{self, Fleet, FleetError, ReloadError, Reloaded};
 use crate::groups::{GroupError, GroupTable};
 use crate::jobs::{self, JobError, JobInfo};
 use crate::limits::Limits;
@@ -138,6 +139,7 @@ enum Command {
     Resume(Option<Which>),
     LogLevel(Option<Level>),
     Dump(Option<Which>),
+    Reload,
     Shutdown,
 }
 
@@ -185,6 +187,7 @@ enum Returned {
     StatsOfAll {
         disks: Vec<NamedStats>,
     },
+    Reloaded(Reloaded),
     Job(JobInfo),
     Jobs {
         jobs: Vec<JobInfo>,
@@ -416,6 +419,7 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         Command::Resume(which) => resume(&*one(which, fleet)?, fleet)?,
         Command::LogLevel(level) => log_level(level.and_then(|level| level.level).as_ref())?,
         Command::Dump(which) => Returned::Dump(Box::new(Dump::of(&*one(which, fleet)?))),
+        Command::Reload => Returned::Reloaded(fleet.reload()?),
         Command::Shutdown => {
             let _change = fleet.change()?;
             fleet.end();
@@ -562,6 +566,8 @@ enum Failed {
     TwoMeant,
     #[error(transparent)]
     Job(JobError),
+    #[error(transparent)]
+    Reload(#[from] ReloadError),
 }
 
 impl From<JobError> for Failed {
@@ -600,7 +606,8 @@ impl From<Failed> for Outcome {
             | Failed::Disk(
                 ControlError::Grow(_) | ControlError::Snapshot(_) | ControlError::Merge(_),
             )
-            | Failed::Job(_) => "not-possible",
+            | Failed::Job(_)
+            | Failed::Reload(_) => "not-possible",
             Failed::Fleet(FleetError::Close(_) | FleetError::Pause(_))
             | Failed::Disk(ControlError::Turn(_) | ControlError::Ring(_))
             | Failed::Level(_) => "broken",

@@ -1,9 +1,11 @@
 //! The thread that hears who comes: front ends at the doors of disks, operators, signals, the kernel's word that memory is gone. It
 //! only opens; what comes after is done by a thread for each. It also tells the service manager that all goes round.
 
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
@@ -22,11 +24,14 @@ const SIGNAL: u64 = 0;
 const FAULT: u64 = 1;
 const OPERATOR: u64 = 2;
 const END: u64 = 3;
+const HANGUP: u64 = 4;
 
 /// What there is to hear.
 pub(crate) struct Ears<'a> {
     /// Becomes readable when the process should end.
     pub(crate) signals: &'a UnixStream,
+    /// Becomes readable when the configuration should be read again.
+    pub(crate) hangups: Option<&'a UnixStream>,
     /// Becomes readable when memory that a front end shares could not be accessed.
     pub(crate) faults: &'a EventFd,
     /// Where operators send commands.
@@ -49,6 +54,9 @@ pub(crate) fn serve(fleet: &Arc<Fleet>, ears: &Ears<'_>) -> Result<(), ServeErro
     hear(fleet.ending().as_fd(), END)?;
     if let Some(control) = ears.control {
         hear(control.as_fd(), OPERATOR)?;
+    }
+    if let Some(hangups) = ears.hangups {
+        hear(hangups.as_fd(), HANGUP)?;
     }
     // The longest that epoll can wait is 24 days.
     let beat = ears
@@ -74,6 +82,13 @@ pub(crate) fn serve(fleet: &Arc<Fleet>, ears: &Ears<'_>) -> Result<(), ServeErro
                     let _ = ears.faults.read();
                     fleet.poke_all();
                 }
+                HANGUP => {
+                    if let Some(mut hangups) = ears.hangups {
+                        // What came so far is one.
+                        let _ = hangups.read(&mut [0; KNOCKS]);
+                        reload(fleet);
+                    }
+                }
                 OPERATOR => {
                     if let Some(control) = ears.control {
                         control.let_in(fleet);
@@ -82,5 +97,20 @@ pub(crate) fn serve(fleet: &Arc<Fleet>, ears: &Ears<'_>) -> Result<(), ServeErro
                 number => fleet.knocked(number).map_err(ServeError::Accept)?,
             }
         }
+    }
+}
+
+/// Reads the configuration again, on a thread of its own: images are opened.
+fn reload(fleet: &Arc<Fleet>) {
+    let fleet = Arc::clone(fleet);
+    let thread = thread::Builder::new().name("reload".to_owned());
+    let begun = thread.spawn(move || {
+        if let Err(error) = fleet.reload() {
+            let error = crate::chain_of(&error);
+            tracing::error!("the configuration was not read again: {error}");
+        }
+    });
+    if let Err(error) = begun {
+        tracing::error!("the configuration was not read again: {error}");
     }
 }

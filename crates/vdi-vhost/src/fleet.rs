@@ -4,6 +4,7 @@
 //! thread (`doorman`) that somebody knocks.
 
 mod hand_over;
+mod reload;
 mod take_over;
 mod words;
 
@@ -33,6 +34,8 @@ use crate::socket::{SocketError, SocketFile};
 use crate::turn::{Opened, Opening, Turn, TurnError};
 use crate::workers::Workers;
 
+use self::reload::Said;
+pub(crate) use self::reload::{ReloadError, Reloaded};
 pub(crate) use self::take_over::{TakeOver, TakeOverError, Taken};
 
 /// Most disks: each has a descriptor for its image, one for its socket and some more, and the kernel gives a process a
@@ -54,6 +57,10 @@ pub(crate) struct Fleet {
     disks: Mutex<BTreeMap<u64, Arc<Berth>>>,
     /// Disks as the configuration described them when they came from there, by name.
     described: Mutex<BTreeMap<String, DiskOptions>>,
+    /// What else it said.
+    said: Mutex<Said>,
+    /// Held while it is read again.
+    reloads: Mutex<()>,
     /// Held by what changes disks; by the hand-over alone, while it lasts.
     changes: RwLock<()>,
     /// Where metrics are, if they are.
@@ -196,6 +203,8 @@ impl Fleet {
         let described = each.map(|disk| (disk.name.clone(), disk.clone())).collect();
         Ok(Self {
             groups: Groups::new(&config.groups),
+            said: Mutex::new(Said::of(&config)),
+            reloads: Mutex::default(),
             config,
             crew,
             housekeepers,
@@ -247,8 +256,8 @@ impl Fleet {
     pub(crate) fn add(self: &Arc<Self>, table: DiskTable) -> Result<Arc<Berth>, FleetError> {
         let _change = self.change()?;
         table.relative()?;
-        let (defaults, dir) = (&self.config.defaults, self.config.socket_dir.as_deref());
-        let options = table.resolve(defaults, dir)?;
+        let dir = self.config.socket_dir.as_deref();
+        let options = table.resolve(&self.said().defaults, dir)?;
         self.refuse_twin(&options)?;
         if let Some(group) = &options.group {
             self.groups.find(group)?;
@@ -408,6 +417,10 @@ impl Fleet {
     /// Ends the service of a disk: what is in flight is answered, its front end is disconnected, its image closed.
     pub(crate) fn remove(&self, name: &str) -> Result<(), FleetError> {
         let _change = self.change()?;
+        self.take_out(name)
+    }
+
+    fn take_out(&self, name: &str) -> Result<(), FleetError> {
         let berth = {
             let mut disks = self.disks();
             let found = disks.iter().find(|(_, berth)| berth.name() == name);

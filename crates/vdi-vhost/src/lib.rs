@@ -71,6 +71,7 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
@@ -175,7 +176,10 @@ fn run(args: &Args) -> Result<(), Fatal> {
         None => Config::of(args),
     };
     let manager = Manager::from_environment().map_err(Fatal::Notify)?;
-    let signals = catch_signals().map_err(Fatal::Signals)?;
+    let signals = catch(&[libc::SIGTERM, libc::SIGINT]).map_err(Fatal::Signals)?;
+    let hangups = args.config.as_ref();
+    let hangups = hangups.map(|_| catch(&[libc::SIGHUP])).transpose();
+    let hangups = hangups.map_err(Fatal::Signals)?;
     let faults = fault::catch().map_err(Fatal::Faults)?;
     ring::calls::prepare();
     allow_many_descriptors();
@@ -213,6 +217,7 @@ fn run(args: &Args) -> Result<(), Fatal> {
     }
     let ears = Ears {
         signals: &signals,
+        hangups: hangups.as_ref(),
         faults,
         control: control.as_ref(),
         manager: &manager,
@@ -279,8 +284,11 @@ fn reach(config: &Config, readied: &[Readied], parents: &Arc<Parents>) -> Result
         image_dirs: config.image_dirs.clone(),
         sockets: Vec::new(),
         socket_dir: config.socket_dir.clone(),
-        grows: config.grows,
+        grows: config.file.is_some(),
     };
+    // It is read again, and an editor puts another file in its place.
+    let beside = config.file.as_deref().map(sandbox::directory_of);
+    reach.directories.extend(beside.map(Path::to_owned));
     reach.sockets.extend(config.control_socket.clone());
     let metrics = config.metrics.as_ref().and_then(|(place, _)| place.file());
     reach.sockets.extend(metrics.cloned());
@@ -368,11 +376,11 @@ fn take_socket(socket: OwnedFd, which: &str) -> Result<Door, Fatal> {
     })
 }
 
-/// A stream that becomes readable when the daemon should end.
-fn catch_signals() -> io::Result<UnixStream> {
+/// A stream that becomes readable when one of these signals comes.
+fn catch(signals: &[i32]) -> io::Result<UnixStream> {
     let (heard, said) = UnixStream::pair()?;
-    for signal in [libc::SIGTERM, libc::SIGINT] {
-        signal_hook::low_level::pipe::register(signal, said.try_clone()?)?;
+    for signal in signals {
+        signal_hook::low_level::pipe::register(*signal, said.try_clone()?)?;
     }
     Ok(heard)
 }

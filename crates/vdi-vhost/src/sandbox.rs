@@ -16,8 +16,8 @@
 //!    lies in the directories where parents are looked for (read only). A rule holds for the file that has the name now: one that takes its
 //!    place cannot be opened. Files are removed only from the directories of the sockets, nothing is made or executed. No TCP, and no signals or
 //!    abstract sockets to other programs, as far as the kernel knows how to forbid that; a kernel without landlock is warned of.
-//!    In a process whose disks come and go (`--config`) images can be opened and made in the directories that the configuration names for that, and
-//!    sockets be made in theirs.
+//!    In a process whose disks come and go (`--config`) images can be opened and made in the directories that the configuration names for
+//!    that, and sockets be made in theirs; what lies beside the configuration can be read, since that is read again.
 //! 4. The control thread's filter of system calls; sessions and operators have threads that inherit it, and the one that serves metrics narrows it. Only a process whose disks come and go makes
 //!    new sockets, local ones.
 //!
@@ -67,7 +67,7 @@ pub(crate) struct Reach {
     pub(crate) images: Vec<(PathBuf, Access)>,
     /// The files of their parents.
     pub(crate) parents: Vec<PathBuf>,
-    /// Where parents are looked for.
+    /// Where parents are looked for, and where the configuration is.
     pub(crate) directories: Vec<PathBuf>,
     /// Where images are that operators may add, and where snapshots are made.
     pub(crate) image_dirs: Vec<PathBuf>,

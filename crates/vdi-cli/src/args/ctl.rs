@@ -138,6 +138,10 @@ pub(crate) enum CtlCommand {
     },
     /// Show what a disk is doing, even one that hangs: its rings, threads and oldest requests, and no data of its guest
     Dump(Which),
+    /// Have the daemon read its configuration again: disks are added and removed, limits and groups changed
+    ///
+    /// A disk that is gone from the file stays while a front end is connected, and is told as `kept`.
+    Reload,
     /// End the daemon: requests are answered, all images closed
     Shutdown,
 }

@@ -126,6 +126,7 @@ fn message(
         CtlCommand::Resume(which) => (Shown::Nothing, "resume", of(which)),
         CtlCommand::LogLevel { level } => (Shown::Level, "log-level", json!({"level": level})),
         CtlCommand::Dump(which) => (Shown::Dump, "dump", of(which)),
+        CtlCommand::Reload => (Shown::Object, "reload", Value::Null),
         CtlCommand::Shutdown => (Shown::Nothing, "shutdown", Value::Null),
     })
 }

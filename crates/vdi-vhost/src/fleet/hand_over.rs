@@ -123,7 +123,7 @@ impl Fleet {
         peer: &UnixStream,
         control: &ControlSocket,
     ) -> Result<(), HandOverError> {
-        if !self.config.grows {
+        if self.config.file.is_none() {
             return Err(HandOverError::NoFleet);
         }
         if let Some(leaving) = all.iter().find(|leaving| leaving.berth.lock().has_failed()) {
