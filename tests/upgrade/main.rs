@@ -81,6 +81,47 @@ fn a_disk_that_waits_for_its_turn_waits_on() {
 }
 
 #[test]
+fn limits_groups_and_a_pause_go_over_with_the_disks() {
+    let mut fleet = Fleet::start();
+    let group = json!({"name": "g", "limits": {"iops_total": 50}});
+    fleet.ask("add-group", &group).unwrap();
+    let empty = json!({"name": "empty", "limits": {"bps_total": 4096}});
+    fleet.ask("add-group", &empty).unwrap();
+    let join = json!({"disk": "b", "group": "g"});
+    fleet.ask("join-group", &join).unwrap();
+    let limits = json!({"disk": "b", "limits": {"iops_total": 7000}});
+    fleet.ask("set-limits", &limits).unwrap();
+    fleet.ask("pause", &json!({"disk": "a"})).unwrap();
+
+    // Twice: what was taken over is handed over.
+    for _ in 0..2 {
+        fleet.upgrade();
+        let list = fleet.ask("list", &json!(null)).unwrap();
+        assert_eq!(list["groups"], json!([empty, group]));
+        let [a, b] = ["a", "b"].map(|disk| fleet.info(disk));
+        assert_eq!((&a["group"], &a["limits"]), (&json!(null), &json!({})));
+        assert_eq!(
+            (&b["group"], &b["limits"]),
+            (&json!("g"), &limits["limits"])
+        );
+        assert_eq!((&a["paused"], &b["paused"]), (&json!(true), &json!(false)));
+    }
+    let mut b = fleet.driver("b", &Options::new());
+    let before = std::time::Instant::now();
+    (0..30).for_each(|_| drop(b.read(0, 512)));
+    assert!(
+        before.elapsed().as_millis() >= 24 * 20 - 20,
+        "the group's limits are not heeded"
+    );
+    fleet.ask("resume", &json!({"disk": "a"})).unwrap();
+    let mut a = fleet.driver("a", &Options::new());
+    a.write(0, &[1; 512]);
+    assert_eq!(a.read(0, 512), [1; 512]);
+    drop((a, b));
+    fleet.end();
+}
+
+#[test]
 fn where_nobody_is_the_new_one_begins_by_itself() {
     let fleet = Fleet::make();
     let fleet = fleet.launch_next();
