@@ -63,11 +63,12 @@ impl TryFrom<String> for Filter {
 
     fn try_from(text: String) -> Result<Self, String> {
         for part in text.split(',') {
-            let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
-            if level.is_empty()
-                || level.parse::<LevelFilter>().is_err()
-                || part.parse::<Targets>().is_err()
-            {
+            let (target, level) = part.rsplit_once('=').unwrap_or(("", part));
+            let is_path = target
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "_-:".contains(c));
+            let is_level = !level.is_empty() && level.parse::<LevelFilter>().is_ok();
+            if !is_path || !is_level {
                 return Err(format!(
                     "`{part}` is no level; say off, error, warn, info, debug or trace, or TARGET=LEVEL"
                 ));
