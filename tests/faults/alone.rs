@@ -82,6 +82,8 @@ fn without_room_for_new_blocks_the_others_are_written_and_when_it_is_back_all_ar
         scene.read_all_ok();
         scene.logged(&format!("/{NAME}: the image cannot take new data: "));
         assert!(scene.files.lift(rule) > 0);
+        // What was begun before the host had room again may fail yet, and with it the first who waits for it.
+        scene.write(&Write::in_block(failed[0], 6));
         for block in failed {
             scene.write_ok(block, 6);
         }
