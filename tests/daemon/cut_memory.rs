@@ -256,7 +256,8 @@ fn memory_that_is_cut_under_load_ends_the_session_and_leaves_what_was_or_what_wa
             }
         }
         let log = bench.expect_service();
-        assert!(log.contains("was cut to 0 bytes"), "{log}");
+        // To how many is chance, and not every session has a line.
+        assert!(log.contains("bytes while it was in use"), "{log}");
         // Lines are few, however many sessions end so.
         assert!(log.matches("is disconnected").count() <= 10, "{log}");
         assert!(log.matches("a request failed").count() <= 10, "{log}");
