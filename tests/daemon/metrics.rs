@@ -106,6 +106,9 @@ fn metrics_say_what_the_driver_did() {
     }
     a.read(0, 8192);
     a.flush();
+    // What is answered may not be counted yet; of a stopped ring all is.
+    let base = a.control.stop(0).unwrap();
+    a.control.start(&a.queues[0], base).unwrap();
     let page = fleet.page();
     let of = |name: &str| page[&format!("vdi_vhost_{name}")];
     for (name, value) in [
