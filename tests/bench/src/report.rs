@@ -1,4 +1,4 @@
-//! Results as text: a short table for each medium, with what was to be reached, and one with every server.
+//! Results as text: one table of ratios beside what was to be reached, one for each medium, and one with every server.
 
 use clap::ValueEnum;
 
@@ -6,19 +6,93 @@ use crate::back_end::Server;
 use crate::medium::Medium;
 use crate::results::{Results, Row};
 use crate::start::DISKS;
-use crate::targets::{self, Reached};
+use crate::targets::{self, Ratios};
 use crate::workload::ALL;
 
-/// The short tables: our daemon beside the others.
-pub(crate) fn summary(results: &Results) -> String {
+/// The shortest table: ratios, and what was to be reached.
+pub(crate) fn overview(results: &Results) -> String {
+    let media: Vec<Medium> = measured_media(results).collect();
     let mut text = results
         .machine()
-        .map_or_else(String::new, |machine| machine.sentence() + "\n");
-    for medium in Medium::value_variants()
-        .iter()
-        .filter(|medium| results.has(**medium))
-    {
-        text += &format!("\n### {}\n\n", title(*medium));
+        .map_or_else(String::new, |machine| machine.sentence() + "\n\n");
+    let heads = media.iter().flat_map(|medium| {
+        ["× QEMU", "× fio", "CPU × QEMU"].map(|column| format!("{}: {column}", short(*medium)))
+    });
+    let heads: Vec<_> = std::iter::once("workload".to_owned())
+        .chain(heads)
+        .collect();
+    text += &row_of(&heads);
+    text += &row_of(&vec!["---".to_owned(); heads.len()]);
+    for workload in ALL {
+        let cells: Vec<_> = media
+            .iter()
+            .map(|medium| {
+                let ours = results.row(*medium, workload.name, Server::VdiVhost)?;
+                let reached = reached(results, *medium, workload.name, &ours);
+                let wanted = targets::of(*medium, workload.name);
+                Some(overview_cells(reached, wanted))
+            })
+            .collect();
+        if cells.iter().any(Option::is_some) {
+            let cells = cells.into_iter().flat_map(Option::unwrap_or_default);
+            let name = std::iter::once(workload.name.to_owned());
+            text += &row_of(&name.chain(cells).collect::<Vec<_>>());
+        }
+    }
+    text + &starts(results)
+}
+
+/// Ratios beside what is wanted, in the order of the columns.
+fn overview_cells(reached: Ratios, wanted: Ratios) -> [String; 3] {
+    [
+        at_least(reached.times_qemu, wanted.times_qemu),
+        at_least(reached.times_fio, wanted.times_fio),
+        at_most(reached.cpu_of_qemu, wanted.cpu_of_qemu),
+    ]
+}
+
+/// A figure and what is wanted of it; bold if it is less.
+fn at_least(reached: Option<f64>, wanted: Option<f64>) -> String {
+    match (reached, wanted) {
+        (Some(reached), Some(wanted)) if reached < wanted => {
+            format!("**{} < {wanted}**", number(Some(reached)))
+        }
+        (Some(reached), Some(wanted)) => format!("{} ≥ {wanted}", number(Some(reached))),
+        (reached, _) => ratio(reached),
+    }
+}
+
+/// A figure and what is wanted of it; bold if it is more.
+fn at_most(reached: Option<f64>, wanted: Option<f64>) -> String {
+    match (reached, wanted) {
+        (Some(reached), Some(wanted)) if reached > wanted => {
+            format!("**{} > {wanted}**", number(Some(reached)))
+        }
+        (Some(reached), Some(wanted)) => format!("{} ≤ {wanted}", number(Some(reached))),
+        (reached, _) => ratio(reached),
+    }
+}
+
+fn measured_media(results: &Results) -> impl Iterator<Item = Medium> {
+    let all = Medium::value_variants().iter().copied();
+    all.filter(|medium| results.has(*medium))
+}
+
+fn reached(results: &Results, medium: Medium, workload: &str, ours: &Row<'_>) -> Ratios {
+    let qemu = results.qemu(medium, workload);
+    let fio = results.fio(medium, workload);
+    Ratios {
+        times_qemu: qemu.as_ref().map(|qemu| ours.iops() / qemu.iops()),
+        times_fio: fio.map(|fio| ours.iops() / fio.iops()),
+        cpu_of_qemu: qemu.as_ref().map(|qemu| ours.cpu_us() / qemu.cpu_us()),
+    }
+}
+
+/// The tables of each medium: our daemon beside the others.
+pub(crate) fn by_medium(results: &Results) -> String {
+    let mut text = String::new();
+    for medium in measured_media(results) {
+        text += &format!("\n### {}\n\n", title(medium));
         text += &row_of(
             &[
                 "workload",
@@ -27,7 +101,6 @@ pub(crate) fn summary(results: &Results) -> String {
                 "× QEMU, io_uring",
                 "× QEMU, raw",
                 "× fio, raw",
-                "to reach",
                 "p50 µs",
                 "p99 µs",
                 "QEMU p50",
@@ -42,14 +115,14 @@ pub(crate) fn summary(results: &Results) -> String {
             ]
             .map(str::to_owned),
         );
-        text += &row_of(&["---"; 18].map(str::to_owned));
+        text += &row_of(&["---"; 17].map(str::to_owned));
         for workload in ALL {
-            if let Some(ours) = results.row(*medium, workload.name, Server::VdiVhost) {
-                text += &summary_row(results, *medium, workload.name, &ours);
+            if let Some(ours) = results.row(medium, workload.name, Server::VdiVhost) {
+                text += &medium_row(results, medium, workload.name, &ours);
             }
         }
     }
-    text + &starts(results)
+    text
 }
 
 fn title(medium: Medium) -> &'static str {
@@ -60,24 +133,23 @@ fn title(medium: Medium) -> &'static str {
     }
 }
 
+fn short(medium: Medium) -> &'static str {
+    match medium {
+        Medium::Tmpfs => "tmpfs",
+        Medium::Buffered => "page cache",
+        Medium::Direct => "O_DIRECT",
+    }
+}
+
 fn row_of(cells: &[String]) -> String {
     format!("| {} |\n", cells.join(" | "))
 }
 
-fn summary_row(results: &Results, medium: Medium, workload: &str, ours: &Row<'_>) -> String {
+fn medium_row(results: &Results, medium: Medium, workload: &str, ours: &Row<'_>) -> String {
     let qemu = results.qemu(medium, workload);
     let rate_beside = |other: Option<Row<'_>>| other.map(|other| ours.iops() / other.iops());
     let of = |server| rate_beside(results.row(medium, workload, server));
-    let reached = Reached {
-        times_qemu: qemu.as_ref().map(|qemu| ours.iops() / qemu.iops()),
-        times_fio: rate_beside(results.fio(medium, workload)),
-        cpu_of_qemu: qemu.as_ref().map(|qemu| ours.cpu_us() / qemu.cpu_us()),
-    };
-    let targets = targets::of(medium, workload);
-    let verdicts: Vec<_> = targets
-        .into_iter()
-        .map(|target| target.verdict(reached))
-        .collect();
+    let reached = reached(results, medium, workload, ours);
     let (least, most) = ours.range();
     let qemus = |value: fn(&Row<'_>) -> f64| number(qemu.as_ref().map(value));
     let qemu_server = if results.row(medium, workload, Server::QsdVdi).is_some() {
@@ -92,7 +164,6 @@ fn summary_row(results: &Results, medium: Medium, workload: &str, ours: &Row<'_>
         ratio(of(Server::QsdVdiUring)),
         ratio(of(Server::QsdRaw)),
         ratio(reached.times_fio),
-        verdicts.join(", "),
         number(Some(p50(ours))),
         number(Some(p99(ours))),
         qemus(p50),
@@ -152,31 +223,14 @@ fn starts(results: &Results) -> String {
         let (Some(ms), Some(mib)) = (time(Server::VdiVhost), memory(Server::VdiVhost)) else {
             continue;
         };
-        let mut verdicts = Vec::new();
-        let verdict = |met: bool| if met { "met" } else { "**missed**" };
-        if disk == "2 TiB" {
-            verdicts.push(format!(
-                "{} ms: {}",
-                targets::START_MS,
-                verdict(ms <= targets::START_MS)
-            ));
-        }
         let part = memory(Server::QsdVdi).map(|qemu| mib / qemu);
-        if let (Some(part), "4 GiB") = (part, disk) {
-            verdicts.push(format!(
-                "memory {} × QEMU: {}",
-                targets::IDLE_OF_QEMU,
-                verdict(part <= targets::IDLE_OF_QEMU)
-            ));
-        }
         text += &row_of(&[
             disk.to_owned(),
-            number(Some(ms)),
+            at_most(Some(ms), (disk == "2 TiB").then_some(targets::START_MS)),
             number(time(Server::QsdVdi)),
             number(Some(mib)),
             number(memory(Server::QsdVdi)),
-            ratio(part),
-            verdicts.join(", "),
+            at_most(part, (disk == "4 GiB").then_some(targets::IDLE_OF_QEMU)),
         ]);
     }
     if text.is_empty() {
@@ -189,20 +243,16 @@ fn starts(results: &Results) -> String {
         "idle MiB",
         "QEMU",
         "× QEMU",
-        "to reach",
     ];
-    let head = row_of(&head.map(str::to_owned)) + &row_of(&["---"; 7].map(str::to_owned));
+    let head = row_of(&head.map(str::to_owned)) + &row_of(&["---"; 6].map(str::to_owned));
     format!("\n### Starting, and doing nothing\n\n{head}{text}")
 }
 
 /// The long tables: every server.
 pub(crate) fn details(results: &Results) -> String {
     let mut text = String::new();
-    for medium in Medium::value_variants()
-        .iter()
-        .filter(|medium| results.has(**medium))
-    {
-        text += &format!("\n### {}, all servers\n\n", title(*medium));
+    for medium in measured_media(results) {
+        text += &format!("\n### {}, all servers\n\n", title(medium));
         text += &row_of(
             &[
                 "workload",
@@ -224,8 +274,8 @@ pub(crate) fn details(results: &Results) -> String {
         text += &row_of(&["---"; 13].map(str::to_owned));
         for workload in ALL {
             for server in Server::value_variants() {
-                if let Some(row) = results.row(*medium, workload.name, *server) {
-                    text += &details_row(results, *medium, workload.name, *server, &row);
+                if let Some(row) = results.row(medium, workload.name, *server) {
+                    text += &details_row(results, medium, workload.name, *server, &row);
                 }
             }
         }
@@ -264,5 +314,20 @@ fn details_row(
 
 /// All tables.
 pub(crate) fn whole(results: &Results) -> String {
-    summary(results) + &details(results)
+    overview(results) + &by_medium(results) + &details(results)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missed_is_seen() {
+        assert_eq!(at_least(Some(1.04), Some(2.0)), "**1.04 < 2**");
+        assert_eq!(at_least(Some(2.5), Some(2.5)), "2.50 ≥ 2.5");
+        assert_eq!(at_most(Some(0.49), Some(0.25)), "**0.49 > 0.25**");
+        assert_eq!(at_most(Some(0.2), Some(0.25)), "0.20 ≤ 0.25");
+        assert_eq!(at_most(Some(0.2), None), "0.20");
+        assert_eq!(at_least(None, Some(1.0)), "");
+    }
 }
