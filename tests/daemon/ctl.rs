@@ -100,6 +100,35 @@ fn an_operator_adds_grows_freezes_limits_and_removes_a_disk_that_is_used() {
     assert_eq!(fleet.server.wait().code, Some(0));
 }
 
+#[test]
+fn an_operator_gives_a_disk_threads_of_its_own_and_sees_them() {
+    let fleet = Fleet::start("spare-workers = 1\n");
+    let (image, (_, first)) = (fleet.path("c.vdi"), crate::workers::cpus());
+    let add = ["add", "c", image.to_str().unwrap(), "--worker-cpus", &first];
+    let refused = fleet.ctl(&[&add[..], &["--workers", "2"]].concat());
+    let refused = refused.expect_code(1).err;
+    let said =
+        "(not-possible): the disk wants 2 workers of its own, and 1 are left; `spare-workers` in";
+    assert!(refused.contains(said), "{refused}");
+    let shown = fleet.ctl(&add).expect_code(0).out;
+    for (field, value) in [
+        ("workers:", "1"),
+        ("own workers:", "yes"),
+        ("worker cpus:", &first),
+    ] {
+        let line = shown.lines().find_map(|line| line.strip_prefix(field));
+        assert_eq!(line.map(str::trim), Some(value), "{shown}");
+    }
+    let mut driver = fleet.driver("c");
+    driver.write(0, &[7; 4096]);
+    let dump = fleet.ctl(&["dump", "c"]).expect_code(0).out;
+    let place = format!("\nTHREAD 0, CPU {first}\n");
+    assert!(dump.contains(&place), "{dump}");
+    drop(driver);
+    fleet.ctl(&["shutdown"]).expect_code(0);
+    assert_eq!(fleet.server.wait().code, Some(0));
+}
+
 /// What stands in a table in the row that begins with `first`.
 fn row<'a>(text: &'a str, first: &str) -> Vec<&'a str> {
     let rows = text.lines().map(|line| line.split_whitespace().collect());

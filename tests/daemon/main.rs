@@ -31,4 +31,5 @@ mod service;
 mod sharing;
 mod top;
 mod turns;
+mod workers;
 mod zeros;

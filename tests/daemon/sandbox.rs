@@ -41,7 +41,7 @@ fn is_root() -> bool {
 }
 
 /// The status of every thread, by its name.
-fn statuses(server: &Server) -> BTreeMap<String, BTreeMap<String, String>> {
+pub(crate) fn statuses(server: &Server) -> BTreeMap<String, BTreeMap<String, String>> {
     let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
     tasks
         .filter_map(|task| {

@@ -122,6 +122,36 @@ fn limits_groups_and_a_pause_go_over_with_the_disks() {
 }
 
 #[test]
+fn a_disk_has_workers_of_its_own_at_the_next_daemon_too() {
+    let fleet = Fleet::make();
+    let config = fleet.path("fleet.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let own = "image = \"a.vdi\"\nworkers = 2\nworker-cpus = \"0\"\n";
+    let text = text.replacen("image = \"a.vdi\"", own, 1);
+    std::fs::write(&config, format!("spare-workers = 1\n{text}")).unwrap();
+    let mut fleet = fleet.launch_next();
+    fleet.ask("remove", &json!({"disk": "b"})).unwrap();
+    let again = json!({"name": "b", "image": fleet.path("b.vdi"), "workers": 1});
+    fleet.ask("add", &again).unwrap();
+    for _ in 0..2 {
+        for (disk, workers, cpus) in [("a", 2, json!("0")), ("b", 1, json!(null))] {
+            let info = fleet.info(disk);
+            let found = (&info["workers"], &info["own_workers"], &info["worker_cpus"]);
+            assert_eq!(found, (&json!(workers), &json!(true), &cpus), "{disk}");
+            let mut driver = fleet.driver(disk, &Options::new());
+            driver.write(0, &[1; 512]);
+            assert_eq!(driver.read(0, 512), [1; 512]);
+        }
+        fleet.upgrade();
+    }
+    // The one that is spare in the file is another one again.
+    tool::vdi(words!["create", fleet.path("c.vdi"), "8M"]).expect_code(0);
+    let more = json!({"name": "c", "image": fleet.path("c.vdi"), "workers": 1});
+    fleet.ask("add", &more).unwrap();
+    fleet.end();
+}
+
+#[test]
 fn where_nobody_is_the_new_one_begins_by_itself() {
     let fleet = Fleet::make();
     let fleet = fleet.launch_next();

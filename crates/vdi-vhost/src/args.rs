@@ -8,6 +8,7 @@ use clap::error::ErrorKind;
 use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use clap_complete::Shell;
 
+use crate::cpus::{CpuError, CpuList};
 use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
 use crate::engine::EngineChoice;
 use crate::metrics::Endpoint;
@@ -105,9 +106,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ID", value_parser = parse_serial)]
     pub(crate) serial: Option<Serial>,
 
-    /// How many threads serve the queues of all disks [default: one per CPU, at most one per queue].
+    /// How many threads serve the queues of all disks, but for those that have threads of their own by --config [default: one per CPU, at
+    /// most one per queue].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     pub(crate) workers: Option<u16>,
+
+    /// The CPUs that those threads run on, as the kernel lists them: 0-3,8. There is a thread for each, pinned to it; if --workers says
+    /// another number, each thread may run on all of these.
+    #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
+    pub(crate) worker_cpus: Option<CpuList>,
 
     /// How data are moved.
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
@@ -236,6 +243,12 @@ fn parse_serial(text: &str) -> Result<Serial, String> {
     Serial::new(text).ok_or_else(|| format!("at most {SERIAL_BYTES} printable ASCII characters"))
 }
 
+/// CPUs that there are, for this process.
+fn parse_cpus(text: &str) -> Result<CpuList, CpuError> {
+    let cpus: CpuList = text.parse()?;
+    cpus.check().map(|()| cpus)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,6 +279,8 @@ mod tests {
             "--num-queues 0",
             "--num-queues 257",
             "--workers 0",
+            "--worker-cpus 1000",
+            "--worker-cpus x",
             "--cache none",
             "--fd=2",
         ] {

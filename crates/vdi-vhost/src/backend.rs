@@ -465,7 +465,7 @@ impl Backend {
     pub(crate) fn close(&mut self) -> std::result::Result<(), WriteError> {
         self.abandon_merge();
         // The housekeeper, in the turn, must still be there for requests that wait for room.
-        self.rings.dismiss();
+        self.rings.disband();
         self.turn.close()
     }
 
@@ -727,7 +727,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::args::Args;
-    use crate::crew::Crew;
+    use crate::crew::{Crew, Staffing};
     use crate::device::{DetectZeroes, Discard, Zeros};
     use crate::engine::EngineChoice;
     use crate::fault;
@@ -739,7 +739,11 @@ pub(crate) mod tests {
     /// Control planes of disks that are not open, for two front ends.
     pub(crate) fn two_backends() -> [Backend; 2] {
         let sandbox = Sandbox::off();
-        let crew = Crew::start(1, EngineChoice::Sync, &sandbox).unwrap();
+        let one = Staffing {
+            count: 1,
+            cpus: None,
+        };
+        let crew = Crew::start(one, EngineChoice::Sync, &sandbox).unwrap();
         let housekeepers = Housekeepers::start(&sandbox).unwrap();
         let args = Args::try_parse_from(["vdi-vhost", "--blk-file", "none"]).unwrap();
         std::array::from_fn(|_| {

@@ -6,6 +6,10 @@
 //! socket-dir = "/run/vdi-vhost"         # a disk that names no socket gets NAME.sock here
 //! image-dirs = ["/var/lib/vdi-vhost"]   # disks may be added from here while the daemon runs, and made here by snapshots
 //!
+//! workers = 4                           # threads that serve all disks
+//! worker-cpus = "0-3"
+//! spare-workers = 2                     # threads that disks may have for their own which are added while the daemon runs
+//!
 //! [defaults]                            # of all disks, also of those that are added later
 //! cache = "direct"
 //! parents = ["/var/lib/vdi-vhost/golden.vdi"]
@@ -19,12 +23,18 @@
 //! image = "/var/lib/vdi-vhost/web-1.vdi"
 //! group = "tenant-1"
 //! limits = { iops_total = 2000, iops_total_max = 8000 }
+//!
+//! [[disk]]
+//! name = "database"
+//! image = "/var/lib/vdi-vhost/database.vdi"
+//! workers = 2                           # threads that serve this disk alone
+//! worker-cpus = "4-5"
 //! ```
 //!
 //! Relative paths in the file are relative to the file's own directory. What is wrong is told with its line.
 
 use std::collections::BTreeSet;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -32,6 +42,8 @@ use toml::Spanned;
 use vdi_core::{Access, ModifiedParent};
 
 use crate::args::{Args, Cache, MAX_QUEUES};
+use crate::cpus::{CpuError, CpuList};
+use crate::crew::{MOST_SPARE, Staffing};
 use crate::device::{DetectZeroes, Discard, SERIAL_BYTES, Serial};
 use crate::groups::{GroupError, GroupTable};
 use crate::limits::Limits;
@@ -67,6 +79,8 @@ pub(crate) struct DiskOptions {
     pub(crate) limits: Limits,
     /// Whom it shares limits with.
     pub(crate) group: Option<String>,
+    /// Threads that serve no other disk, if it has some.
+    pub(crate) own_workers: Option<Staffing>,
 }
 
 /// A disk as it is written down; what is missing is as in the defaults.
@@ -91,6 +105,11 @@ pub(crate) struct DiskTable {
     limits: Option<Limits>,
     /// Empty: none, whatever the defaults say.
     group: Option<String>,
+    /// Threads of its own; 0: none, whatever the defaults say. Not written if there are none, for daemons that know of none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workers: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    worker_cpus: Option<CpuList>,
 }
 
 /// The configuration file.
@@ -104,6 +123,9 @@ struct File {
     socket_dir: Option<PathBuf>,
     #[serde(default)]
     image_dirs: Vec<PathBuf>,
+    workers: Option<Spanned<u16>>,
+    worker_cpus: Option<Spanned<CpuList>>,
+    spare_workers: Option<Spanned<u16>>,
     #[serde(default)]
     defaults: DiskTable,
     #[serde(default)]
@@ -123,6 +145,8 @@ pub(crate) struct Config {
     pub(crate) socket_dir: Option<PathBuf>,
     /// Where images may be that are opened or made later.
     pub(crate) image_dirs: Vec<PathBuf>,
+    /// Threads for all disks, and for those that are added.
+    pub(crate) threads: Threads,
     /// Of disks that are added.
     pub(crate) defaults: DiskTable,
     /// Of disks that share limits.
@@ -131,6 +155,17 @@ pub(crate) struct Config {
     pub(crate) disks: Vec<DiskOptions>,
     /// Where it comes from, if that is a file; then disks come and go.
     pub(crate) file: Option<PathBuf>,
+}
+
+/// Which threads a process starts, but for those of the disks that are served from the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Threads {
+    /// How many serve all disks that have none of their own, if that is said.
+    pub(crate) shared: Option<u16>,
+    /// Where those run.
+    pub(crate) cpus: Option<CpuList>,
+    /// How many wait for disks that want some of their own.
+    pub(crate) spare: u16,
 }
 
 /// Why a configuration file cannot be used.
@@ -150,6 +185,13 @@ pub(crate) enum ConfigError {
         line: usize,
         #[source]
         source: DiskError,
+    },
+    #[error("{}, line {line}", path.display())]
+    Threads {
+        path: PathBuf,
+        line: usize,
+        #[source]
+        source: ThreadsError,
     },
     #[error("{}, line {line}", path.display())]
     Group {
@@ -181,6 +223,34 @@ pub(crate) enum DiskError {
     NoSocket,
     #[error("{} is no absolute path", path.display())]
     Relative { path: PathBuf },
+    #[error("the disk cannot have workers of its own")]
+    OwnWorkers(#[source] ThreadsError),
+}
+
+/// Why there cannot be such threads.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ThreadsError {
+    #[error("`{what}` is {found}; it can be {least} to {most}")]
+    Count {
+        what: &'static str,
+        found: u16,
+        least: u16,
+        most: u16,
+    },
+    #[error(
+        "`workers` is {found}, but the disk has {queues} queues, which is the most that can be served at a time"
+    )]
+    Idle { found: usize, queues: u16 },
+    #[error(
+        "`worker-cpus` is {found}, but `workers` is 0; say how many workers the disk is to have, or leave both out"
+    )]
+    Nobody { found: CpuList },
+    #[error("`worker-cpus` is {found}")]
+    Cpus {
+        found: CpuList,
+        #[source]
+        source: CpuError,
+    },
 }
 
 impl DiskOptions {
@@ -202,6 +272,7 @@ impl DiskOptions {
             incoming: args.incoming,
             limits: Limits::default(),
             group: None,
+            own_workers: None,
         })
     }
 }
@@ -226,6 +297,8 @@ impl DiskTable {
             incoming: Some(disk.incoming),
             limits: Some(disk.limits),
             group: Some(disk.group.clone().unwrap_or_default()),
+            workers: disk.own_workers.as_ref().map(Staffing::small_count),
+            worker_cpus: disk.own_workers.as_ref().and_then(|own| own.cpus.clone()),
         }
     }
 
@@ -268,6 +341,11 @@ impl DiskTable {
         if !(1..=MAX_QUEUES).contains(&num_queues) {
             return Err(DiskError::Queues { found: num_queues });
         }
+        let own_workers = own_workers(
+            (self.workers, self.worker_cpus),
+            (defaults.workers, defaults.worker_cpus.as_ref()),
+            num_queues,
+        );
         let image = self.image.ok_or(DiskError::Missing { what: "image" })?;
         let yes = |own: Option<bool>, default: Option<bool>| own.or(default).unwrap_or(false);
         let list = |own: Option<_>, default: &Option<Vec<PathBuf>>| {
@@ -297,6 +375,7 @@ impl DiskTable {
                 .group
                 .or_else(|| defaults.group.clone())
                 .filter(|group| !group.is_empty()),
+            own_workers: own_workers.map_err(DiskError::OwnWorkers)?,
             name,
         })
     }
@@ -333,6 +412,7 @@ impl Config {
             metrics: metrics(args.metrics.clone(), args.metrics_public),
             socket_dir: None,
             image_dirs: Vec::new(),
+            threads: Threads::default(),
             defaults: DiskTable::default(),
             groups: Vec::new(),
             disks: DiskOptions::of(args).into_iter().collect(),
@@ -361,6 +441,12 @@ impl Config {
         let absolute = |path: PathBuf| dir.join(path);
         file.defaults.anchor(dir);
         let socket_dir = file.socket_dir.map(absolute);
+        let wanted = (file.workers, file.worker_cpus, file.spare_workers);
+        let threads = Threads::of(wanted, |span, source| ConfigError::Threads {
+            path: path.to_owned(),
+            line: line_of(text, &span),
+            source,
+        })?;
         let groups = groups_of(file.group, text, path)?;
         let mut disks: Vec<DiskOptions> = Vec::with_capacity(file.disk.len());
         let mut taken = BTreeSet::new();
@@ -403,12 +489,94 @@ impl Config {
             ),
             socket_dir,
             image_dirs: file.image_dirs.into_iter().map(absolute).collect(),
+            threads,
             defaults: file.defaults,
             groups,
             disks,
             file: Some(path.to_owned()),
         })
     }
+}
+
+/// What the file says of threads, each with its place there.
+type Wanted = (
+    Option<Spanned<u16>>,
+    Option<Spanned<CpuList>>,
+    Option<Spanned<u16>>,
+);
+
+impl Threads {
+    fn of(
+        (workers, cpus, spare): Wanted,
+        at: impl Fn(Range<usize>, ThreadsError) -> ConfigError,
+    ) -> Result<Self, ConfigError> {
+        if let Some(workers) = &workers {
+            let checked = in_range("workers", *workers.get_ref(), 1..=MAX_QUEUES);
+            checked.map_err(|source| at(workers.span(), source))?;
+        }
+        if let Some(spare) = &spare {
+            let checked = in_range("spare-workers", *spare.get_ref(), 0..=MOST_SPARE);
+            checked.map_err(|source| at(spare.span(), source))?;
+        }
+        if let Some(cpus) = &cpus {
+            check_cpus(cpus.get_ref()).map_err(|source| at(cpus.span(), source))?;
+        }
+        Ok(Self {
+            shared: workers.map(Spanned::into_inner),
+            cpus: cpus.map(Spanned::into_inner),
+            spare: spare.map_or(0, Spanned::into_inner),
+        })
+    }
+}
+
+/// The threads that a disk has for its own, by what it says and what the defaults say.
+fn own_workers(
+    (workers, cpus): (Option<u16>, Option<CpuList>),
+    (default_workers, default_cpus): (Option<u16>, Option<&CpuList>),
+    queues: u16,
+) -> Result<Option<Staffing>, ThreadsError> {
+    if let (Some(0), Some(found)) = (workers, &cpus) {
+        let found = found.clone();
+        return Err(ThreadsError::Nobody { found });
+    }
+    // A disk that names CPUs only wants one thread for each.
+    let workers = workers.or_else(|| default_workers.filter(|_| cpus.is_none()));
+    let cpus = cpus.or_else(|| default_cpus.cloned());
+    let count = match (workers, &cpus) {
+        (Some(0), _) | (None, None) => return Ok(None),
+        (Some(count), _) => usize::from(count),
+        (None, Some(cpus)) => cpus.len(),
+    };
+    if count > usize::from(queues) {
+        let found = count;
+        return Err(ThreadsError::Idle { found, queues });
+    }
+    cpus.as_ref().map_or(Ok(()), check_cpus)?;
+    Ok(Some(Staffing { count, cpus }))
+}
+
+fn check_cpus(cpus: &CpuList) -> Result<(), ThreadsError> {
+    cpus.check().map_err(|source| ThreadsError::Cpus {
+        found: cpus.clone(),
+        source,
+    })
+}
+
+fn in_range(
+    what: &'static str,
+    found: u16,
+    range: RangeInclusive<u16>,
+) -> Result<(), ThreadsError> {
+    let (least, most) = range.clone().into_inner();
+    if range.contains(&found) {
+        return Ok(());
+    }
+    Err(ThreadsError::Count {
+        what,
+        found,
+        least,
+        most,
+    })
 }
 
 fn metrics(place: Option<Endpoint>, is_public: bool) -> Option<(Endpoint, Audience)> {
@@ -562,6 +730,29 @@ mod tests {
             ),
             ("\n[[group]]\nname = \"\"\n".to_owned(), "line 2"),
             (
+                "\nworkers = 0\n".to_owned(),
+                "line 2: `workers` is 0; it can be 1 to 256",
+            ),
+            (
+                "\nspare-workers = 257\n".to_owned(),
+                "line 2: `spare-workers` is 257",
+            ),
+            ("\nworker-cpus = \"2-1\"\n".to_owned(), "line 2"),
+            (
+                "\n\nworker-cpus = \"1000\"\n".to_owned(),
+                "line 3: `worker-cpus` is 1000: CPU 1000 is none of",
+            ),
+            (format!("{disk}worker-cpus = 1\n"), "line 5"),
+            (format!("{disk}worker-cpus = \"1000\"\n"), "line 1"),
+            (
+                format!("{disk}workers = 0\nworker-cpus = \"0\"\n"),
+                "line 1",
+            ),
+            (
+                format!("{disk}workers = 3\nnum-queues = 2\n"),
+                "line 1: the disk cannot have workers of its own: `workers` is 3, but the disk has 2 queues",
+            ),
+            (
                 format!("[[group]]\nname = \"g\"\nlimits = {{ bps_total_max = 1 }}\n{disk}"),
                 "line 3",
             ),
@@ -603,6 +794,8 @@ mod tests {
             incoming = true
             limits = { iops_total = 7 }
             group = "some"
+            workers = 3
+            worker-cpus = "0"
             [[group]]
             name = "some"
         "#;
@@ -667,6 +860,48 @@ mod tests {
             of_groups.collect::<Vec<_>>(),
             [("all", limits(all)), ("some", Limits::default())]
         );
+    }
+
+    #[test]
+    fn a_disk_has_workers_of_its_own_if_it_says_so_or_the_defaults_do() {
+        let config = parse(
+            r#"
+            socket-dir = "sockets"
+            workers = 3
+            worker-cpus = "0"
+            spare-workers = 2
+            [defaults]
+            workers = 2
+            [[disk]]
+            name = "a"
+            image = "a"
+            [[disk]]
+            name = "b"
+            image = "b"
+            workers = 0
+            [[disk]]
+            name = "c"
+            image = "c"
+            worker-cpus = "0"
+            [[disk]]
+            name = "d"
+            image = "d"
+            workers = 5
+            worker-cpus = "0"
+            "#,
+        );
+        let config = config.unwrap();
+        let zero = || Some("0".parse().unwrap());
+        let threads = Threads {
+            shared: Some(3),
+            cpus: zero(),
+            spare: 2,
+        };
+        assert_eq!(config.threads, threads);
+        let own = |count, cpus| Some(Staffing { count, cpus });
+        let found = config.disks.into_iter().map(|disk| disk.own_workers);
+        let expected = [own(2, None), None, own(1, zero()), own(5, zero())];
+        assert_eq!(found.collect::<Vec<_>>(), expected);
     }
 
     #[test]

@@ -62,6 +62,7 @@ use vdi_core::Capacity;
 use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::config::DiskTable;
+use crate::cpus::CpuList;
 use crate::dump::Dump;
 use crate::fleet::{self, Fleet, FleetError, ReloadError, Reloaded};
 use crate::groups::{GroupError, GroupTable};
@@ -217,6 +218,12 @@ struct Info {
     limits: Limits,
     /// Whom it shares limits with.
     group: Option<String>,
+    /// How many threads serve it.
+    workers: usize,
+    /// Whether those serve no other disk.
+    own_workers: bool,
+    /// Where they may run, if that was said.
+    worker_cpus: Option<CpuList>,
 }
 
 /// What a disk did and takes, with its name.
@@ -533,6 +540,7 @@ impl Info {
         let connected = berth.is_connected();
         let backend = berth.lock();
         let options = backend.options();
+        let crew = &berth.witnesses().crew;
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
         Self {
             name: berth.name().to_owned(),
@@ -549,6 +557,9 @@ impl Info {
                 .throttle()
                 .group()
                 .map(|group| group.name().to_owned()),
+            workers: crew.len(),
+            own_workers: crew.is_own(),
+            worker_cpus: crew.cpus().cloned(),
         }
     }
 }
@@ -601,6 +612,7 @@ impl From<Failed> for Outcome {
                 | FleetError::TooMany
                 | FleetError::HandingOver
                 | FleetError::Socket(_)
+                | FleetError::Crew(_)
                 | FleetError::Host(_),
             )
             | Failed::Disk(

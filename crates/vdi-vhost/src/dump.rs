@@ -15,6 +15,7 @@ use vdi_core::Inside;
 use crate::backend::Backend;
 use crate::berth::Berth;
 use crate::command::{Command, SeatNumber};
+use crate::cpus::CpuList;
 use crate::crew::Crew;
 use crate::limits::Limits;
 use crate::queue::QueueDump;
@@ -92,6 +93,8 @@ pub(crate) struct ImageDump {
 #[derive(Debug, Serialize)]
 struct ThreadDump {
     thread: usize,
+    /// Where it may run, if that was said.
+    cpus: Option<CpuList>,
     /// It did not answer: it does something that takes its time.
     silent: bool,
     /// What it has of the disk, if it has something.
@@ -206,6 +209,7 @@ impl Witnesses {
             };
             ThreadDump {
                 thread,
+                cpus: self.crew.cpus_of(thread),
                 silent,
                 seat,
             }

@@ -22,7 +22,7 @@ use crate::backend::{Backend, ControlError};
 use crate::berth::{Berth, Door};
 use crate::complaints::About;
 use crate::config::{Config, DiskError, DiskOptions, DiskTable};
-use crate::crew::Crew;
+use crate::crew::{Crew, CrewError, Reserve};
 use crate::device::{Device, Serial, Zeros};
 use crate::groups::{self, GroupError, Groups};
 use crate::housekeeper::Housekeepers;
@@ -48,8 +48,7 @@ const FIRST: u64 = 16;
 /// All disks.
 pub(crate) struct Fleet {
     config: Config,
-    crew: Arc<Crew>,
-    housekeepers: Arc<Housekeepers>,
+    staff: Staff,
     parents: Arc<Parents>,
     groups: Groups,
     doors: Epoll,
@@ -72,6 +71,15 @@ pub(crate) struct Fleet {
     fatal: Mutex<Option<ServeError>>,
     /// The only connection there would be has ended, or something fatal happened, or an operator wants it.
     end: EventFd,
+}
+
+/// The threads that serve disks.
+pub(crate) struct Staff {
+    /// Those that serve all disks that have none of their own.
+    pub(crate) crew: Arc<Crew>,
+    /// Those that disks have for their own, or may have.
+    pub(crate) reserve: Arc<Reserve>,
+    pub(crate) housekeepers: Arc<Housekeepers>,
 }
 
 /// A disk whose image and socket are open, and which nobody serves yet.
@@ -105,6 +113,8 @@ pub(crate) enum FleetError {
     Turn(#[from] TurnError),
     #[error(transparent)]
     Socket(#[from] SocketError),
+    #[error(transparent)]
+    Crew(#[from] CrewError),
     #[error("the disk has no descriptor left, or no memory")]
     Host(#[source] io::Error),
     #[error("the image could not be closed clean")]
@@ -193,8 +203,7 @@ impl Fleet {
     /// No disks yet.
     pub(crate) fn new(
         config: Config,
-        crew: Arc<Crew>,
-        housekeepers: Arc<Housekeepers>,
+        staff: Staff,
         parents: Arc<Parents>,
         doors: Epoll,
     ) -> io::Result<Self> {
@@ -206,8 +215,7 @@ impl Fleet {
             said: Mutex::new(Said::of(&config)),
             reloads: Mutex::default(),
             config,
-            crew,
-            housekeepers,
+            staff,
             parents,
             doors,
             next: AtomicU64::new(FIRST),
@@ -275,8 +283,11 @@ impl Fleet {
             About::default()
         };
         let is_paused = readied.is_paused;
-        let workers = Workers::new(&self.crew);
-        let housekeepers = Arc::clone(&self.housekeepers);
+        let workers = match readied.options.own_workers.clone() {
+            Some(own) => Workers::new(&Crew::own(&self.staff.reserve, own)?),
+            None => Workers::new(&self.staff.crew),
+        };
+        let housekeepers = Arc::clone(&self.staff.housekeepers);
         let device = Arc::new(readied.device);
         let mut backend = Backend::new(device, readied.turn, workers, housekeepers, &about);
         if let Some(opened) = readied.opened {

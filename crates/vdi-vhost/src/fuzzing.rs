@@ -30,7 +30,7 @@ use crate::berth::{Berth, Door};
 use crate::command::{Ack, Command, Doorbell, Order, SeatNumber, Setup, Takeover};
 use crate::complaints::{About, Complaints};
 use crate::config::DiskOptions;
-use crate::crew::Crew;
+use crate::crew::{Crew, Staffing};
 use crate::device::{DetectZeroes, Device, Discard, Serial, Zeros};
 use crate::dirty::{DirtyLog, Guest};
 use crate::engine::EngineChoice;
@@ -360,7 +360,8 @@ impl Daemon {
     #[must_use]
     pub fn new(image: &Path) -> Self {
         prepare();
-        let words = "vdi-vhost --socket-path none --num-queues 4 --workers 1 --engine sync --sandbox off --blk-file";
+        let words =
+            "vdi-vhost --socket-path none --num-queues 4 --engine sync --sandbox off --blk-file";
         let words = words.split(' ').map(Into::into).chain([image.into()]);
         let args = Args::try_parse_from::<_, std::ffi::OsString>(words).expect("they are right");
         let options = DiskOptions::of(&args).expect("there is an image");
@@ -368,7 +369,11 @@ impl Daemon {
         let opened = turn.begin().expect("it is an image");
         let device = make_device(&options, &opened.disk, opened.disk.access());
         let sandbox = Sandbox::off();
-        let crew = Crew::start(crate::worker_count(&args), args.engine, &sandbox);
+        let one = Staffing {
+            count: 1,
+            cpus: None,
+        };
+        let crew = Crew::start(one, args.engine, &sandbox);
         let workers = Workers::new(&crew.expect("threads are left"));
         let housekeepers = Housekeepers::start(&sandbox).expect("threads are left");
         let about = About::default();

@@ -26,6 +26,7 @@ mod command;
 mod complaints;
 mod config;
 mod control;
+mod cpus;
 mod crew;
 mod device;
 mod device_state;
@@ -81,11 +82,12 @@ use vdi_core::WriteError;
 
 use crate::args::{Args, Asked, Sandboxing};
 use crate::berth::Door;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, Threads};
 use crate::control::ControlSocket;
-use crate::crew::Crew;
+use crate::cpus::CpuList;
+use crate::crew::{Crew, MOST_SPARE, Reserve, Staffing};
 use crate::doorman::Ears;
-use crate::fleet::{Fleet, FleetError, Readied, TakeOver, TakeOverError};
+use crate::fleet::{Fleet, FleetError, Readied, Staff, TakeOver, TakeOverError};
 use crate::housekeeper::Housekeepers;
 use crate::metrics::{Metrics, MetricsError, Place};
 use crate::parents::Parents;
@@ -134,6 +136,10 @@ enum Fatal {
     Metrics(#[from] MetricsError),
     #[error("cannot start the threads that serve queues")]
     Crew(#[source] io::Error),
+    #[error(
+        "{found} workers are wanted for single disks, those that are spare counted; there can be {MOST_SPARE}"
+    )]
+    TooManyOwn { found: usize },
     #[error(transparent)]
     Serve(#[from] ServeError),
     #[error("the image could not be closed clean")]
@@ -202,8 +208,12 @@ fn run(args: &Args) -> Result<(), Fatal> {
     tracing::info!("{what}");
     let doors = Fleet::doors().map_err(Fatal::Doors)?;
     let reach = reach(&config, &readied, &parents)?;
-    let (sandbox, crew, housekeepers) = confine(args, &reach)?;
-    let fleet = Fleet::new(config, crew, housekeepers, parents, doors).map_err(Fatal::Doors)?;
+    let staffing = (
+        shared_workers(args, &config.threads),
+        own_workers(&config, &readied)?,
+    );
+    let (sandbox, staff) = confine(args, &reach, staffing)?;
+    let fleet = Fleet::new(config, staff, parents, doors).map_err(Fatal::Doors)?;
     let fleet = Arc::new(fleet);
     for disk in readied {
         fleet.serve(disk)?;
@@ -234,15 +244,22 @@ fn run(args: &Args) -> Result<(), Fatal> {
 }
 
 /// The sandbox, and the threads that serve all disks. Before there are other threads, and anything to hear.
-fn confine(args: &Args, reach: &Reach) -> Result<(Sandbox, Arc<Crew>, Arc<Housekeepers>), Fatal> {
+fn confine(
+    args: &Args,
+    reach: &Reach,
+    (shared, own): (Staffing, Vec<Option<CpuList>>),
+) -> Result<(Sandbox, Staff), Fatal> {
     let sandbox = match args.sandbox {
         Sandboxing::Off => Sandbox::off(),
         Sandboxing::On => Sandbox::enter(reach, args.engine)?,
     };
-    let crew = Crew::start(worker_count(args), args.engine, &sandbox).map_err(Fatal::Crew)?;
-    let housekeepers = Housekeepers::start(&sandbox).map_err(Fatal::Crew)?;
-    sandbox.seal()?;
-    Ok((sandbox, crew, housekeepers))
+    let staff = Staff {
+        crew: Crew::start(shared, args.engine, &sandbox).map_err(Fatal::Crew)?,
+        reserve: Reserve::start(&own, args.engine, &sandbox).map_err(Fatal::Crew)?,
+        housekeepers: Housekeepers::start(&sandbox).map_err(Fatal::Crew)?,
+    };
+    sandbox.seal(staff.reserve.threads())?;
+    Ok((sandbox, staff))
 }
 
 /// The disks of the configuration, open; the one without a path for a socket at this door.
@@ -393,10 +410,29 @@ fn allow_many_descriptors() {
     }
 }
 
-fn worker_count(args: &Args) -> usize {
-    let queues = usize::from(args.num_queues);
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    args.workers.map_or(cores, usize::from).min(queues)
+/// The threads that serve all disks: as the command line says, or else the file.
+fn shared_workers(args: &Args, file: &Threads) -> Staffing {
+    let cpus = args.worker_cpus.as_ref().or(file.cpus.as_ref());
+    let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let said = args.workers.or(file.shared).map(usize::from);
+    let count = said.unwrap_or_else(|| cpus.map_or_else(cores, CpuList::len));
+    Staffing {
+        count: count.min(usize::from(args.num_queues)),
+        cpus: cpus.cloned(),
+    }
+}
+
+/// The threads that there must be to serve one disk each, by where they run: those of the disks, in their order, and the spare ones.
+fn own_workers(config: &Config, readied: &[Readied]) -> Result<Vec<Option<CpuList>>, Fatal> {
+    let disks = readied.iter();
+    let own = disks.filter_map(|disk| disk.options().own_workers.as_ref());
+    let spare = std::iter::repeat_n(None, usize::from(config.threads.spare));
+    let places: Vec<_> = own.flat_map(Staffing::places).chain(spare).collect();
+    let found = places.len();
+    if found > usize::from(MOST_SPARE) {
+        return Err(Fatal::TooManyOwn { found });
+    }
+    Ok(places)
 }
 
 /// An error and its causes in one line.

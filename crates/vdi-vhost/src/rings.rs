@@ -261,6 +261,12 @@ impl Rings {
         self.rings.clear();
     }
 
+    /// Lets go of all, and of the workers; nothing is served any more.
+    pub(crate) fn disband(&mut self) {
+        self.dismiss();
+        self.workers.disband();
+    }
+
     /// Gives all workers new memory, and waits until they use it.
     pub(crate) fn set_memory(&mut self, memory: Memory, takeover: Takeover) -> Result<()> {
         let shared = Arc::new(memory);

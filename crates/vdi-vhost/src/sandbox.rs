@@ -19,7 +19,8 @@
 //!    In a process whose disks come and go (`--config`) images can be opened and made in the directories that the configuration names for
 //!    that, and sockets be made in theirs; what lies beside the configuration can be read, since that is read again.
 //! 4. The control thread's filter of system calls; sessions and operators have threads that inherit it, and the one that serves metrics narrows it. Only a process whose disks come and go makes
-//!    new sockets, local ones.
+//!    new sockets, local ones. Threads that disks may have for their own (`crew`) were started before, and the control thread binds those, by
+//!    their numbers, to CPUs; no other thread of this process or any.
 //!
 //! What this cannot do: threads share their memory, so who runs code in one can have the others make their calls for him. And
 //! io_uring does what it is told behind a filter's back. So the rings of the workers can only move data (`ring`), and once the sandbox is
@@ -47,7 +48,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
-use nix::unistd::{AccessFlags, faccessat};
+use nix::unistd::{AccessFlags, Pid, faccessat};
 use vdi_core::Access;
 
 use self::filters::Filters;
@@ -128,20 +129,20 @@ impl Sandbox {
     }
 
     /// Filters the control thread's calls, when the threads that need others have started.
-    pub(crate) fn seal(&self) -> Result<(), SandboxError> {
-        Ok(self.filter(Role::Control)?)
+    /// It may bind these to CPUs.
+    pub(crate) fn seal(&self, bound: &[Pid]) -> Result<(), SandboxError> {
+        match &self.0 {
+            Some(filters) => Ok(filters.seal(bound)?),
+            None => Ok(()),
+        }
     }
 
     /// Narrows what this thread may do to its role, for good. Called when the thread has what it needs.
     pub(crate) fn confine(&self, role: Role) -> io::Result<()> {
-        self.filter(role).map_err(io::Error::other)
-    }
-
-    fn filter(&self, role: Role) -> Result<(), seccompiler::Error> {
-        let Some(filters) = &self.0 else {
-            return Ok(());
-        };
-        filters.apply(role)
+        match &self.0 {
+            Some(filters) => filters.apply(role).map_err(io::Error::other),
+            None => Ok(()),
+        }
     }
 }
 

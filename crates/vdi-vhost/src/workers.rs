@@ -1,6 +1,6 @@
 //! The workers as one disk has them: who serves which of its queues, and commands to them.
 //!
-//! The threads are the crew's and serve other disks too. Queue `i` of disk `n` is served by thread `(n + i) % threads`, so that disks with few
+//! The threads are the crew's and serve other disks too, unless they are this disk's own. Queue `i` of disk `n` is served by thread `(n + i) % threads`, so that disks with few
 //! queues do not meet at one thread. The disk has a seat at a thread from when the first queue there starts until it is dismissed.
 
 use std::io;
@@ -115,6 +115,12 @@ impl Workers {
             .map(|thread| self.crew.send(thread, self.number, command()))
             .collect();
         sent.iter().try_for_each(done)
+    }
+
+    /// Has nothing to do with its threads any more, which serve others.
+    pub(crate) fn disband(&mut self) {
+        self.dismiss();
+        self.crew.disband();
     }
 
     /// The threads, to be asked by others.

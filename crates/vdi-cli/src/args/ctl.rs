@@ -200,6 +200,12 @@ pub(crate) struct AddArgs {
     /// Open it when its first queue starts
     #[arg(long)]
     pub(crate) incoming: bool,
+    /// How many threads serve this disk alone, out of the daemon's spare-workers; 0: it shares the others
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<u16>,
+    /// CPUs that those threads run on, such as 0-3,8; one for each, if --workers does not say how many
+    #[arg(long, value_name = "LIST")]
+    pub(crate) worker_cpus: Option<String>,
     /// Group to share limits with; '' for none
     #[arg(long, value_name = "NAME")]
     pub(crate) group: Option<String>,

@@ -189,6 +189,8 @@ fn table(args: AddArgs) -> Result<Value, Failure> {
     say("detect-zeroes", json!(args.detect_zeroes));
     say("serial", json!(args.serial));
     say("incoming", yes(args.incoming));
+    say("workers", json!(args.workers));
+    say("worker-cpus", json!(args.worker_cpus));
     say("group", json!(args.group));
     if !args.limits.is_empty() {
         say("limits", of_words(args.limits)?.into());

@@ -37,7 +37,11 @@ pub(crate) fn dump(out: &mut impl Write, value: &Value) -> io::Result<()> {
         .partition(|thread| thread["silent"] == true);
     let told = silent.len() + others.len();
     for thread in silent.into_iter().chain(others).take(MOST_THREADS) {
-        writeln!(out, "\nTHREAD {}", thread["thread"])?;
+        write!(out, "\nTHREAD {}", thread["thread"])?;
+        match thread["cpus"].as_str() {
+            Some(cpus) => writeln!(out, ", CPU {cpus}")?,
+            None => writeln!(out)?,
+        }
         if thread["silent"] == true {
             writeln!(
                 out,

@@ -110,6 +110,9 @@ impl Fleet {
             ("metrics", own.metrics == new.metrics),
             ("socket-dir", own.socket_dir == new.socket_dir),
             ("image-dirs", own.image_dirs == new.image_dirs),
+            ("workers", own.threads.shared == new.threads.shared),
+            ("worker-cpus", own.threads.cpus == new.threads.cpus),
+            ("spare-workers", own.threads.spare == new.threads.spare),
         ] {
             if !is_same {
                 return Err(ReloadError::Fixed { what });

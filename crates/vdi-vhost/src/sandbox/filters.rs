@@ -18,6 +18,7 @@
 
 use std::collections::BTreeMap;
 
+use nix::unistd::Pid;
 use seccompiler::{
     BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, apply_filter,
@@ -28,11 +29,9 @@ use crate::engine::EngineChoice;
 /// What becomes of a call that is on no list.
 const UNLISTED: SeccompAction = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
 
-/// A kind of thread.
+/// A kind of thread, beside the control thread, which speaks to front ends, maps guest memory, starts and ends the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// Speaks to front ends, maps guest memory, starts and ends the others.
-    Control,
     /// Serves queues.
     Worker,
     /// Does the image's chores.
@@ -231,8 +230,8 @@ const DEADLY: &[i64] = &[
 /// The filters, ready to be applied.
 #[derive(Debug)]
 pub(crate) struct Filters {
+    grows: bool,
     deadly: BpfProgram,
-    control: BpfProgram,
     worker: BpfProgram,
     housekeeper: BpfProgram,
     metrics: BpfProgram,
@@ -250,19 +249,25 @@ impl Filters {
         }
         let deadly = compile(deadly, SeccompAction::Allow, SeccompAction::KillProcess)?;
         Ok(Self {
+            grows,
             deadly,
-            control: listed(control(grows)?)?,
             worker: listed(worker(engine)?)?,
             housekeeper: listed(housekeeper()?)?,
             metrics: listed(metrics()?)?,
         })
     }
 
+    /// Filters the control thread's calls from now on, and those of all that it starts. It may bind these threads to CPUs.
+    pub(crate) fn seal(&self, bound: &[Pid]) -> Result<(), Error> {
+        let rules = control(self.grows, bound)?;
+        apply_filter(&self.deadly)?;
+        apply_filter(&compile(rules, UNLISTED, SeccompAction::Allow)?)
+    }
+
     /// Filters this thread's calls from now on, and those of all that it starts.
     pub(crate) fn apply(&self, role: Role) -> Result<(), Error> {
         apply_filter(&self.deadly)?;
         apply_filter(match role {
-            Role::Control => &self.control,
             Role::Worker => &self.worker,
             Role::Housekeeper => &self.housekeeper,
             Role::Metrics => &self.metrics,
@@ -336,7 +341,7 @@ fn worker(engine: EngineChoice) -> Result<Rules, Error> {
     Ok(rules)
 }
 
-fn control(grows: bool) -> Result<Rules, Error> {
+fn control(grows: bool, bound: &[Pid]) -> Result<Rules, Error> {
     let mut rules = housekeeper()?;
     rules.append(&mut plain(&[WAITS, CONTROL]));
     // Existing files are opened, none is emptied; nor made, unless snapshots are.
@@ -351,6 +356,11 @@ fn control(grows: bool) -> Result<Rules, Error> {
     }
     rules.insert(libc::SYS_openat, vec![without_bits(2, never)?]);
     rules.insert(libc::SYS_ioctl, blocking()?);
+    // Workers that a disk has for its own run where that disk says; no other thread, and no other process.
+    if !bound.is_empty() {
+        let bound: Vec<_> = bound.iter().map(|thread| thread.as_raw()).collect();
+        rules.insert(libc::SYS_sched_setaffinity, one_of(0, &bound)?);
+    }
     // Threads of this process, never another process.
     let (flags, thread) = (SeccompCmpArgLen::Qword, libc::CLONE_THREAD);
     let thread = u64::from(thread.cast_unsigned());
@@ -401,6 +411,7 @@ fn without_bits(argument: u8, bits: i32) -> Result<SeccompRule, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::crew::MOST_SPARE;
 
     const RING: [i64; 3] = [
         libc::SYS_io_uring_setup,
@@ -411,7 +422,7 @@ mod tests {
     #[test]
     fn a_call_is_listed_once_and_never_both_needed_and_deadly() {
         let auto = EngineChoice::Auto;
-        for needed in [control(false), worker(auto), housekeeper(), metrics()] {
+        for needed in [control(false, &[]), worker(auto), housekeeper(), metrics()] {
             let needed = needed.unwrap();
             assert!(DEADLY.iter().all(|call| !needed.contains_key(call)));
         }
@@ -423,9 +434,22 @@ mod tests {
     }
 
     #[test]
+    fn threads_are_bound_to_cpus_only_if_they_are_named() {
+        let call = libc::SYS_sched_setaffinity;
+        assert!(!control(true, &[]).unwrap().contains_key(&call));
+        assert!(!worker(EngineChoice::Auto).unwrap().contains_key(&call));
+        // The kernel takes programs of 4096 instructions.
+        let most: Vec<_> = (0..i32::from(MOST_SPARE)).map(Pid::from_raw).collect();
+        let rules = control(true, &most).unwrap();
+        assert_eq!(rules[&call].len(), usize::from(MOST_SPARE));
+        let program = compile(rules, UNLISTED, SeccompAction::Allow).unwrap();
+        assert!(program.len() <= 4096, "{}", program.len());
+    }
+
+    #[test]
     fn rings_are_made_by_nobody_and_used_by_workers_alone() {
         let (sync, auto) = (EngineChoice::Sync, EngineChoice::Auto);
-        for rules in [control(false), worker(sync), housekeeper(), metrics()] {
+        for rules in [control(false, &[]), worker(sync), housekeeper(), metrics()] {
             let rules = rules.unwrap();
             assert!(RING.iter().all(|call| !rules.contains_key(call)));
         }
