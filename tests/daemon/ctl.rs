@@ -65,6 +65,14 @@ fn an_operator_adds_grows_freezes_limits_and_removes_a_disk_that_is_used() {
     driver.write(0, &[8; 4096]);
     assert!(frozen.exists());
 
+    let (golden, clone) = (fleet.path("golden.vdi"), fleet.path("clone.vdi"));
+    let (golden, clone) = (golden.to_str().unwrap(), clone.to_str().unwrap());
+    let made = fleet.ctl_json(&["clone", "clone", golden, clone, "--num-queues", "2"]);
+    assert_eq!(made["size_bytes"], 24 * MIB);
+    let refused = fleet.ctl(&["clone", "other", golden, clone]).expect_code(1);
+    assert!(refused.err.contains("(exists): the file "), "{refused:?}");
+    fleet.ctl(&["remove", "clone"]).expect_code(0);
+
     fleet
         .ctl(&["set-limits", "c", "iops_total=1000", "bps_total=10M"])
         .expect_code(0);

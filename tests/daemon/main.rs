@@ -8,6 +8,7 @@
 
 mod blkio;
 mod chains;
+mod clones;
 mod connections;
 mod control;
 mod corpus;

@@ -1,9 +1,19 @@
-//! `vdi top` against a running daemon: what scripts read of it.
+//! `vdi top` against a running daemon: what scripts read of it, and how it leaves a terminal.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::{OpenptyResult, Winsize, openpty};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, tcgetattr};
+use nix::unistd::Pid;
+use std::os::fd::AsFd;
+use vdi_tests::driver::PATIENCE;
 use vdi_tests::stop::StopOnDrop;
 use vdi_tests::tool::{self, program, spawn};
 use vdi_tests::words;
@@ -75,4 +85,74 @@ fn a_daemon_that_goes_away_is_told_of_and_the_tables_go_on() {
     let last = out.rsplit("\n\n").nth(1).unwrap();
     assert!(last.contains("no answer, asking again: "), "{out}");
     assert!(last.contains("\na "), "{out}");
+}
+
+/// A terminal's.
+const SIZE: Winsize = Winsize {
+    ws_row: 24,
+    ws_col: 80,
+    ws_xpixel: 0,
+    ws_ypixel: 0,
+};
+
+/// Reads what is written to a terminal until this is among it.
+fn read_until(screen: &mut File, wanted: &str) {
+    let (mut shown, deadline) = (Vec::new(), Instant::now() + PATIENCE);
+    while !String::from_utf8_lossy(&shown).contains(wanted) {
+        assert!(Instant::now() < deadline, "{wanted:?} is not shown");
+        let mut fds = [PollFd::new(screen.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::from(50_u8)).unwrap() > 0 {
+            let mut piece = [0; 4096];
+            let len = screen.read(&mut piece).unwrap();
+            shown.extend_from_slice(&piece[..len]);
+        }
+    }
+}
+
+#[test]
+fn a_signal_ends_it_and_the_terminal_is_as_it_was() {
+    const INTO: &str = "\u{1b}[?1049h";
+    const OUT_OF: &str = "\u{1b}[?1049l";
+    let fleet = Fleet::start("");
+    for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT] {
+        let OpenptyResult { master, slave } = openpty(&SIZE, None).unwrap();
+        let before = tcgetattr(&slave).unwrap();
+        let end = || Stdio::from(slave.try_clone().unwrap());
+        let mut top = Command::new(program("vdi"));
+        top.args(["top", "--socket"]).arg(fleet.path("control"));
+        top.stdin(end()).stdout(end()).stderr(end());
+        let mut top = spawn(&mut top);
+        let mut screen = File::from(master);
+        read_until(&mut screen, INTO);
+        read_until(&mut screen, "NAME");
+        let during = tcgetattr(&slave).unwrap();
+        assert!(!during.local_flags.contains(LocalFlags::ECHO));
+        kill(Pid::from_raw(top.id().try_into().unwrap()), signal).unwrap();
+        read_until(&mut screen, OUT_OF);
+        let exit = top.wait().unwrap();
+        assert_eq!(exit.signal(), Some(signal as i32), "{exit}");
+        assert!(tcgetattr(&slave).unwrap() == before, "{signal}");
+    }
+}
+
+#[test]
+fn a_terminal_that_goes_away_ends_it() {
+    let fleet = Fleet::start("");
+    let OpenptyResult { master, slave } = openpty(&SIZE, None).unwrap();
+    let mut top = Command::new(program("vdi"));
+    top.args(["top", "--socket"]).arg(fleet.path("control"));
+    let end = || Stdio::from(slave.try_clone().unwrap());
+    top.stdin(end()).stdout(end()).stderr(Stdio::null());
+    let mut top = spawn(&mut top);
+    drop(slave);
+    let mut screen = File::from(master);
+    read_until(&mut screen, "NAME");
+    drop(screen);
+    // What a session's leader hears then.
+    kill(Pid::from_raw(top.id().try_into().unwrap()), Signal::SIGHUP).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while top.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "it goes on for nobody");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

@@ -298,6 +298,56 @@ fn play_merge(random: &mut Random) {
     judge(&files.recording(), &Told { oracle, frozen }, random);
 }
 
+/// Makes clones, and looks at what crashes leave: nothing of that name, or a child that reads as its parent.
+fn play_clones(random: &mut Random) {
+    let files = Recorded::mount();
+    make(&files, BASE, PLAIN.block, PLAIN.disk);
+    let disk = vec![0; PLAIN.disk_len()];
+    let (server, disk) = fill(&files, &PLAIN, BASE, disk, 60, random);
+    assert_eq!(server.terminate().code, Some(0));
+    files.forget_the_past();
+    let desk = Desk::open(files.directory(), &[]);
+    let mut clones = Vec::new();
+    for nth in 0..3 {
+        let name = format!("clone-{nth}.vdi");
+        let add = json!({"name": format!("d{nth}"), "image": files.path(&name)});
+        let asked = files.note();
+        let of = files.path(BASE);
+        desk.ask("clone", &json!({"of": of, "add": add})).unwrap();
+        clones.push((name, asked, files.note()));
+    }
+    let _exit = desk.server.kill();
+    let recording = files.recording();
+    let mut wreck = Wreck::new(&recording);
+    let (mut absent, mut early) = (0, 0);
+    let all = std::iter::successors(Some(Moment::START.next()), |one| Some(one.next()));
+    for moment in all.take_while(|one| *one <= recording.end) {
+        for crash in [Crash::PowerCut, Crash::PowerCut, Crash::Kill] {
+            let left = wreck.left(moment, crash, random);
+            for (name, asked, answered) in &clones {
+                let image = left.path().join(name);
+                if !image.exists() {
+                    assert!(
+                        moment <= *answered,
+                        "{crash:?} at {moment:?}: {name} is lost"
+                    );
+                    absent += 1;
+                    continue;
+                }
+                assert!(moment >= *asked);
+                early += u32::from(moment < *answered);
+                let found = read(&image);
+                let found = found.unwrap_or_else(|what| panic!("{crash:?} at {moment:?}: {what}"));
+                assert!(
+                    found == disk,
+                    "{crash:?} at {moment:?}: {name} reads otherwise"
+                );
+            }
+        }
+    }
+    assert!(absent > 0 && early > 0, "{absent} {early}");
+}
+
 fn judge(recording: &Recording, told: &Told<'_>, random: &mut Random) {
     let mut wreck = Wreck::new(recording);
     let mut last = (BTreeMap::new(), 0);
@@ -340,4 +390,9 @@ fn a_crash_during_a_live_snapshot_leaves_the_disk_under_its_name_and_the_command
 #[test]
 fn a_crash_during_a_live_commit_leaves_the_disk_as_it_reads_and_the_command_can_be_given_again() {
     for_each_seed(1, |mut random| play_merge(&mut random));
+}
+
+#[test]
+fn a_crash_while_a_clone_is_made_leaves_nothing_of_its_name_or_all_of_it() {
+    for_each_seed(1, |mut random| play_clones(&mut random));
 }

@@ -19,7 +19,7 @@ use vdi_core::convert::{CopyOptions, Sharing};
 
 use crate::size;
 
-pub(crate) use self::ctl::{AddArgs, CtlArgs, CtlCommand, Limit, Said, Which};
+pub(crate) use self::ctl::{CtlArgs, CtlCommand, DiskArgs, Limit, Said, Which};
 pub(crate) use self::edit::{CompactArgs, NewSize, ResizeArgs, SetArgs, SnapshotArgs};
 pub(crate) use self::top::TopArgs;
 

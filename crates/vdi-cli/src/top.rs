@@ -15,6 +15,8 @@ mod view;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,6 +25,8 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyEventKind};
 use serde::Deserialize;
 use serde_json::Value;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 
 use self::rates::Sample;
 pub(crate) use self::rates::SortKey;
@@ -56,9 +60,14 @@ pub(crate) fn run(args: &TopArgs) -> Result<ExitCode, Failure> {
         let count = if args.once { Some(1) } else { args.count };
         print(top, args, count)?;
     } else if io::stdout().is_terminal() {
+        let signals = Signals::heard()?;
         let mut terminal = ratatui::try_init()?;
-        let shown = show(top, args, &mut terminal);
+        let shown = show(top, args, &mut terminal, &signals);
         ratatui::restore();
+        // Whoever sent it sees that it did what it does.
+        if let Some(signal) = signals.came() {
+            signal_hook::low_level::emulate_default_handler(signal)?;
+        }
         shown?;
     } else {
         return Err(Failure::NoTerminal);
@@ -89,13 +98,38 @@ fn print(mut top: Top, args: &TopArgs, count: Option<u64>) -> Result<(), Failure
     Ok(())
 }
 
-/// Shows all until somebody has seen enough.
-fn show(mut top: Top, args: &TopArgs, terminal: &mut DefaultTerminal) -> Result<(), Failure> {
+/// Signals that end it, after which the terminal is to be as it was.
+struct Signals(Arc<AtomicUsize>);
+
+impl Signals {
+    fn heard() -> io::Result<Self> {
+        let came = Arc::default();
+        for signal in [SIGTERM, SIGHUP, SIGINT] {
+            let number = usize::try_from(signal).unwrap_or_default();
+            flag::register_usize(signal, Arc::clone(&came), number)?;
+        }
+        Ok(Self(came))
+    }
+
+    /// The one that came last.
+    fn came(&self) -> Option<i32> {
+        let number = self.0.load(Ordering::Relaxed);
+        i32::try_from(number).ok().filter(|number| *number != 0)
+    }
+}
+
+/// Shows all until somebody has seen enough, or it is told to end.
+fn show(
+    mut top: Top,
+    args: &TopArgs,
+    terminal: &mut DefaultTerminal,
+    signals: &Signals,
+) -> Result<(), Failure> {
     let (told, samples) = mpsc::sync_channel(0);
     let (socket, interval) = (args.socket.clone(), args.interval());
     thread::spawn(move || ask_for_ever(&socket, interval, &told));
     let mut is_stale = true;
-    loop {
+    while signals.came().is_none() {
         if is_stale {
             terminal.draw(|frame| view::draw(frame, &mut top))?;
         }
@@ -114,6 +148,7 @@ fn show(mut top: Top, args: &TopArgs, terminal: &mut DefaultTerminal) -> Result<
             }
         }
     }
+    Ok(())
 }
 
 /// Takes the next sample, if there is one.

@@ -385,14 +385,11 @@ impl DiskTable {
         self.parents.as_deref().unwrap_or_default()
     }
 
-    /// The first path that depends on where the process is.
-    pub(crate) fn relative(&self) -> Result<(), DiskError> {
+    /// Refuses paths that depend on where the process is.
+    pub(crate) fn refuse_relative(&self) -> Result<(), DiskError> {
         let lists = self.parents.iter().chain(&self.image_dirs).flatten();
         let mut all = self.image.iter().chain(&self.socket).chain(lists);
-        all.find(|path| path.is_relative()).map_or(Ok(()), |path| {
-            let path = path.clone();
-            Err(DiskError::Relative { path })
-        })
+        all.try_for_each(|path| refuse_relative(path))
     }
 
     /// Makes paths that are relative begin at `dir`.
@@ -591,6 +588,15 @@ fn metrics(place: Option<Endpoint>, is_public: bool) -> Option<(Endpoint, Audien
 /// The same path from any directory.
 pub(crate) fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Refuses a path that depends on where the process is.
+pub(crate) fn refuse_relative(path: &Path) -> Result<(), DiskError> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let path = path.to_owned();
+    Err(DiskError::Relative { path })
 }
 
 /// The groups of a file, no two with the same name.

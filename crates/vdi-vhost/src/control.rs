@@ -6,6 +6,7 @@
 //! {"version": 1, "execute": "list"}
 //! {"version": 1, "execute": "info", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "add", "arguments": {"name": "web-2", "image": "/var/lib/vdi-vhost/web-2.vdi"}}
+//! {"version": 1, "execute": "clone", "arguments": {"of": "/srv/golden.vdi", "add": {"name": "web-3", "image": "/var/lib/vdi-vhost/web-3.vdi"}}}
 //! {"version": 1, "execute": "remove", "arguments": {"disk": "web-2"}}
 //! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
 //! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
@@ -30,6 +31,7 @@
 //! {"version": 1, "return": {...}}    or    {"version": 1, "error": {"class": "...", "desc": "..."}}
 //! ```
 //!
+//! `add` is told what `[[disk]]` has in the configuration; so is `clone`, which makes the image, as a child of the one that it names.
 //! `commit` is answered when it has begun, and `cancel` when it has ended.
 //! `disk` may be left out where there is one. What an error leaves is what was there before.
 //!
@@ -38,7 +40,7 @@
 //! | `not-understood` | no command, or not of this version, or with arguments that make no sense |
 //! | `no-such-disk` | none of this name; or none was named and there is not one |
 //! | `no-such-group` | none of this name |
-//! | `exists` | a disk or group of this name is there |
+//! | `exists` | a disk or group of this name is there, or a file where a clone is to be |
 //! | `in-use` | the group has disks |
 //! | `not-open` | the image cannot be opened: another program has it, it is damaged, or the sandbox forbids it |
 //! | `not-possible` | the format, the host or the way the disk is served says no; or the disks are being handed over |
@@ -64,7 +66,7 @@ use crate::berth::Berth;
 use crate::config::DiskTable;
 use crate::cpus::CpuList;
 use crate::dump::Dump;
-use crate::fleet::{self, Fleet, FleetError, ReloadError, Reloaded};
+use crate::fleet::{self, CloneError, Fleet, FleetError, ReloadError, Reloaded};
 use crate::groups::{GroupError, GroupTable};
 use crate::jobs::{self, JobError, JobInfo};
 use crate::limits::Limits;
@@ -106,6 +108,10 @@ enum Command {
     List,
     Info(Option<Which>),
     Add(Box<DiskTable>),
+    Clone {
+        of: PathBuf,
+        add: Box<DiskTable>,
+    },
     Remove {
         disk: String,
     },
@@ -378,6 +384,7 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         },
         Command::Info(which) => Returned::info(&*one(which, fleet)?),
         Command::Add(table) => Returned::info(&*fleet.add(*table)?),
+        Command::Clone { of, add } => Returned::info(&*fleet.add_clone(&of, *add)?),
         Command::Remove { disk } => {
             fleet.remove(&disk)?;
             tracing::info!("{disk}: removed");
@@ -601,14 +608,21 @@ impl From<Failed> for Outcome {
             }
             Failed::Fleet(FleetError::Group(GroupError::NoSuchGroup { .. })) => "no-such-group",
             Failed::Fleet(
-                FleetError::Exists { .. } | FleetError::Group(GroupError::Exists { .. }),
+                FleetError::Exists { .. }
+                | FleetError::Group(GroupError::Exists { .. })
+                | FleetError::Clone(CloneError::Exists { .. }),
             ) => "exists",
             Failed::Fleet(FleetError::Group(GroupError::InUse { .. })) => "in-use",
             Failed::TwoMeant => "not-understood",
-            Failed::Fleet(FleetError::Turn(_)) | Failed::Disk(ControlError::Open(_)) => "not-open",
+            Failed::Fleet(
+                FleetError::Turn(_)
+                | FleetError::Clone(CloneError::File(_) | CloneError::Parent { .. }),
+            )
+            | Failed::Disk(ControlError::Open(_)) => "not-open",
             Failed::Fleet(
                 FleetError::Options(_)
                 | FleetError::Group(GroupError::Name { .. })
+                | FleetError::Clone(CloneError::Create { .. } | CloneError::Name { .. })
                 | FleetError::TooMany
                 | FleetError::HandingOver
                 | FleetError::Socket(_)

@@ -3,6 +3,7 @@
 //! What they have in common is here: the crew that serves their queues, the housekeepers, the parents, and what tells the door's
 //! thread (`doorman`) that somebody knocks.
 
+mod clone;
 mod hand_over;
 mod reload;
 mod take_over;
@@ -34,6 +35,7 @@ use crate::socket::{SocketError, SocketFile};
 use crate::turn::{Opened, Opening, Turn, TurnError};
 use crate::workers::Workers;
 
+pub(crate) use self::clone::CloneError;
 use self::reload::Said;
 pub(crate) use self::reload::{ReloadError, Reloaded};
 pub(crate) use self::take_over::{TakeOver, TakeOverError, Taken};
@@ -109,6 +111,8 @@ pub(crate) enum FleetError {
     TooMany,
     #[error(transparent)]
     Group(#[from] GroupError),
+    #[error(transparent)]
+    Clone(#[from] CloneError),
     #[error(transparent)]
     Turn(#[from] TurnError),
     #[error(transparent)]
@@ -263,13 +267,23 @@ impl Fleet {
     /// Opens a disk that an operator describes, and serves it.
     pub(crate) fn add(self: &Arc<Self>, table: DiskTable) -> Result<Arc<Berth>, FleetError> {
         let _change = self.change()?;
-        table.relative()?;
+        let options = self.options_of(table)?;
+        self.add_new(options)
+    }
+
+    /// What an operator describes, if there may be such a disk.
+    fn options_of(&self, table: DiskTable) -> Result<DiskOptions, FleetError> {
+        table.refuse_relative()?;
         let dir = self.config.socket_dir.as_deref();
         let options = table.resolve(&self.said().defaults, dir)?;
         self.refuse_twin(&options)?;
         if let Some(group) = &options.group {
             self.groups.find(group)?;
         }
+        Ok(options)
+    }
+
+    fn add_new(self: &Arc<Self>, options: DiskOptions) -> Result<Arc<Berth>, FleetError> {
         let readied = Readied::new(options, &self.parents, None)?;
         tracing::info!("{}: {}", readied.options.name, readied.describe());
         self.serve(readied)
@@ -318,7 +332,8 @@ impl Fleet {
             }
             disks.insert(number, Arc::clone(&berth));
         }
-        self.open_door(number, &berth)?;
+        let opened = self.open_door(number, &berth);
+        opened.inspect_err(|_| drop(self.disks().remove(&number)))?;
         Ok(berth)
     }
 

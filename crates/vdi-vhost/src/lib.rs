@@ -21,6 +21,7 @@ mod berth;
 mod bucket;
 mod chain;
 mod channel;
+mod child;
 mod clock;
 mod command;
 mod complaints;

@@ -22,9 +22,7 @@
 
 pub(crate) mod merge;
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,10 +32,11 @@ use vdi_core::disk::MOST_IMAGES;
 use vdi_core::resize::{self, ResizeError};
 use vdi_core::{
     Access, Capacity, ChainError, ChainOptions, CreateError, Disk, HostFile, Image, Locking,
-    OpenError, Storage, WriteError, create_child, find_chain,
+    OpenError, Storage, WriteError, find_chain,
 };
 
 use crate::args::Cache;
+use crate::child::{self, Child};
 use crate::config::DiskOptions;
 use crate::housekeeper::{Housekeepers, Kept};
 use crate::image_file::{DirectError, ImageFile};
@@ -452,9 +451,9 @@ impl Turn {
         }
         // As it is now, not as it was opened.
         let now = Image::examine(Arc::clone(&files.top) as Arc<dyn Storage>)?;
-        let child = Child::make(image, &now)?;
+        let child = Child::in_place_of(image, now.header())?;
         let failed = |step, source| SnapshotError::Name { step, source };
-        name_too(image, to).map_err(|error| failed("give the image its new name", error))?;
+        child::name_too(image, to).map_err(|error| failed("give the image its new name", error))?;
         let placed = child.take_place(image, to);
         placed.map_err(|error| failed("put the child in its place", error))
     }
@@ -504,69 +503,6 @@ impl Turn {
                 tracing::debug!("not closed once more: {}", crate::chain_of(&error));
                 Ok(())
             }
-        }
-    }
-}
-
-/// A new child under a name of its own; it goes away unless it takes another's place.
-struct Child {
-    path: Option<PathBuf>,
-}
-
-impl Child {
-    fn make(of: &Path, parent: &Image) -> Result<Self, CreateError> {
-        let mut name = of.file_name().unwrap_or_default().to_owned();
-        name.push(".new-child");
-        let path = of.with_file_name(name);
-        // One that is there is what a daemon that was killed left of such a step.
-        let _ = std::fs::remove_file(&path);
-        let header = parent.header();
-        create_child(&path, header, header.block_size().bytes(), None)?;
-        Ok(Self { path: Some(path) })
-    }
-
-    /// Takes the place of an image that is called `other`, too. Durably: the file was synced when it was made, the names are now.
-    /// If that fails, the image has its place and only that.
-    fn take_place(mut self, of: &Path, other: &Path) -> io::Result<()> {
-        if let Some(path) = self.path.take()
-            && let Err(error) = std::fs::rename(&path, of)
-        {
-            self.path = Some(path);
-            let _ = std::fs::remove_file(other);
-            return Err(error);
-        }
-        // The other name may be the only one of all the data now, and is not taken away.
-        sync_names(of).inspect_err(|_| drop(std::fs::rename(other, of)))
-    }
-}
-
-/// Gives an image another name, durably: only then may it lose the one it has. It may have it already, from a daemon that was
-/// killed before that.
-fn name_too(image: &Path, to: &Path) -> io::Result<()> {
-    match std::fs::hard_link(image, to) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let identity = |path| {
-                let metadata = std::fs::metadata(path)?;
-                io::Result::Ok((metadata.dev(), metadata.ino()))
-            };
-            if identity(image)? != identity(to)? {
-                return Err(error);
-            }
-        }
-        linked => linked?,
-    }
-    sync_names(image)
-}
-
-/// Makes the names durable that are beside an image.
-fn sync_names(image: &Path) -> io::Result<()> {
-    File::open(crate::sandbox::directory_of(image))?.sync_all()
-}
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            let _ = std::fs::remove_file(path);
         }
     }
 }

@@ -26,6 +26,7 @@ Examples:
   vdi ctl list
   vdi ctl stats vm1
   vdi ctl add vm3 /var/lib/vdi-vhost/vm3.vdi --serial vm3
+  vdi ctl clone vm4 /srv/golden/debian-12.vdi /var/lib/vdi-vhost/vm4.vdi
   vdi ctl resize vm3 +10G
   vdi ctl snapshot vm3 /var/lib/vdi-vhost/vm3-monday.vdi
   vdi ctl set-limits vm3 iops_total=2000 bps_total=100M iops_total_max=8000
@@ -66,6 +67,7 @@ pub(crate) enum CtlCommand {
     /// Show what a disk did since the daemon was started, or what all did
     Stats(Which),
     Add(Box<AddArgs>),
+    Clone(Box<CloneArgs>),
     /// End the service of a disk: requests are answered, its front end is disconnected, the image closed
     Remove {
         /// The disk
@@ -167,6 +169,29 @@ pub(crate) struct AddArgs {
     pub(crate) name: String,
     /// Its image
     pub(crate) image: PathBuf,
+    #[command(flatten)]
+    pub(crate) served: DiskArgs,
+}
+
+/// Make a linked child of an image, and serve it: both or neither
+///
+/// The parent stays as it is, as with `vdi snapshot`; nobody may write it from now on. What is not said is as in the `defaults` of the daemon's
+/// configuration. The child is made in one of its `image-dirs`.
+#[derive(Debug, Args)]
+pub(crate) struct CloneArgs {
+    /// What the disk is to be called
+    pub(crate) name: String,
+    /// The parent, such as a golden image
+    pub(crate) of: PathBuf,
+    /// The new image
+    pub(crate) image: PathBuf,
+    #[command(flatten)]
+    pub(crate) served: DiskArgs,
+}
+
+/// How a disk is to be served.
+#[derive(Debug, Args)]
+pub(crate) struct DiskArgs {
     /// Where its front end connects [default: NAME.sock in the daemon's socket-dir]
     #[arg(long, value_name = "PATH")]
     pub(crate) disk_socket: Option<PathBuf>,

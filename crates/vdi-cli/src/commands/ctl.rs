@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use serde_json::{Map, Value, json};
 
 use super::{Failure, done, output};
-use crate::args::{AddArgs, CtlArgs, CtlCommand, Limit, NewSize, Said, Which};
+use crate::args::{CtlArgs, CtlCommand, DiskArgs, Limit, NewSize, Said, Which};
 use crate::daemon::{Daemon, Info};
 use crate::report;
 
@@ -89,7 +89,15 @@ fn message(
         CtlCommand::Info(which) => (Shown::Object, "info", of(which)),
         CtlCommand::Stats(Which { disk: None }) => (Shown::AllStats, "stats-of-all", Value::Null),
         CtlCommand::Stats(which) => (Shown::Stats, "stats", of(which)),
-        CtlCommand::Add(args) => (Shown::Object, "add", table(*args)?),
+        CtlCommand::Add(args) => {
+            let disk = table(&args.name, &args.image, args.served)?;
+            (Shown::Object, "add", disk)
+        }
+        CtlCommand::Clone(args) => {
+            let disk = table(&args.name, &args.image, args.served)?;
+            let arguments = json!({"of": absolute(&args.of)?, "add": disk});
+            (Shown::Object, "clone", arguments)
+        }
         CtlCommand::Remove { disk } => (Shown::Nothing, "remove", json!({"disk": disk})),
         CtlCommand::Resize { disk, size } => {
             (Shown::Object, "resize", resize(daemon, &disk, size)?)
@@ -156,7 +164,7 @@ fn of_words(words: Vec<Limit>) -> Result<Map<String, Value>, NotSent> {
 }
 
 /// A disk as the daemon's configuration has it; what was not said is left out.
-fn table(args: AddArgs) -> Result<Value, Failure> {
+fn table(name: &str, image: &Path, args: DiskArgs) -> Result<Value, Failure> {
     let mut table = Map::new();
     let mut say = |key: &str, value: Value| {
         if !value.is_null() {
@@ -174,8 +182,8 @@ fn table(args: AddArgs) -> Result<Value, Failure> {
         })
     };
     let yes = |is: bool| if is { json!(true) } else { Value::Null };
-    say("name", json!(args.name));
-    say("image", json!(absolute(&args.image)?));
+    say("name", json!(name));
+    say("image", json!(absolute(image)?));
     if let Some(socket) = &args.disk_socket {
         say("socket", json!(absolute(socket)?));
     }

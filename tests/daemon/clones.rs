@@ -1,0 +1,163 @@
+//! `clone` by the control socket: a child of a golden image is made and served, or neither.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Barrier;
+
+use serde_json::{Value, json};
+use vdi_tests::image::MIB;
+use vdi_tests::server::scratch;
+use vdi_tests::{qemu, tool, words};
+
+use crate::fleet::Fleet;
+
+/// What is in a directory, with the inodes.
+fn names(directory: &Path) -> BTreeSet<(String, u64)> {
+    let entries = fs::read_dir(directory).unwrap().map(Result::unwrap);
+    entries
+        .map(|entry| {
+            let inode = entry.metadata().unwrap().ino();
+            (entry.file_name().into_string().unwrap(), inode)
+        })
+        .collect()
+}
+
+impl Fleet {
+    fn clone_of_golden(&self, name: &str, image: &str) -> Result<Value, String> {
+        let add = json!({"name": name, "image": self.path(image)});
+        let of = self.path("golden.vdi");
+        self.ask("clone", &json!({"of": of, "add": add}))
+    }
+}
+
+#[test]
+fn a_clone_reads_as_its_parent_and_keeps_its_writes_to_itself() {
+    let fleet = Fleet::start("");
+    let golden = fs::read(fleet.path("golden.vdi")).unwrap();
+    let made = fleet.clone_of_golden("x", "x.vdi").unwrap();
+    assert_eq!((&made["name"], &made["open"]), (&json!("x"), &json!(true)));
+    assert_eq!(made["size_bytes"], 24 * MIB);
+    fleet.clone_of_golden("y", "y.vdi").unwrap();
+    let (mut x, mut y) = (fleet.driver("x"), fleet.driver("y"));
+    assert_ne!(x.queue().get_id(), y.queue().get_id(), "one serial number");
+    x.write(8, &[1; 512]);
+    assert_eq!(x.read(8, 1024), [[1; 512], [5; 512]].concat());
+    assert_eq!(y.read(8, 1024), [5; 1024]);
+    drop((x, y));
+    let place = fleet.place;
+    assert_eq!(fleet.server.terminate().code, Some(0));
+    assert!(fs::read(place.path().join("golden.vdi")).unwrap() == golden);
+    for image in ["x.vdi", "y.vdi"] {
+        tool::vdi(words!["check", place.path().join(image)]).expect_code(0);
+    }
+    let hidden = |(name, _): &(String, u64)| name.starts_with('.');
+    assert!(!names(place.path()).iter().any(hidden));
+}
+
+#[test]
+fn a_clone_is_as_the_defaults_say_and_a_clone_of_a_clone_finds_all_its_parents() {
+    let fleet = Fleet::start(
+        r#"
+        [defaults]
+        limits = { iops_total = 70 }
+        "#,
+    );
+    let made = fleet.clone_of_golden("x", "x.vdi").unwrap();
+    assert_eq!(made["limits"], json!({"iops_total": 70}));
+    fleet.driver("x").write(0, &[1; 512]);
+    // While it is written nobody can build on it.
+    let of_x = json!({"of": fleet.path("x.vdi"), "add": {"name": "y", "image": fleet.path("y.vdi"), "limits": {}}});
+    assert_eq!(fleet.ask("clone", &of_x), Err("not-open".to_owned()));
+    fleet.ask("remove", &json!({"disk": "x"})).unwrap();
+    let made = fleet.ask("clone", &of_x).unwrap();
+    assert_eq!(made["limits"], json!({}));
+    let mut y = fleet.driver("y");
+    assert_eq!(y.read(0, 1024), [[1; 512], [5; 512]].concat());
+    // Now x is its parent, and is read only.
+    let x = json!({"name": "x", "image": fleet.path("x.vdi")});
+    assert_eq!(fleet.ask("add", &x), Err("not-open".to_owned()));
+}
+
+#[test]
+fn a_clone_that_cannot_be_made_or_served_leaves_nothing() {
+    let fleet = Fleet::start("");
+    let elsewhere = scratch();
+    let foreign = elsewhere.path().join("x.vdi");
+    qemu::create(&foreign, "8M");
+    fs::write(fleet.path("no-image.vdi"), "text").unwrap();
+    fs::write(fleet.path("empty.vdi"), "").unwrap();
+    let before = (names(fleet.place.path()), names(elsewhere.path()));
+    let (golden, x) = (fleet.path("golden.vdi"), fleet.path("x.vdi"));
+    let new = |image: &Path| json!({"name": "x", "image": image});
+    for (of, add, class) in [
+        (&golden, json!({"name": "a", "image": x}), "exists"),
+        // Not even an empty file is replaced.
+        (&golden, new(&fleet.path("empty.vdi")), "exists"),
+        (&golden, new(&fleet.path("c.vdi")), "exists"),
+        (&golden, new(&golden), "exists"),
+        (
+            &golden,
+            new(&elsewhere.path().join("y.vdi")),
+            "not-possible",
+        ),
+        (&golden, new(Path::new("x.vdi")), "not-possible"),
+        (&Path::new("golden.vdi").to_owned(), new(&x), "not-possible"),
+        (&foreign, new(&x), "not-open"),
+        (&fleet.path("nothing.vdi"), new(&x), "not-open"),
+        (&fleet.path("no-image.vdi"), new(&x), "not-open"),
+        // Another disk of this daemon writes it.
+        (&fleet.path("a.vdi"), new(&x), "not-open"),
+        // Made, and then not served.
+        (
+            &golden,
+            json!({"name": "x", "image": x, "socket": foreign}),
+            "not-possible",
+        ),
+        (
+            &golden,
+            json!({"name": "x", "image": x, "group": "none"}),
+            "no-such-group",
+        ),
+        (
+            &golden,
+            json!({"name": "x", "image": x, "cash": 1}),
+            "not-understood",
+        ),
+    ] {
+        let answer = fleet.ask("clone", &json!({"of": of, "add": add}));
+        assert_eq!(answer, Err(class.to_owned()), "{of:?} {add}");
+        assert_eq!(fleet.names(), ["a", "b"]);
+        let now = (names(fleet.place.path()), names(elsewhere.path()));
+        assert_eq!(now, before, "{of:?} {add}");
+    }
+    fleet.clone_of_golden("x", "x.vdi").unwrap();
+}
+
+#[test]
+fn of_clones_that_want_one_name_at_once_one_is_made_whole() {
+    let fleet = Fleet::start("");
+    let before = names(fleet.place.path()).len();
+    for round in 0..5 {
+        let (image, start) = (format!("x-{round}.vdi"), Barrier::new(4));
+        let answers: Vec<_> = std::thread::scope(|scope| {
+            let ask = |nth| {
+                let (fleet, image, start) = (&fleet, &image, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    fleet.clone_of_golden(&format!("{round}-{nth}"), image)
+                })
+            };
+            let asked: Vec<_> = (0..4).map(ask).collect();
+            asked.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        let made: Vec<_> = answers.iter().flatten().collect();
+        assert_eq!(made.len(), 1, "{answers:?}");
+        let refused = answers.iter().filter_map(|answer| answer.as_ref().err());
+        assert!(refused.into_iter().all(|class| class == "exists"));
+        let mut driver = fleet.driver(made[0]["name"].as_str().unwrap());
+        assert_eq!(driver.read(0, 512), [5; 512]);
+        assert_eq!(names(fleet.place.path()).len(), before + round + 1);
+    }
+}
