@@ -148,3 +148,18 @@ fn an_idle_daemon_uses_no_processor_time() {
         ticks() - before
     );
 }
+
+#[test]
+fn more_files_are_opened_than_the_soft_limit_allows() {
+    let image = Image::by_qemu(8 * MIB);
+    let server = Launch::image(image.path())
+        .args(["--num-queues", "64"])
+        .under(["prlimit", "--nofile=64:1024"])
+        .start();
+    // Each queue has three descriptors.
+    let mut driver = server.driver(&Options::new().queues(64));
+    driver.queues[63].write(0, &[1; 512]);
+    assert_eq!(driver.read(0, 512), [1; 512]);
+    drop(driver);
+    assert_eq!(server.terminate().code, Some(0));
+}

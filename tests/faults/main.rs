@@ -13,3 +13,4 @@ mod operators;
 mod partly;
 mod scene;
 mod space;
+mod taken_away;

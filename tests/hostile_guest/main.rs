@@ -7,6 +7,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says by a panic what is wrong")]
 
+mod acks;
 mod bench;
 mod broken;
 mod flood;
