@@ -15,7 +15,7 @@ use std::ops::Range;
 use crate::block_map::Owners;
 use crate::units::{DataArea, FileBlock};
 
-/// The file grows by an eighth of what it has, within these bounds: few syncs for a
+/// The file grows by an eighth of what it has when it grows, within these bounds: few syncs for a
 /// disk that fills, little to leak for one that does not.
 const STEP_BYTES: Range<u64> = (64 << 20)..(1 << 30);
 
@@ -31,7 +31,10 @@ pub(crate) struct Room {
     /// The file is lengthened from here.
     next: u32,
     blocks_in_image: u32,
+    /// The file grows by so many next.
     step_blocks: u32,
+    /// [`STEP_BYTES`] in blocks.
+    step_bounds: (u32, u32),
 }
 
 /// How room is made.
@@ -55,20 +58,28 @@ impl Room {
             stale.extend((gap.start < cut).then_some(gap.start..cut));
             uncounted.extend((cut < gap.end).then_some(cut..gap.end));
         }
-        let step_bytes =
-            (u64::from(next) * area.stride_bytes() / 8).clamp(STEP_BYTES.start, STEP_BYTES.end);
-        let step_blocks = u32::try_from(step_bytes.div_ceil(area.stride_bytes()))
-            .expect("1 GiB has few blocks")
-            .max(2);
-        Self {
+        let blocks_of = |bytes: u64| {
+            let blocks = u32::try_from(bytes.div_ceil(area.stride_bytes()));
+            blocks.expect("1 GiB has few blocks").max(2)
+        };
+        let mut room = Self {
             fresh: VecDeque::new(),
             fresh_blocks: 0,
             stale,
             uncounted,
             next,
             blocks_in_image: blocks.in_image,
-            step_blocks,
-        }
+            step_blocks: 0,
+            step_bounds: (blocks_of(STEP_BYTES.start), blocks_of(STEP_BYTES.end)),
+        };
+        room.lengthen_step();
+        room
+    }
+
+    /// The next step is an eighth of what the file has now.
+    fn lengthen_step(&mut self) {
+        let (shortest, longest) = self.step_bounds;
+        self.step_blocks = (self.next / 8).clamp(shortest, longest);
     }
 
     /// How many blocks can be handed out, and how many more are nobody's; where the file is lengthened.
@@ -145,6 +156,7 @@ impl Room {
             Plan::Recycle(ranges) => ranges,
             Plan::Extend(range) => {
                 self.next = range.end;
+                self.lengthen_step();
                 vec![range]
             }
         };
@@ -250,6 +262,17 @@ mod tests {
         assert_eq!(room(&full, 800, 800).plan(1), Some(Plan::Extend(800..900)));
         assert_eq!(step(1, 1), 64);
         assert_eq!(step(1, 2000), 999, "blocks_in_image is the end");
+    }
+
+    #[test]
+    fn steps_become_longer_as_the_file_does() {
+        let mut room = room(&[], 0, 0);
+        let steps = std::iter::from_fn(|| match done(&mut room, 1)? {
+            Plan::Extend(range) => Some(range.end - range.start),
+            Plan::Recycle(_) => None,
+        });
+        let (shortest, rest) = ([64; 9], [72, 81, 91, 102, 78]);
+        assert!(steps.eq(shortest.into_iter().chain(rest)));
     }
 
     #[test]
