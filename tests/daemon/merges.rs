@@ -193,3 +193,57 @@ fn a_parent_that_others_use_is_not_changed() {
         "done"
     );
 }
+
+#[test]
+fn a_disk_that_is_frozen_after_a_merge_was_cancelled_can_be_merged_again() {
+    let mut random = Random::printed();
+    let place = family();
+    let path = |name: &str| place.path().join(name);
+    let desk = Desk::open(place.path(), &["d"]);
+    let mut driver = desk.driver("d");
+    let mut load = [Load::new(random.fork(), 1, Mix::Everything)];
+    let mut some = |driver: &mut Driver| {
+        let mut left = 300;
+        load[0].run(driver.queue(), || {
+            left -= 1;
+            left > 0
+        });
+        disk_after(&load)
+    };
+    let command = json!({"disk": "d"});
+    let mut cancel_one = |driver: &mut Driver| {
+        let mut is_cancelled = false;
+        while !is_cancelled {
+            some(driver);
+            desk.ask("commit", &command).unwrap();
+            // It may be over before.
+            is_cancelled = desk.ask("cancel", &command).unwrap()["state"] == "cancelled";
+        }
+        some(driver)
+    };
+    let frozen = cancel_one(&mut driver);
+    let snapshot = json!({"disk": "d", "to": path("monday.vdi")});
+    desk.ask("snapshot", &snapshot).unwrap();
+    assert!(contents(&path("monday.vdi")) == frozen);
+    // What the first one left is below the snapshot now, and the second one is not taken for it.
+    cancel_one(&mut driver);
+    assert!(path("d.vdi.merging").exists() && path("d.vdi.merging-2").exists());
+    let _exit = desk.server.kill();
+    drop(driver);
+    let desk = Desk::open(place.path(), &["d"]);
+    let mut driver = desk.driver("d");
+    some(&mut driver);
+    desk.ask("commit", &command).unwrap();
+    desk.wait_for_job("d", "done");
+    assert!(!path("d.vdi.merging-2").exists());
+    let merged = some(&mut driver);
+    desk.ask("commit", &command).unwrap();
+    desk.wait_for_job("d", "done");
+    drop(driver);
+    assert_eq!(desk.server.terminate().code, Some(0));
+    assert!(path("d.vdi.merging").exists() && !path("d.vdi.merging-2").exists());
+    for image in ["d.vdi", "monday.vdi"] {
+        assert!(contents(&path(image)) == merged, "{image}");
+        tool::vdi(words!["check", path(image)]).expect_code(0);
+    }
+}

@@ -21,7 +21,7 @@ const CUTS: usize = 3;
 
 /// Files that are used together, and the instants between any two operations.
 #[derive(Debug)]
-struct World {
+pub(crate) struct World {
     files: Vec<Arc<SimulatedFile>>,
     instants: Mutex<Vec<Vec<Moment>>>,
 }
@@ -34,14 +34,14 @@ struct Traced {
 }
 
 impl World {
-    fn new(contents: Vec<Contents>) -> Arc<Self> {
+    pub(crate) fn new(contents: Vec<Contents>) -> Arc<Self> {
         Arc::new(Self {
             files: contents.into_iter().map(SimulatedFile::new).collect(),
             instants: Mutex::new(Vec::new()),
         })
     }
 
-    fn storages(self: &Arc<Self>) -> Vec<Arc<dyn Storage>> {
+    pub(crate) fn storages(self: &Arc<Self>) -> Vec<Arc<dyn Storage>> {
         let traced = (0..self.files.len()).map(|nth| -> Arc<dyn Storage> {
             Arc::new(Traced {
                 world: Arc::clone(self),
@@ -128,11 +128,11 @@ impl Storage for Traced {
     }
 }
 
-fn open(storages: &[Arc<dyn Storage>], access: Access) -> Arc<Disk> {
+pub(crate) fn open(storages: &[Arc<dyn Storage>], access: Access) -> Arc<Disk> {
     Arc::new(Disk::open_chain(storages.to_vec(), access, ModifiedParent::Refuse).unwrap())
 }
 
-fn read(storages: &[Arc<dyn Storage>]) -> Vec<u8> {
+pub(crate) fn read(storages: &[Arc<dyn Storage>]) -> Vec<u8> {
     let disk = open(storages, Access::ReadOnly);
     let mut found = vec![1; usize::try_from(disk.capacity().bytes()).unwrap()];
     disk.read_at(disk.capacity().whole(), &mut found).unwrap();
@@ -215,7 +215,7 @@ fn of_version_0(new: &Contents) -> Contents {
 }
 
 /// A chain, the top image first.
-fn chain(depth: u64, random: &mut Random) -> Vec<Contents> {
+pub(crate) fn chain(depth: u64, random: &mut Random) -> Vec<Contents> {
     let mut images = Vec::new();
     for _ in 0..depth {
         images.insert(0, image(&images, random));
@@ -224,7 +224,7 @@ fn chain(depth: u64, random: &mut Random) -> Vec<Contents> {
 }
 
 /// Runs `verb`, cuts the power everywhere, and looks at all that may be left with `look`.
-fn crash_everywhere(
+pub(crate) fn crash_everywhere(
     images: Vec<Contents>,
     random: &mut Random,
     verb: impl Fn(&[Arc<dyn Storage>]),

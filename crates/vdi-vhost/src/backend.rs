@@ -275,7 +275,7 @@ impl Backend {
         let parent = self.turn.claim()?;
         if !self.turn.has_unfinished_merge() {
             self.turn.clear_spent()?;
-            let to = self.turn.merging_name();
+            let to = self.turn.merging_name()?;
             let frozen = self.while_suspended(|turn| turn.snapshot(&to, Purpose::Merge))?;
             frozen.map_err(MergeError::from)?;
         }

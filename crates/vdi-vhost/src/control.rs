@@ -32,7 +32,7 @@
 //! ```
 //!
 //! `add` is told what `[[disk]]` has in the configuration; so is `clone`, which makes the image, as a child of the one that it names.
-//! `commit` is answered when it has begun, and `cancel` when it has ended.
+//! `commit` is answered when it has begun, and `cancel` when it has ended (or after a minute, with the state `running`).
 //! `disk` may be left out where there is one. What an error leaves is what was there before.
 //!
 //! | class | |

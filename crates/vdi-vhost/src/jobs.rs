@@ -2,12 +2,14 @@
 //! at a time, since all of them want the same storage that guests wait for.
 
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use vdi_core::commit::CommitError;
 
 use crate::backend::ControlError;
 use crate::berth::Berth;
@@ -19,6 +21,12 @@ const MOST_NAMED: usize = 5;
 
 /// The longest rest after a piece of work.
 const LONGEST_REST: Duration = Duration::from_millis(200);
+
+/// How long `cancel` waits for the end of a job: a piece of work and its syncs.
+const CANCEL_TIME: Duration = Duration::from_secs(60);
+
+/// Why a job failed of which nothing else is known. (A release build ends with the thread.)
+const PANICKED: &str = "the thread that merged panicked; the log says why";
 
 /// The last job of each disk.
 #[derive(Debug, Default)]
@@ -137,15 +145,14 @@ impl Job {
 
     /// Waits until it has no image open any more.
     pub(crate) fn wait_until_merged(&self) {
-        self.wait_while(|phase| *phase == Phase::Merging);
+        let merges = |phase: &mut Phase| *phase == Phase::Merging;
+        drop(self.changed.wait_while(self.lock(), merges));
     }
 
-    fn wait_while(&self, condition: impl Fn(&Phase) -> bool) {
-        let mut phase = self.lock();
-        while condition(&phase) {
-            let waited = self.changed.wait(phase);
-            phase = waited.unwrap_or_else(PoisonError::into_inner);
-        }
+    /// Waits until it is over, so long at most.
+    fn wait_until_over(&self, most: Duration) {
+        let goes_on = |phase: &mut Phase| !matches!(phase, Phase::Over(_));
+        drop(self.changed.wait_timeout_while(self.lock(), most, goes_on));
     }
 
     fn enter(&self, phase: Phase) {
@@ -167,7 +174,28 @@ impl Job {
         }
     }
 
-    fn merge(&self, merge: Merge) -> Result<bool, vdi_core::commit::CommitError> {
+    /// Does the work and ends it; whatever panics, it is over then.
+    fn conduct(
+        &self,
+        merge: impl FnOnce() -> Result<bool, CommitError>,
+        end: impl FnOnce(Result<bool, CommitError>) -> End,
+    ) {
+        let merged = catch_unwind(AssertUnwindSafe(merge));
+        self.enter(Phase::Merged);
+        let has_panicked = merged.is_err();
+        // What it has done stays, as if it was cancelled.
+        let end = catch_unwind(AssertUnwindSafe(|| end(merged.unwrap_or(Ok(false)))));
+        let end = end.ok().filter(|_| !has_panicked);
+        let end = end.unwrap_or_else(|| End::Failed(PANICKED.to_owned()));
+        match &end {
+            End::Done => tracing::info!("{}: merged into its parent", self.disk),
+            End::Cancelled => tracing::info!("{}: the merge was cancelled", self.disk),
+            End::Failed(why) => tracing::error!("{}: the merge failed: {why}", self.disk),
+        }
+        self.enter(Phase::Over(end));
+    }
+
+    fn merge(&self, merge: Merge) -> Result<bool, CommitError> {
         let block_bytes = u64::from(merge.block_bytes);
         let mut begun = Instant::now();
         merge.run(&mut |done, total| {
@@ -215,15 +243,10 @@ fn begin(fleet: &Fleet, berth: &Arc<Berth>, job: &Arc<Job>) -> Result<(), JobErr
     let (its, own) = (Arc::clone(berth), Arc::clone(job));
     let thread = thread::Builder::new().name("commit".to_owned());
     let started = thread.spawn(move || {
-        let merged = own.merge(merge);
-        own.enter(Phase::Merged);
-        let end = its.lock().end_merge(&own, merged);
-        match &end {
-            End::Done => tracing::info!("{}: merged into its parent", own.disk),
-            End::Cancelled => tracing::info!("{}: the merge was cancelled", own.disk),
-            End::Failed(why) => tracing::error!("{}: the merge failed: {why}", own.disk),
-        }
-        own.enter(Phase::Over(end));
+        own.conduct(
+            || own.merge(merge),
+            |merged| its.lock().end_merge(&own, merged),
+        );
     });
     started.map(drop).map_err(|error| {
         job.cancel();
@@ -255,7 +278,7 @@ fn refuse_sharers(fleet: &Fleet, berth: &Arc<Berth>) -> Result<(), JobError> {
     Err(ControlError::from(shared).into())
 }
 
-/// Ends a disk's merge; what became of it.
+/// Ends a disk's merge; what became of it. One that hangs in the storage is `running` still.
 pub(crate) fn cancel(fleet: &Fleet, disk: Option<&str>) -> Result<JobInfo, JobError> {
     let berth = fleet.find(disk)?;
     let disk = berth.name().to_owned();
@@ -265,6 +288,58 @@ pub(crate) fn cancel(fleet: &Fleet, disk: Option<&str>) -> Result<JobInfo, JobEr
     };
     let job = found.ok_or(JobError::None { disk })?;
     job.cancel();
-    job.wait_while(|phase| !matches!(phase, Phase::Over(_)));
+    job.wait_until_over(CANCEL_TIME);
     Ok(job.info())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begun() -> (Jobs, Arc<Job>) {
+        let jobs = Jobs::default();
+        let job = jobs.begin("d").unwrap();
+        assert!(matches!(jobs.begin("e"), Err(JobError::Busy { .. })));
+        (jobs, job)
+    }
+
+    #[test]
+    fn a_job_that_panics_has_failed_and_is_waited_for_no_longer() {
+        for panics_in_the_work in [true, false] {
+            let (jobs, job) = begun();
+            let own = Arc::clone(&job);
+            let mut was_ended = false;
+            let thread = thread::spawn(move || {
+                let merge = || match panics_in_the_work {
+                    true => panic!("as a test wants it"),
+                    false => Ok(true),
+                };
+                own.conduct(merge, |merged| {
+                    was_ended = matches!(merged, Ok(false));
+                    assert!(panics_in_the_work, "as a test wants it");
+                    End::Cancelled
+                });
+                was_ended
+            });
+            job.cancel();
+            job.wait_until_over(Duration::from_secs(10));
+            let was_ended = thread.join().unwrap();
+            job.wait_until_merged();
+            assert_eq!(was_ended, panics_in_the_work, "it was not ended");
+            let info = job.info();
+            assert_eq!(
+                (info.state, info.error.as_deref()),
+                ("failed", Some(PANICKED))
+            );
+            assert!(jobs.begin("e").is_ok());
+        }
+    }
+
+    #[test]
+    fn a_job_that_hangs_is_not_waited_for_without_end() {
+        let (_jobs, job) = begun();
+        job.cancel();
+        job.wait_until_over(Duration::from_millis(1));
+        assert_eq!(job.info().state, "running");
+    }
 }

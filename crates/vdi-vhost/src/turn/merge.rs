@@ -6,7 +6,8 @@
 //! vm.vdi ─► parent                          skipped, and removed
 //! ```
 //!
-//! The name in the middle says what is left of a merge that was ended: the next one goes on with it. The parent is claimed meanwhile:
+//! The name in the middle says what is left of a merge that was ended: the next one goes on with it, unless the disk was frozen in between: then the
+//! image in the middle is one of the disk's like any other, and the next merge takes another name (`vm.vdi.merging-2`). The parent is claimed meanwhile:
 //! its lock excludes everybody else, readers too.
 
 use std::ops::ControlFlow;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vdi_core::commit::{CommitError, live};
+use vdi_core::disk::MOST_IMAGES;
 use vdi_core::rebase::{RebaseError, rebase_unsafe};
 use vdi_core::{
     Access, Disk, FileError, HostFile, Image, ImageKind, Locking, OpenError, ParentLink, Storage,
@@ -84,12 +86,29 @@ impl Merge {
 }
 
 impl Turn {
-    /// The name of what is frozen to be merged.
-    pub(crate) fn merging_name(&self) -> PathBuf {
+    /// The name of what is frozen to be merged, or of what was, if that was not merged to its end.
+    pub(crate) fn merging_name(&self) -> Result<PathBuf, MergeError> {
+        let held = self.held.as_ref().ok_or(MergeError::NotHeld)?;
+        Ok(self.merging_name_of(&held.files))
+    }
+
+    /// The first name that no image has on which others of the disk's parents are built.
+    fn merging_name_of(&self, files: &Files) -> PathBuf {
         let image = &self.opening.disk.image;
-        let mut name = image.file_name().unwrap_or_default().to_owned();
-        name.push(SUFFIX);
-        image.with_file_name(name)
+        let named = |nth: usize| {
+            let mut name = image.file_name().unwrap_or_default().to_owned();
+            name.push(SUFFIX);
+            if nth > 1 {
+                name.push(format!("-{nth}"));
+            }
+            image.with_file_name(name)
+        };
+        let deeper = files.parents.iter().skip(1);
+        let deeper: Vec<_> = deeper.filter_map(|one| identity(one.file()).ok()).collect();
+        let is_free = |name: &PathBuf| identity_of(name).is_none_or(|one| !deeper.contains(&one));
+        let mut names = (1..=MOST_IMAGES).map(named);
+        // There are fewer parents than names.
+        names.find(is_free).unwrap_or_else(|| named(1))
     }
 
     /// Whether a merge was begun before, and ended before its end.
@@ -102,7 +121,7 @@ impl Turn {
         let [frozen, _, ..] = &files.parents[..] else {
             return false;
         };
-        let named = identity_of(&self.merging_name());
+        let named = identity_of(&self.merging_name_of(files));
         live::loose_parent(frozen.image.header()).is_some()
             && named.is_some()
             && identity(frozen.file()).ok() == named
@@ -172,7 +191,7 @@ impl Turn {
     ///
     /// Its contents are in the parent: the disk is a child of the parent as the merge left it, or it would not have opened.
     pub(crate) fn clear_spent(&self) -> Result<(), MergeError> {
-        let path = self.merging_name();
+        let path = self.merging_name()?;
         let Some(found) = identity_of(&path) else {
             return Ok(());
         };
@@ -217,7 +236,7 @@ impl Turn {
         })?;
         self.is_untidy |= is_changed;
         if let Some(fresh) = fresh {
-            let merged = self.merging_name();
+            let merged = self.merging_name_of(&files);
             files.parents.splice(..2, [fresh]);
             self.opening.disk.parents.retain(|path| *path != merged);
             if let Err(error) = std::fs::remove_file(&merged) {
