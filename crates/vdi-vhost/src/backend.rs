@@ -801,6 +801,22 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_reset_and_the_end_of_a_session_forget_what_was_negotiated() {
+        let [mut device, _other] = two_backends();
+        for is_reset in [true, false] {
+            let offered = device.get_features().unwrap();
+            device.set_features(offered).unwrap();
+            assert!(device.device.has_event_idx() && !device.device.is_write_through());
+            if is_reset {
+                device.reset_device().unwrap();
+            } else {
+                device.end_session().unwrap();
+            }
+            assert!(!device.device.has_event_idx() && device.device.is_write_through());
+        }
+    }
+
+    #[test]
     fn files_are_looked_at_only_for_a_reason() {
         let [mut one, mut other] = two_backends();
         for file in [share(&mut one), share(&mut other)] {
