@@ -152,6 +152,41 @@ fn a_disk_has_workers_of_its_own_at_the_next_daemon_too() {
 }
 
 #[test]
+fn what_operators_did_stays_until_the_file_says_something_else_than_before() {
+    let mut fleet = Fleet::start();
+    let file = fleet.path("fleet.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let say = |group: u32| {
+        let group = format!("[[group]]\nname = \"g\"\nlimits = {{ iops_total = {group} }}\n");
+        std::fs::write(&file, text.clone() + &group).unwrap();
+    };
+    say(1000);
+    let reload = |fleet: &Fleet| drop(fleet.ask("reload", &json!(null)).unwrap());
+    let groups = |fleet: &Fleet| fleet.ask("list", &json!(null)).unwrap()["groups"].take();
+    let limited = |limit: u32| json!([{"name": "g", "limits": {"iops_total": limit}}]);
+    reload(&fleet);
+    assert_eq!(groups(&fleet), limited(1000));
+    let of_group = json!({"group": "g", "limits": {"iops_total": 50}});
+    let of_disk = json!({"disk": "b", "limits": {"iops_total": 60}});
+    fleet.ask("set-limits", &of_group).unwrap();
+    fleet.ask("set-limits", &of_disk).unwrap();
+    // In the same daemon, in the next one, and in the one after that.
+    for nth in 0..3 {
+        reload(&fleet);
+        assert_eq!(groups(&fleet), limited(50), "daemon {nth}");
+        assert_eq!(fleet.info("b")["limits"], of_disk["limits"], "daemon {nth}");
+        fleet.upgrade();
+    }
+    // What the file says when it takes over is heeded by the next reload.
+    say(2000);
+    fleet.upgrade();
+    assert_eq!(groups(&fleet), limited(50));
+    reload(&fleet);
+    assert_eq!(groups(&fleet), limited(2000));
+    fleet.end();
+}
+
+#[test]
 fn where_nobody_is_the_new_one_begins_by_itself() {
     let fleet = Fleet::make();
     let fleet = fleet.launch_next();

@@ -137,6 +137,7 @@ impl Fleet {
             metrics: metrics.as_ref().map(|place| place.name()),
             control_socket: control.path().map(crate::config::absolute),
             groups: self.groups.list(),
+            described_groups: self.said().groups.clone(),
             disks: all.len(),
         };
         let send = || {

@@ -30,7 +30,7 @@ pub(crate) struct Reloaded {
 pub(super) struct Said {
     /// Of disks that are added.
     pub(super) defaults: DiskTable,
-    groups: Vec<GroupTable>,
+    pub(super) groups: Vec<GroupTable>,
 }
 
 /// Why nothing was changed.

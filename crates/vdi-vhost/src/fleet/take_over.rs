@@ -33,6 +33,8 @@ pub(crate) struct TakeOver {
     /// What its metrics' place is called, and the socket.
     metrics: Option<(String, OwnedFd)>,
     groups: Vec<GroupTable>,
+    /// As its configuration described them.
+    described_groups: Vec<GroupTable>,
     disks: Vec<Taken>,
     /// The names of those that are open there.
     open: BTreeSet<String>,
@@ -123,12 +125,14 @@ impl TakeOver {
             control: None,
             metrics: None,
             groups: Vec::new(),
+            described_groups: Vec::new(),
             disks: Vec::new(),
             open: BTreeSet::new(),
         };
         let offer: Offer = offered.step(Step::HandOver)?;
         offered.control = Some((offered.listener()?, offer.control_socket));
         offered.groups = offer.groups;
+        offered.described_groups = offer.described_groups;
         if let Some(name) = offer.metrics {
             offered.lines.next().map_err(TakeOverError::Gone)?;
             let socket = offered.lines.take_descriptor();
@@ -206,6 +210,8 @@ impl TakeOver {
                 source,
             })?;
         }
+        // So that a reload changes those alone of which the file says something else than it did there.
+        fleet.said().groups = std::mem::take(&mut self.described_groups);
         let Done {} = self.step(Step::Finish)?;
         for berth in all {
             berth.own();

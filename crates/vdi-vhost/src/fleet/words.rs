@@ -54,8 +54,10 @@ pub(crate) struct Offer {
     pub(crate) control_socket: Option<PathBuf>,
     /// Where metrics are, if they are; a line without words follows, with the descriptor of that socket.
     pub(crate) metrics: Option<String>,
-    /// Of disks that share limits.
+    /// Of disks that share limits, as they are.
     pub(crate) groups: Vec<GroupTable>,
+    /// Those that the configuration described, as it did.
+    pub(crate) described_groups: Vec<GroupTable>,
     /// How many lines about disks follow.
     pub(crate) disks: usize,
 }
@@ -170,6 +172,7 @@ mod tests {
             control_socket: Some("/run/control".into()),
             metrics: None,
             groups: Vec::new(),
+            described_groups: Vec::new(),
             disks: 3,
         };
         let said = answer(&offer).unwrap();
