@@ -444,6 +444,11 @@ impl<'d> Extents<'d> {
         }
     }
 
+    /// The same, cut at the ends of blocks: for those who add it up.
+    pub(crate) fn in_pieces(mut self) -> impl Iterator<Item = Extent> {
+        std::iter::from_fn(move || self.step())
+    }
+
     /// The longest run from here that every image answers as one.
     ///
     /// The first image that has something counts. A parent that is smaller than its child

@@ -106,14 +106,33 @@ impl Grid {
     fn cell_of(self, at: u64) -> Option<usize> {
         (at < self.len).then(|| usize::try_from(at / self.cell).expect("a cell's number fits"))
     }
+}
 
-    /// Calls `visit` with each cell that has some of `range`, and how much.
-    fn for_each(self, range: Range<u64>, mut visit: impl FnMut(usize, u64)) {
-        let mut at = range.start;
-        while let Some(nth) = self.cell_of(at).filter(|_| at < range.end) {
-            let end = self.range(nth).end.min(range.end);
-            visit(nth, end - at);
-            at = end;
+/// A way along a grid, step by step: nobody has to look for the cells, of which there may be as many steps as a map has entries.
+struct Walk {
+    grid: Grid,
+    at: u64,
+    nth: usize,
+}
+
+impl Walk {
+    const fn along(grid: Grid) -> Self {
+        Self {
+            grid,
+            at: 0,
+            nth: 0,
+        }
+    }
+
+    /// Goes on by `len`, and calls `visit` with each cell that has some of that, and how much.
+    fn step(&mut self, len: u64, mut visit: impl FnMut(usize, u64)) {
+        let end = self.at.saturating_add(len).min(self.grid.len);
+        while self.at < end {
+            let cell_end = self.grid.range(self.nth).end;
+            let to = end.min(cell_end);
+            visit(self.nth, to - self.at);
+            self.at = to;
+            self.nth += usize::from(to == cell_end);
         }
     }
 }
@@ -140,23 +159,15 @@ impl DiskCells {
     /// that one has, hidden or not.
     pub fn of(images: &[Arc<Image>], capacity: Capacity, grid: Grid) -> Self {
         let mut shown = vec![Shown::default(); grid.cells() * images.len()];
-        let mut start = 0;
-        for extent in Extents::over(images, capacity.whole()) {
-            let end = start + extent.len_bytes;
-            let place = match extent.source {
-                Source::Unallocated => None,
-                Source::Zero { depth } | Source::Stored { depth, .. } => Some(depth),
-            };
-            if let Some(depth) = place {
-                grid.for_each(start..end, |nth, bytes| {
-                    let shown = &mut shown[nth * images.len() + depth];
-                    match extent.source {
-                        Source::Stored { .. } => shown.data_bytes += bytes,
-                        Source::Zero { .. } | Source::Unallocated => shown.zero_bytes += bytes,
-                    }
-                });
-            }
-            start = end;
+        let mut walk = Walk::along(grid);
+        for extent in Extents::over(images, capacity.whole()).in_pieces() {
+            walk.step(extent.len_bytes, |nth, bytes| match extent.source {
+                Source::Unallocated => {}
+                Source::Zero { depth } => shown[nth * images.len() + depth].zero_bytes += bytes,
+                Source::Stored { depth, .. } => {
+                    shown[nth * images.len() + depth].data_bytes += bytes;
+                }
+            });
         }
         let images = images.len();
         Self {
@@ -321,12 +332,28 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_shared_out_among_the_cells_that_it_touches() {
-        let mut got = Vec::new();
-        Grid::new(100, 1, 10).for_each(15..42, |nth, len| got.push((nth, len)));
-        assert_eq!(got, [(1, 5), (2, 10), (3, 10), (4, 2)]);
-        got.clear();
-        Grid::new(100, 1, 10).for_each(95..200, |nth, len| got.push((nth, len)));
-        assert_eq!(got, [(9, 5)], "what lies behind the end is in no cell");
+    fn steps_are_shared_out_among_the_cells_that_they_touch() {
+        let mut walk = Walk::along(Grid::new(100, 1, 10));
+        let mut step = |len| {
+            let mut got = Vec::new();
+            walk.step(len, |nth, len| got.push((nth, len)));
+            got
+        };
+        assert_eq!(step(15), [(0, 10), (1, 5)]);
+        assert_eq!(step(0), []);
+        assert_eq!(step(27), [(1, 5), (2, 10), (3, 10), (4, 2)]);
+        assert_eq!(step(8), [(4, 8)]);
+        assert_eq!(
+            step(45),
+            (5..10)
+                .map(|nth| (nth, if nth == 9 { 5 } else { 10 }))
+                .collect::<Vec<_>>()
+        );
+        assert_eq!(
+            step(200),
+            [(9, 5)],
+            "what lies behind the end is in no cell"
+        );
+        assert_eq!(step(u64::MAX), []);
     }
 }
