@@ -56,7 +56,8 @@ pub(crate) struct Offer {
     pub(crate) metrics: Option<String>,
     /// Of disks that share limits, as they are.
     pub(crate) groups: Vec<GroupTable>,
-    /// Those that the configuration described, as it did.
+    /// Those that the configuration described, as it did; the first daemons did not say it.
+    #[serde(default)]
     pub(crate) described_groups: Vec<GroupTable>,
     /// How many lines about disks follow.
     pub(crate) disks: usize,
