@@ -73,11 +73,7 @@ impl Fleet {
     }
 
     pub(crate) fn names(&self) -> Vec<String> {
-        let list = self.ask("list", &json!(null)).unwrap();
-        let disks = list["disks"].as_array().unwrap().iter();
-        disks
-            .map(|disk| disk["name"].as_str().unwrap().to_owned())
-            .collect()
+        operator::names(&self.path("control"))
     }
 }
 

@@ -38,6 +38,20 @@ pub fn ask(control: &Path, command: &str, arguments: &Value) -> Result<Value, St
     }
 }
 
+/// The names of all disks of the daemon that listens there.
+///
+/// # Panics
+/// As [`ask`], and if it refuses.
+#[must_use]
+pub fn names(control: &Path) -> Vec<String> {
+    let list = ask(control, "list", &json!(null)).expect("it tells");
+    let disks = list["disks"].as_array().expect("there is a list").iter();
+    let name = |disk: &Value| disk["name"].as_str().map(str::to_owned);
+    disks
+        .map(|disk| name(disk).expect("each has a name"))
+        .collect()
+}
+
 /// A daemon that serves disks whose images lie in one directory.
 pub struct Desk {
     /// The daemon.

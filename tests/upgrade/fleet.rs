@@ -1,7 +1,7 @@
 //! A daemon with the disks `a` and `b`, and the one after it.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use vdi_tests::driver::{Driver, Options, PATIENCE};
 use vdi_tests::load::DISK_SECTORS;
 use vdi_tests::server::{Exit, Launch, Server, scratch, wait_for_listener};
-use vdi_tests::{tool, words};
+use vdi_tests::{operator, tool, words};
 
 pub(crate) struct Fleet {
     server: Option<Server>,
@@ -100,17 +100,7 @@ impl Fleet {
 
     /// Sends a command; what it returns, or its error's class.
     pub(crate) fn ask(&self, command: &str, arguments: &Value) -> Result<Value, String> {
-        let mut stream = UnixStream::connect(self.path("control")).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let line = json!({"version": 1, "execute": command, "arguments": arguments});
-        writeln!(stream, "{line}").unwrap();
-        let mut answer = String::new();
-        BufReader::new(stream).read_line(&mut answer).unwrap();
-        let mut answer: Value = serde_json::from_str(&answer).unwrap();
-        match answer.get_mut("return") {
-            Some(returned) => Ok(returned.take()),
-            None => Err(answer["error"]["class"].as_str().unwrap().to_owned()),
-        }
+        operator::ask(&self.path("control"), command, arguments)
     }
 
     /// What Prometheus sees.
@@ -127,11 +117,7 @@ impl Fleet {
     }
 
     pub(crate) fn names(&self) -> Vec<String> {
-        let list = self.ask("list", &json!(null)).unwrap();
-        let disks = list["disks"].as_array().unwrap().iter();
-        disks
-            .map(|disk| disk["name"].as_str().unwrap().to_owned())
-            .collect()
+        operator::names(&self.path("control"))
     }
 
     /// Ends the daemon well; where its files are.

@@ -2,19 +2,20 @@
 //!
 //! Our own handler on the `vhost` crate rather than `vhost-user-backend`'s daemon, whose event loop neither drains a
 //! queue nor reports its own failures; the ring state is that crate's. Not here: the rings (`rings`), the device's features
-//! and configuration (`device`).
+//! and configuration (`device`), merges (`merging`).
 //!
 //! Everything a front end says is checked. An error is answered (if an answer was asked for) and ends the connection: a
 //! front end that breaks the protocol cannot be relied on for the rest.
 //!
 //! Source: vhost-user protocol, "Front-end message types".
 
+mod merging;
+
 use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use vdi_core::commit::CommitError;
 use vdi_core::{Access, Capacity, Disk, WriteError};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -35,16 +36,16 @@ use crate::dirty::DirtyLog;
 use crate::dump::{ControlDump, ImageDump, Witnesses};
 use crate::fault::Account;
 use crate::housekeeper::Housekeepers;
-use crate::jobs::{End, Job};
 use crate::limits::Throttle;
 use crate::memory::{self, Memory, MemoryError, Region};
-use crate::parents::Identity;
 use crate::rings::{Addresses, Lost, RingError, Rings};
 use crate::stats::{Stats, Usage};
 use crate::tracking::{Tracking, TrackingError};
-use crate::turn::merge::{Merge, MergeError};
+use crate::turn::merge::MergeError;
 use crate::turn::{GrowError, Opened, Purpose, SnapshotError, Turn, TurnError};
 use crate::workers::{Served, Workers};
+
+use self::merging::Merging;
 
 /// The device as a front end controls it.
 pub(crate) struct Backend {
@@ -65,13 +66,6 @@ pub(crate) struct Backend {
     log: Option<Arc<DirtyLog>>,
     /// The state that the front end gives the device, until it asks how that went.
     loading: Option<Loading>,
-}
-
-/// A merge that is under way.
-struct Merging {
-    job: Arc<Job>,
-    /// The image is open for that alone.
-    lets_go: bool,
 }
 
 /// Why a message is refused. `vhost` sees it as an error of the handler.
@@ -224,91 +218,10 @@ impl Backend {
         Ok(())
     }
 
-    /// Which file the disk would be merged into.
-    pub(crate) fn merge_target(&mut self) -> std::result::Result<Identity, ControlError> {
-        let was_held = self.is_open();
-        if !was_held {
-            self.begin_turn().map_err(ControlError::Open)?;
-        }
-        let target = self.turn.merge_target();
-        self.let_go_if(!was_held);
-        Ok(target?)
-    }
-
-    /// Whether a file is one of the disk's.
-    pub(crate) fn uses(&self, file: Identity) -> bool {
-        self.turn.uses(file)
-    }
-
-    /// Freezes what the disk holds, to be merged into its parent, which nobody else may use; or takes up where an earlier merge
-    /// was ended.
-    pub(crate) fn begin_merge(
-        &mut self,
-        job: &Arc<Job>,
-    ) -> std::result::Result<Merge, ControlError> {
-        let lets_go = !self.is_open();
-        if lets_go {
-            self.begin_turn().map_err(ControlError::Open)?;
-        }
-        let merge = self.freeze_to_merge();
-        match merge {
-            Ok(_) => {
-                let job = Arc::clone(job);
-                self.merging = Some(Merging { job, lets_go });
-            }
-            Err(_) => {
-                self.turn.end_claim();
-                self.let_go_if(lets_go);
-            }
-        }
-        merge
-    }
-
     /// Lets the image go that was opened for a command alone, unless a guest wants it now.
     fn let_go_if(&mut self, was_opened: bool) {
         if was_opened && self.rings.dismiss_if_idle() {
             self.turn.end();
-        }
-    }
-
-    fn freeze_to_merge(&mut self) -> std::result::Result<Merge, ControlError> {
-        let parent = self.turn.claim()?;
-        if !self.turn.has_unfinished_merge() {
-            self.turn.clear_spent()?;
-            let to = self.turn.merging_name()?;
-            let frozen = self.while_suspended(|turn| turn.snapshot(&to, Purpose::Merge))?;
-            frozen.map_err(MergeError::from)?;
-        }
-        Ok(self.turn.merge(parent)?)
-    }
-
-    /// Ends a merge, which was done or not: with the parent as the disk's own, or with all as it is.
-    pub(crate) fn end_merge(
-        &mut self,
-        job: &Job,
-        merged: std::result::Result<bool, CommitError>,
-    ) -> End {
-        let merging = self.merging.take();
-        let failed = |error: &dyn std::error::Error| End::Failed(crate::chain_of(error));
-        let end = match merged {
-            Err(error) => failed(&error),
-            Ok(done) if !done || job.is_cancelled() || !self.is_open() => End::Cancelled,
-            Ok(_) => match self.while_suspended(Turn::skip_merged) {
-                Ok(Ok(())) => End::Done,
-                Ok(Err(error)) => failed(&error),
-                Err(error) => failed(&error),
-            },
-        };
-        self.turn.end_claim();
-        self.let_go_if(merging.is_some_and(|merging| merging.lets_go));
-        end
-    }
-
-    /// Ends a merge when the image is about to be let go of. What it has done stays.
-    fn abandon_merge(&mut self) {
-        if let Some(merging) = self.merging.take() {
-            merging.job.cancel();
-            merging.job.wait_until_merged();
         }
     }
 

@@ -333,4 +333,32 @@ mod tests {
         let words: BTreeSet<String> = words.chain(["stats-of-all".to_owned()]).collect();
         assert_eq!(commands, words, "the commands and the words");
     }
+
+    #[test]
+    fn nothing_that_a_disk_can_be_is_without_an_option() {
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../vdi-vhost/src/config.rs");
+        let source = std::fs::read_to_string(source).unwrap();
+        let (_, fields) = source.split_once("struct DiskTable {\n").unwrap();
+        let (fields, _) = fields.split_once("\n}\n").unwrap();
+        let fields = fields
+            .lines()
+            .filter_map(|line| line.split_once(": Option<"));
+        let of_field = |(name, _): (&str, &str)| match name.trim() {
+            "socket" => "disk-socket".to_owned(),
+            // Said once for each.
+            many @ ("parents" | "image_dirs" | "limits") => {
+                many.trim_end_matches('s').replace('_', "-")
+            }
+            other => other.replace('_', "-"),
+        };
+        let fields: BTreeSet<String> = fields.map(of_field).collect();
+        let words = DiskArgs::augment_args(clap::Command::new("add"));
+        let options = words.get_arguments().filter_map(|option| option.get_long());
+        let words: BTreeSet<String> = options
+            // Which are no options.
+            .chain(["name", "image"])
+            .map(str::to_owned)
+            .collect();
+        assert_eq!(fields, words);
+    }
 }

@@ -97,15 +97,13 @@ impl Page {
         )?;
         let help = "Time from when a request was taken until the guest had its answer. A kind is here once there was such a request.";
         let (name, kind) = ("request_duration_seconds", MetricType::Histogram);
-        let mut family = to.encode_descriptor(name, help, None, kind)?;
-        for disk in &self.disks {
-            for (kind, of) in disk.stats.kinds() {
-                if of.requests > 0 {
-                    let labels = [("disk", disk.name.as_str()), ("kind", label(kind))];
-                    histogram(&mut family.encode_family(&labels)?, of)?;
-                }
-            }
-        }
+        self.family(to, name, help, kind, |family, disk| {
+            let known = disk.stats.kinds().into_iter();
+            let mut known = known.filter(|(_, of)| of.requests > 0);
+            known.try_for_each(|(kind, of)| {
+                histogram(&mut family.encode_family(&of_kind(disk, kind))?, of)
+            })
+        })?;
         self.counter(
             to,
             "refused_requests",
@@ -218,14 +216,13 @@ impl Page {
         help: &str,
         of: impl Fn(&KindSnapshot) -> u64,
     ) -> fmt::Result {
-        let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for disk in &self.disks {
-            for (kind, snapshot) in disk.stats.kinds() {
-                let labels = [("disk", disk.name.as_str()), ("kind", label(kind))];
-                count(&mut family.encode_family(&labels)?, &of(snapshot))?;
-            }
-        }
-        Ok(())
+        self.family(to, name, help, MetricType::Counter, |family, disk| {
+            let mut kinds = disk.stats.kinds().into_iter();
+            kinds.try_for_each(|(kind, snapshot)| {
+                let labels = of_kind(disk, kind);
+                count(&mut family.encode_family(&labels)?, &of(snapshot))
+            })
+        })
     }
 
     fn counter<N: EncodeCounterValue>(
@@ -235,12 +232,10 @@ impl Page {
         help: &str,
         of: impl Fn(&Seen) -> N,
     ) -> fmt::Result {
-        let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for disk in &self.disks {
+        self.family(to, name, help, MetricType::Counter, |family, disk| {
             let labels = [("disk", disk.name.as_str())];
-            count(&mut family.encode_family(&labels)?, &of(disk))?;
-        }
-        Ok(())
+            count(&mut family.encode_family(&labels)?, &of(disk))
+        })
     }
 
     fn gauge<N: EncodeGaugeValue>(
@@ -250,13 +245,31 @@ impl Page {
         help: &str,
         of: impl Fn(&Seen) -> N,
     ) -> fmt::Result {
-        let mut family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for disk in &self.disks {
+        self.family(to, name, help, MetricType::Gauge, |family, disk| {
             let labels = [("disk", disk.name.as_str())];
-            family.encode_family(&labels)?.encode_gauge(&of(disk))?;
-        }
-        Ok(())
+            family.encode_family(&labels)?.encode_gauge(&of(disk))
+        })
     }
+
+    /// What `each` makes of each disk, under one name.
+    fn family(
+        &self,
+        to: &mut DescriptorEncoder<'_>,
+        name: &str,
+        help: &str,
+        kind: MetricType,
+        mut each: impl FnMut(&mut MetricEncoder<'_>, &Seen) -> fmt::Result,
+    ) -> fmt::Result {
+        let mut family = to.encode_descriptor(name, help, None, kind)?;
+        self.disks
+            .iter()
+            .try_for_each(|disk| each(&mut family, disk))
+    }
+}
+
+/// The labels of a disk's requests of a kind.
+fn of_kind(disk: &Seen, kind: Kind) -> [(&'static str, &str); 2] {
+    [("disk", &disk.name), ("kind", label(kind))]
 }
 
 fn count(to: &mut MetricEncoder<'_>, value: &impl EncodeCounterValue) -> fmt::Result {
