@@ -67,6 +67,10 @@ pub(crate) struct Args {
     #[arg(long, num_args = 1..)]
     pub(crate) report: Vec<PathBuf>,
 
+    /// Measure something else instead: what a disk suffers from disks that are flooded beside it
+    #[arg(long)]
+    pub(crate) neighbours: bool,
+
     /// Another build of vdi-vhost, for the server `other` [default: the same]
     #[arg(long)]
     pub(crate) other: Option<PathBuf>,

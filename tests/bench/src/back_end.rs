@@ -114,6 +114,29 @@ impl BackEnd {
         } else {
             cpus::on_all_cpus(start)
         };
+        Self::started(&command, child, directory)
+    }
+
+    /// Starts our daemon for the disks of a configuration, whose sockets are where that says.
+    pub(crate) fn of_disks(programs: &Programs, config: &Path) -> Result<Self, BackEndError> {
+        let directory = tempfile::tempdir()?;
+        let mut command = Command::new(&programs.vdi_vhost);
+        command.arg("--config").arg(config);
+        command.args(&programs.vdi_vhost_args);
+        let log = fs::File::create(directory.path().join("log"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let child = cpus::on_all_cpus(|| command.spawn());
+        Self::started(&command, child, directory)
+    }
+
+    fn started(
+        command: &Command,
+        child: io::Result<Child>,
+        directory: tempfile::TempDir,
+    ) -> Result<Self, BackEndError> {
         let child = child.map_err(|source| BackEndError::Start {
             program: command.get_program().display().to_string(),
             source,

@@ -31,6 +31,8 @@ pub(crate) enum CellError {
     Fio(#[from] FioError),
     #[error(transparent)]
     Counter(#[from] CounterError),
+    #[error("a thread of the client cannot be given priority with chrt; be root")]
+    Priority(#[source] std::io::Error),
 }
 
 /// What is measured, and for how long.

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use crate::back_end::{BackEnd, BackEndError};
 use crate::contents::{PAGE, filler};
 use crate::workload::Waiting;
 
-/// How many descriptors a queue has, as guests have them. A request takes three.
+/// How many descriptors a queue has at least, as guests have them. A request takes three.
 pub(crate) const QUEUE_SIZE: u16 = 128;
 
 /// How long a server may take for anything.
@@ -59,6 +60,11 @@ pub(crate) struct Greeted(Box<VirtioBlkTransport>);
 /// Connects as soon as the server listens, and negotiates.
 pub(crate) fn greet(server: &mut BackEnd) -> Result<Greeted, ClientError> {
     let socket = server.socket();
+    greet_at(server, &socket)
+}
+
+/// The same at a socket of one of the server's disks.
+pub(crate) fn greet_at(server: &mut BackEnd, socket: &Path) -> Result<Greeted, ClientError> {
     let path = socket
         .to_str()
         .expect("sockets lie in directories that we named");
@@ -105,7 +111,8 @@ impl Greeted {
     ) -> Result<Connection, ClientError> {
         let mut transport = self.0;
         let memory = Arc::new(shared_memory(queues * slots * bytes)?);
-        let queue_size = QUEUE_SIZE;
+        let needed = u16::try_from(slots * 3).expect("a queue has few slots");
+        let queue_size = needed.next_power_of_two().max(QUEUE_SIZE);
         let rings = VirtioBlkQueue::setup_queues(&mut *transport, queues, queue_size)
             .map_err(ClientError::Setup)?;
         map(&mut *transport, &memory)?;

@@ -16,6 +16,7 @@ mod lane;
 mod latency;
 mod machine;
 mod medium;
+mod neighbours;
 mod plan;
 mod record;
 mod report;
@@ -39,6 +40,7 @@ use cell::{Cell, CellError};
 use images::{ImageError, Images};
 use machine::Machine;
 use medium::Medium;
+use neighbours::Neighbours;
 use record::{Record, RecordError};
 use results::Results;
 
@@ -62,6 +64,8 @@ enum BenchError {
         #[source]
         source: CellError,
     },
+    #[error("a disk beside flooded ones")]
+    Neighbours(#[from] CellError),
     #[error(transparent)]
     Record(#[from] RecordError),
     #[error("{} cannot be written", .path.display())]
@@ -94,6 +98,9 @@ fn with_causes(error: &dyn Error) -> String {
 
 fn bench(args: &Args) -> Result<String, BenchError> {
     write_to(args, "", None)?;
+    if args.neighbours {
+        return neighbours(args);
+    }
     let results = if args.report.is_empty() {
         measured(args)?
     } else {
@@ -107,6 +114,17 @@ fn bench(args: &Args) -> Result<String, BenchError> {
     write_to(args, "results.md", Some(&tables))?;
     write_to(args, "results.svg", Some(&chart::draw(&results)))?;
     Ok(tables)
+}
+
+/// How a calm disk fares beside flooded ones, as a table, which is not kept.
+fn neighbours(args: &Args) -> Result<String, BenchError> {
+    let (programs, bytes) = (programs(args), args.size_mib << 20);
+    let mut images = Images::on(Medium::Buffered, &args.directory, &programs, bytes)?;
+    let how = (args.seconds, args.rounds);
+    let neighbours = Neighbours::new(&mut images, &programs, bytes, how)?;
+    let table = neighbours.table()?;
+    let machine = Machine::here(&args.directory, args.rounds, args.seconds.as_secs_f64());
+    Ok(format!("{}\n\n{table}", machine.sentence()))
 }
 
 /// Makes the directory of the results, or writes one of them.
