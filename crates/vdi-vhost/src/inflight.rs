@@ -33,6 +33,7 @@ use crate::dump::RequestDump;
 use crate::engine::Engine;
 use crate::image_file::ImageFile;
 use crate::memory;
+use crate::portion::{Portion, TURN_BYTES};
 use crate::request::{Reply, Request, Segments, Status};
 use crate::ring::{GuestBuffer, WatchKey};
 use crate::stats::{Tally, Ticket};
@@ -51,7 +52,7 @@ const TRANSFERS_PER_REQUEST: u32 = 16;
 
 /// Bytes that are moved at once in one turn, so that no answer waits long for the copying of others: a tenth of a
 /// millisecond or two.
-pub(crate) const INLINE_BYTES: u64 = 1 << 20;
+const INLINE_BYTES: u64 = 1 << 20;
 
 /// Transfers of one worker beyond which it takes no more chains: far more than storage profits from, and a bound on
 /// the kernel memory that guests can bind.
@@ -102,6 +103,8 @@ pub(crate) struct Tools {
     pub(crate) engine: Engine,
     /// Bytes that may still be moved at once in this turn.
     pub(crate) inline_left: u64,
+    /// Bytes that may still be begun with in this turn.
+    pub(crate) turn_left: u64,
     /// Transfers of one seat beyond which it takes no more chains.
     pub(crate) share: usize,
     /// When this turn began.
@@ -120,6 +123,7 @@ impl Tools {
         Self {
             engine,
             inline_left: INLINE_BYTES,
+            turn_left: TURN_BYTES,
             share: MAX_TRANSFERS,
             now: Moment::now(),
             #[cfg(test)]
@@ -136,6 +140,11 @@ impl Tools {
             return;
         }
         self.now = now;
+    }
+
+    /// Has what a turn may do be there again.
+    pub(crate) fn begin_turn(&mut self) {
+        (self.inline_left, self.turn_left) = (INLINE_BYTES, TURN_BYTES);
     }
 
     /// Whether so much is in flight that no more chains are taken.
@@ -194,6 +203,8 @@ pub(crate) struct Desk {
     pub(crate) device: Arc<Device>,
     /// Transfers that are not over.
     pub(crate) transfers: usize,
+    /// How large its requests are.
+    pub(crate) portion: Portion,
     /// Says what is wrong.
     pub(crate) complaints: Arc<Complaints>,
     /// Counts what is done.
@@ -713,6 +724,13 @@ impl Part {
 }
 
 impl Context<'_> {
+    /// A request was taken that moves so many bytes.
+    pub(crate) fn begins(&mut self, bytes: u64) -> u64 {
+        self.desk.portion.add(bytes);
+        self.tools.turn_left = self.tools.turn_left.saturating_sub(bytes);
+        bytes
+    }
+
     /// Does all of a request if that takes no waiting: bytes that the host has in memory, and writes in place. How many
     /// bytes of data were written to its buffers; `None` if it has to go the long way, from its beginning.
     pub(crate) fn at_once(&mut self, request: &Request) -> Option<u64> {

@@ -52,6 +52,7 @@ mod metrics;
 mod parents;
 mod passing;
 mod patience;
+mod portion;
 mod promptness;
 mod queue;
 mod request;

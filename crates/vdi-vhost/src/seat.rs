@@ -35,6 +35,7 @@ use crate::dump::{OLDEST, SeatDump};
 use crate::gate::Gate;
 use crate::inflight::{Active, Context, Desk, Key, Next, Tools};
 use crate::memory;
+use crate::portion::Portion;
 use crate::promptness::Promptness;
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Request, Status};
@@ -137,6 +138,7 @@ impl Seat {
             complaints: served.complaints,
             waker: Waker::from(Arc::clone(&bell)),
             transfers: 0,
+            portion: Portion::default(),
             tally: served.stats.sit(),
             parked: Vec::new(),
             continuing: Vec::new(),
@@ -400,7 +402,8 @@ impl Seat {
         let before = awake.partition_point(|index| *index < first);
         awake.rotate_left(before);
         for index in awake {
-            if tools.is_full() || self.desk.transfers >= tools.share {
+            let most = self.desk.portion.chains(tools.turn_left);
+            if tools.is_full() || self.desk.transfers >= tools.share || most == 0 {
                 self.first = index;
                 return;
             }
@@ -414,10 +417,11 @@ impl Seat {
             // Of a queue that is ending, one burst is all from before.
             let taken = if is_limited && !is_ending {
                 let gate = (&mut self.gate, was_held);
-                take_as_limited(whose, queue, &self.guest, gate, &mut context)
+                take_as_limited(whose, queue, &self.guest, most, gate, &mut context)
             } else {
-                take_from(whose, queue, &self.guest, BURST, &mut context).map(|_| None)
+                take_from(whose, queue, &self.guest, most, &mut context).map(|_| None)
             };
+            self.desk.portion.end();
             match taken {
                 Ok(None) => {}
                 Ok(Some(until)) => {
@@ -621,16 +625,17 @@ impl Seat {
     }
 }
 
-/// Takes one burst of chains from a queue, as far as limits let it; until when the next one is held.
+/// Takes up to `most` chains from a queue, as far as limits let it; until when the next one is held.
 fn take_as_limited(
     whose: (SeatNumber, u16),
     queue: &mut Queue,
     guest: &Guest,
+    most: u16,
     (gate, was_held): (&mut Gate, bool),
     context: &mut Context<'_>,
 ) -> Result<Option<Moment>, Broken> {
     let now = context.tools.now;
-    for _ in 0..BURST {
+    for _ in 0..most {
         if queue.is_recovering() {
             take_from(whose, queue, guest, 1, context)?;
             continue;
@@ -672,7 +677,7 @@ fn take_from(
                 if let Request::Read { into: data, .. } | Request::Write { from: data, .. } =
                     &request
                 {
-                    moved += data.len();
+                    moved += context.begins(data.len());
                 }
                 if let Some(bytes) = context.at_once(&request) {
                     if memory::is_lost(memory) {

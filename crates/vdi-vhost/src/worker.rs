@@ -10,7 +10,7 @@
 //!   at most, and only where that is worth it (`patience`). But a ring without a kick descriptor is looked at every
 //!   [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - No seat has more than its share of the transfers ([`MAX_TRANSFERS`]), but for the burst that goes over it; every turn begins with another
-//!   seat, and so do the bytes that are moved at once.
+//!   seat, and so do the bytes that are moved at once and those of large requests (`portion`).
 //! - Answers are published before a sync is begun: one that is done on this thread's time holds up all its seats, so it is only if there is
 //!   nothing else to do at any of them (`promptness`).
 //!
@@ -24,7 +24,7 @@ use std::time::Duration;
 use crate::clock::{self, Moment};
 use crate::command::{Command, Doorbell, Order, SeatNumber};
 use crate::engine::{Engine, EngineChoice, Wait};
-use crate::inflight::{INLINE_BYTES, Key, MAX_TRANSFERS, Tools};
+use crate::inflight::{Key, MAX_TRANSFERS, Tools};
 use crate::patience::{LOOK, Patience};
 use crate::ring::WatchKey;
 use crate::seat::{Others, Seat};
@@ -153,7 +153,7 @@ impl Worker {
         if wait != Wait::No {
             self.tools.set_clock(Moment::now());
         }
-        self.tools.inline_left = INLINE_BYTES;
+        self.tools.begin_turn();
         self.hear();
         self.reap();
         self.begin();

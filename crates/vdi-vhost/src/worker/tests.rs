@@ -24,6 +24,7 @@ use crate::fuzzing::{self, GuestMemory, Wishes};
 use crate::image_file::ImageFile;
 use crate::limits::{Group, Limits, Throttle};
 use crate::memory::Memory;
+use crate::portion;
 use crate::queue::{BURST, Mode, Vring};
 use crate::stats::{KindSnapshot, Stats};
 use crate::workers::Served;
@@ -794,6 +795,48 @@ fn a_flooded_disk_gets_no_more_than_a_burst_of_each_queue_between_two_requests_o
         let answered = flooded.stats.snapshot().read.requests;
         assert_eq!(answered, 2 * (turn * u64::from(BURST)).min(80));
     }
+}
+
+impl TestDisk {
+    /// Reads so much so many times into the large memory, at once.
+    fn offer_many_large(&mut self, len: u64, count: u16) {
+        self.offer_many(0, IN, 0, count);
+        for nth in 0..u64::from(count) {
+            let descriptor = 16 * (3 * nth + 1);
+            self.put(descriptor, &LARGE.to_le_bytes());
+            self.put(descriptor + 8, &u32::try_from(len).unwrap().to_le_bytes());
+        }
+    }
+}
+
+#[test]
+fn disks_that_move_much_share_what_a_turn_moves_and_delay_no_other() {
+    let mut scene = Scene::new();
+    let (mut one, mut two, mut other) = (scene.seat(0), scene.seat(1), scene.seat(2));
+    for disk in [&mut one, &mut two] {
+        let _marked = scene.log_large(disk, 1 << 20);
+        // How large they are is not known before.
+        disk.offer_many_large(1 << 20, 1);
+    }
+    scene.turn();
+    for disk in [&mut one, &mut two] {
+        disk.offer_many_large(1 << 20, 40);
+    }
+    let reads = |disk: &TestDisk| disk.stats.snapshot().read.requests - 1;
+    let per_turn = portion::TURN_BYTES >> 20;
+    for turn in 1..=12 {
+        other.offer(0, IN, 0);
+        scene.turn();
+        assert!(other.is_answered(0));
+        let (one, two) = (reads(&one), reads(&two));
+        assert_eq!(one + two, turn * per_turn);
+        assert!(one.abs_diff(two) <= 2 * per_turn, "{one}, {two}");
+    }
+    // Alone it has all of a turn, and all is answered in the end.
+    for _ in 0..40 {
+        scene.turn();
+    }
+    assert!(one.is_answered(0) && two.is_answered(0));
 }
 
 #[test]
