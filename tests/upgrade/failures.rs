@@ -1,7 +1,7 @@
 //! An upgrade that fails, at each point where it can: the old daemon serves on.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -243,6 +243,20 @@ fn a_new_daemon_that_cannot_open_one_image_has_none() {
     fleet.end();
 }
 
+/// Whether nothing may be changed, since the disks are being handed over; also if there is no answer.
+fn refuses_changes(fleet: &Fleet) -> bool {
+    let ask = || -> io::Result<String> {
+        let mut stream = UnixStream::connect(fleet.path("control"))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let line = json!({"version": 1, "execute": "remove", "arguments": {"disk": "none"}});
+        writeln!(stream, "{line}")?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        Ok(answer)
+    };
+    !ask().is_ok_and(|answer| answer.contains("no-such-disk"))
+}
+
 #[test]
 fn a_new_daemon_may_be_killed_at_any_instant() {
     let mut random = Random::printed();
@@ -254,10 +268,11 @@ fn a_new_daemon_may_be_killed_at_any_instant() {
         let next = fleet.next().spawn();
         std::thread::sleep(Duration::from_millis(random.within(0..80)));
         let _killed = next.kill();
-        // The old one keeps the disks, or ends.
+        // The old one keeps the disks, or ends. While it does not know yet, it lets nobody change anything.
         let said = |fleet: &mut Fleet, what: &str| fleet.server().log().matches(what).count();
         while fleet.server().is_alive()
-            && said(&mut fleet, "go over to it") > said(&mut fleet, "the disks stay here")
+            && (refuses_changes(&fleet)
+                || said(&mut fleet, "go over to it") > said(&mut fleet, "the disks stay here"))
         {
             std::thread::sleep(Duration::from_millis(1));
         }
