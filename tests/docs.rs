@@ -55,6 +55,7 @@ fn every_link_leads_somewhere() {
         "README.md",
         "docs/troubleshooting.md",
         "docs/fleet.md",
+        "docs/performance.md",
         "docs/hostile.md",
     ] {
         let path = top().join(page);

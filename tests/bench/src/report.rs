@@ -53,23 +53,36 @@ fn overview_cells(reached: Ratios, wanted: Ratios) -> [String; 3] {
 
 /// A figure and what is wanted of it; bold if it is less.
 fn at_least(reached: Option<f64>, wanted: Option<f64>) -> String {
-    match (reached, wanted) {
-        (Some(reached), Some(wanted)) if reached < wanted => {
-            format!("**{} < {wanted}**", number(Some(reached)))
-        }
-        (Some(reached), Some(wanted)) => format!("{} ≥ {wanted}", number(Some(reached))),
-        (reached, _) => ratio(reached),
-    }
+    beside(
+        reached,
+        wanted,
+        |reached, wanted| reached >= wanted,
+        ["≥", "<"],
+    )
 }
 
 /// A figure and what is wanted of it; bold if it is more.
 fn at_most(reached: Option<f64>, wanted: Option<f64>) -> String {
-    match (reached, wanted) {
-        (Some(reached), Some(wanted)) if reached > wanted => {
-            format!("**{} > {wanted}**", number(Some(reached)))
-        }
-        (Some(reached), Some(wanted)) => format!("{} ≤ {wanted}", number(Some(reached))),
-        (reached, _) => ratio(reached),
+    beside(
+        reached,
+        wanted,
+        |reached, wanted| reached <= wanted,
+        ["≤", ">"],
+    )
+}
+
+/// A figure as it is shown is what is compared: further digits say nothing.
+fn beside(
+    reached: Option<f64>,
+    wanted: Option<f64>,
+    meets: impl Fn(f64, f64) -> bool,
+    [met, missed]: [&str; 2],
+) -> String {
+    let shown = ratio(reached);
+    match (shown.parse(), wanted) {
+        (Ok(reached), Some(wanted)) if meets(reached, wanted) => format!("{shown} {met} {wanted}"),
+        (Ok(_), Some(wanted)) => format!("**{shown} {missed} {wanted}**"),
+        _ => shown,
     }
 }
 
@@ -329,5 +342,7 @@ mod tests {
         assert_eq!(at_most(Some(0.2), Some(0.25)), "0.20 ≤ 0.25");
         assert_eq!(at_most(Some(0.2), None), "0.20");
         assert_eq!(at_least(None, Some(1.0)), "");
+        assert_eq!(at_least(Some(0.949), Some(0.95)), "0.95 ≥ 0.95");
+        assert_eq!(at_least(Some(0.944), Some(0.95)), "**0.94 < 0.95**");
     }
 }
