@@ -725,10 +725,9 @@ impl Part {
 
 impl Context<'_> {
     /// A request was taken that moves so many bytes.
-    pub(crate) fn begins(&mut self, bytes: u64) -> u64 {
+    pub(crate) fn begins(&mut self, bytes: u64) {
         self.desk.portion.add(bytes);
         self.tools.turn_left = self.tools.turn_left.saturating_sub(bytes);
-        bytes
     }
 
     /// Does all of a request if that takes no waiting: bytes that the host has in memory, and writes in place. How many

@@ -677,7 +677,8 @@ fn take_from(
                 if let Request::Read { into: data, .. } | Request::Write { from: data, .. } =
                     &request
                 {
-                    moved += context.begins(data.len());
+                    moved += data.len();
+                    context.begins(data.len());
                 }
                 if let Some(bytes) = context.at_once(&request) {
                     if memory::is_lost(memory) {
