@@ -196,9 +196,10 @@ fn what_two_children_have_of_one_parent_is_not_read() {
     let mut disk = random.bytes(index(4 * MIB));
     fs::write(name("raw"), &disk).unwrap();
     converted(&["-f", "raw", "-O", "vdi"], &name("raw"), &name("base.vdi"));
+    let own = disk[index(3 * MIB) + 5];
     let children = [name("a.vdi"), name("b.vdi")];
     for (child, nth) in children.iter().zip(1_u8..) {
-        disk[index(3 * MIB) + 5] = nth;
+        disk[index(3 * MIB) + 5] = own ^ nth;
         child_with(directory.path(), &name("base.vdi"), child, &disk);
     }
     let trace = name("trace");
