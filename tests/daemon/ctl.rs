@@ -241,6 +241,17 @@ fn a_disk_pauses_and_is_merged_and_the_log_says_more() {
     }
     assert_eq!(fleet.ctl_json(&["cancel", "d"])["state"], "done");
     assert_eq!(driver.read(0, 512), [7; 512]);
+    let begun = fleet.ctl_json(&["commit", "--keep", "d"]);
+    assert_eq!(
+        (begun["state"].as_str(), begun["kept"].as_str()),
+        (Some("running"), None)
+    );
+    let deadline = Instant::now() + PATIENCE;
+    let kept = format!("{}.merged", fleet.path("d.vdi").display());
+    while row(&fleet.ctl(&["jobs"]).expect_code(0).out, "d").last() != Some(&&*kept) {
+        assert!(Instant::now() < deadline, "nothing is kept");
+    }
+    assert!(std::path::Path::new(&kept).exists());
     let refused = fleet.ctl(&["cancel", "a"]).expect_code(1).err;
     assert!(refused.contains("nothing was begun for the disk a"));
 }

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tempfile::TempDir;
+use vdi_core::commit::live;
+use vdi_core::{Access, HostFile, Locking};
 use vdi_tests::driver::{Driver, Layout, Request};
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::operator::Desk;
@@ -246,4 +248,95 @@ fn a_disk_that_is_frozen_after_a_merge_was_cancelled_can_be_merged_again() {
         assert!(contents(&path(image)) == merged, "{image}");
         tool::vdi(words!["check", path(image)]).expect_code(0);
     }
+}
+
+/// A merge that keeps what is merged: what the disk held then.
+fn merge_and_keep(desk: &Desk, expected: &str) {
+    let job = desk.ask("commit", &json!({"disk": "d", "keep": true}));
+    assert_eq!(job.unwrap()["kept"], json!(null));
+    let job = desk.wait_for_job("d", "done");
+    assert_eq!(job["kept"].as_str(), Some(expected));
+}
+
+#[test]
+fn what_is_merged_is_kept_if_that_is_asked_and_valid_until_the_next_merge() {
+    let place = family();
+    let desk = Desk::open(place.path(), &["d"]);
+    let mut driver = desk.driver("d");
+    let path = |name: &str| place.path().join(name);
+    let first = path("d.vdi.merged");
+    driver.write(0, &[1; 4096]);
+    merge_and_keep(&desk, first.to_str().unwrap());
+    driver.write(0, &[2; 512]);
+    assert!(!merging(place.path()).exists());
+    let mut held = vec![0; usize::try_from(DISK_SECTORS * 512).unwrap()];
+    held[..4096].fill(1);
+    assert!(contents(&first) == held, "it is not what was frozen");
+    tool::vdi(words!["check", first]).expect_code(0);
+    // It is no part of the disk, and the next merge is not for it.
+    let second = path("d.vdi.merged-2");
+    merge_and_keep(&desk, second.to_str().unwrap());
+    held[..512].fill(2);
+    assert!(contents(&second) == held);
+    let stale = tool::vdi(words!["convert", "-O", "raw", first, path("stale.raw")]);
+    assert_ne!(stale.code, Some(0), "the parent is another one now");
+    fs::remove_file(&first).unwrap();
+    driver.write(8, &[3; 512]);
+    desk.ask("commit", &json!({"disk": "d"})).unwrap();
+    assert_eq!(desk.wait_for_job("d", "done")["kept"], json!(null));
+    assert!(!first.exists() && second.exists());
+    drop(driver);
+    assert_eq!(desk.server.terminate().code, Some(0));
+    held[8 * 512..9 * 512].fill(3);
+    assert!(contents(&path("d.vdi")) == held);
+}
+
+#[test]
+fn what_is_to_be_kept_stays_if_a_merge_ends_between_its_names() {
+    let place = family();
+    let path = |name: &str| place.path().join(name);
+    let merged = path("d.vdi.merged");
+    let mut desk = Desk::open(place.path(), &["d"]);
+    let again = |desk: Desk| {
+        let _exit = desk.server.kill();
+        Desk::open(place.path(), &["d"])
+    };
+    let merge = |desk: &Desk| {
+        desk.driver("d").write(0, &[1; 512]);
+        desk.ask("commit", &json!({"disk": "d"})).unwrap();
+        desk.wait_for_job("d", "done");
+        assert!(merged.exists() && !merging(place.path()).exists());
+    };
+    // Before the disk did without it: it has both names, and is merged to the end.
+    desk.driver("d").write(0, &[1; 512]);
+    let mut is_cancelled = false;
+    while !is_cancelled {
+        desk.ask("commit", &json!({"disk": "d"})).unwrap();
+        let ended = desk.ask("cancel", &json!({"disk": "d"})).unwrap();
+        is_cancelled = ended["state"] == "cancelled";
+    }
+    desk = again(desk);
+    fs::hard_link(merging(place.path()), &merged).unwrap();
+    merge(&desk);
+    fs::remove_file(&merged).unwrap();
+    // After that: it takes its parent in any state, or is settled already.
+    for is_settled in [false, true] {
+        desk.driver("d").write(0, &[4; 512]);
+        merge_and_keep(&desk, merged.to_str().unwrap());
+        let _exit = desk.server.kill();
+        if !is_settled {
+            let image = HostFile::open(&merged, Access::Writable, Locking::Locked).unwrap();
+            live::loosen(&image).unwrap();
+        }
+        fs::hard_link(&merged, merging(place.path())).unwrap();
+        desk = Desk::open(place.path(), &["d"]);
+        merge(&desk);
+        let stale = tool::vdi(words!["convert", "-O", "raw", merged, path("stale.raw")]);
+        assert_ne!(stale.code, Some(0), "it takes the parent as another one");
+        fs::remove_file(&merged).unwrap();
+    }
+    // What is not of this disk is left alone.
+    fs::write(merging(place.path()), "a note").unwrap();
+    let refused = desk.ask("commit", &json!({"disk": "d"}));
+    assert_eq!(refused, Err("not-possible".to_owned()));
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::json;
 use tempfile::TempDir;
 use vdi_core::chain::{ChainOptions, SeenImages, find_chain};
-use vdi_core::{Access, Disk, Locking, ModifiedParent, Storage};
+use vdi_core::{Access, Disk, HostFile, Locking, ModifiedParent, Storage};
 use vdi_tests::operator::Desk;
 use vdi_tests::random::Random;
 use vdi_tests::recorded::{Recorded, Recording};
@@ -24,6 +24,9 @@ const OTHERS: usize = 20;
 /// Moments of commands that are looked at.
 const MOST: usize = 100;
 
+/// What is merged and kept.
+const KEPT: &str = "top.vdi.merged";
+
 /// What the disk must read as, and what else must be there.
 struct Told<'o> {
     oracle: &'o Oracle,
@@ -36,6 +39,7 @@ struct Told<'o> {
 enum Asked {
     Snapshot,
     Commit,
+    CommitAndKeep,
 }
 
 struct Frozen {
@@ -101,16 +105,22 @@ impl<'r> Wreck<'r> {
     }
 }
 
-/// What the disk reads as whose top image this is.
-fn read(image: &Path) -> Result<Vec<u8>, String> {
+/// The files of an image and its parents, locked.
+fn chain_of(image: &Path) -> Result<Vec<HostFile>, String> {
     let options = ChainOptions {
         parents: Vec::new(),
         image_dirs: Vec::new(),
         locking: Locking::Locked,
         seen: Arc::<SeenImages>::default(),
     };
+    let found = find_chain(image, Access::Writable, &options);
+    found.map_err(|error| format!("{}: {error}", image.display()))
+}
+
+/// What the disk reads as whose top image this is.
+fn read(image: &Path) -> Result<Vec<u8>, String> {
     let told = |error: &dyn std::error::Error| format!("{}: {error}", image.display());
-    let files = find_chain(image, Access::Writable, &options).map_err(|error| told(&error))?;
+    let files = chain_of(image)?;
     let storages = files
         .into_iter()
         .map(|file| Arc::new(file) as Arc<dyn Storage>);
@@ -128,13 +138,19 @@ impl Told<'_> {
         if let Some(wrong) = self.oracle.judge(0, &found, moment, crash, |_| 0) {
             return Err(wrong);
         }
-        let kept = |one: &&Frozen| one.what == Asked::Snapshot && one.answered < moment;
-        for frozen in self.frozen.iter().filter(kept) {
-            if read(&left.join(&frozen.name))? != frozen.holds {
-                return Err(format!("{} does not hold what was frozen", frozen.name));
+        for frozen in self.frozen.iter().filter(|one| one.answered < moment) {
+            let (kept, frozen) = (frozen.kept(), &frozen.holds);
+            if let Some(kept) = kept
+                && read(&left.join(kept))? != *frozen
+            {
+                return Err(format!("{kept} does not hold what was frozen"));
             }
         }
-        let known: BTreeSet<String> = [TOP, BASE, "top.vdi.new-child"]
+        let mut kept = self.frozen.iter();
+        if kept.any(|one| one.what == Asked::CommitAndKeep) {
+            has_a_name(left)?;
+        }
+        let known: BTreeSet<String> = [TOP, BASE, "top.vdi.new-child", KEPT]
             .into_iter()
             .map(str::to_owned)
             .chain(self.frozen.iter().map(|one| one.name.clone()))
@@ -166,16 +182,30 @@ impl Told<'_> {
         let answer = match frozen.what {
             Asked::Snapshot => desk.ask("snapshot", &json!({"disk": "top", "to": to})),
             Asked::Commit => desk.ask("commit", &json!({"disk": "top"})),
+            Asked::CommitAndKeep => desk.ask("commit", &json!({"disk": "top", "keep": true})),
         };
         match (&answer, was_done && frozen.what == Asked::Snapshot) {
             (Ok(_), false) => {}
             (Err(class), true) if class == "not-possible" => {}
             _ => return Err(format!("again: {answer:?}, and it was done: {was_done}")),
         }
-        if frozen.what == Asked::Commit {
-            desk.wait_for_job("top", "done");
+        if frozen.what != Asked::Snapshot {
+            let kept = desk.wait_for_job("top", "done")["kept"].clone();
             if to.exists() {
                 return Err("what was merged is left".to_owned());
+            }
+            if frozen.what == Asked::CommitAndKeep {
+                let kept = Path::new(kept.as_str().unwrap());
+                // What was frozen at first, if that was not merged to its end.
+                let holds = self::read(kept)?;
+                if holds != found && holds != frozen.holds {
+                    return Err("what was kept does not hold what was frozen".to_owned());
+                }
+                // The last one, or another if that had all but lost its first name.
+                let first = left.join(KEPT);
+                if kept != first && !first.exists() {
+                    return Err(format!("{} has a number", kept.display()));
+                }
             }
         }
         if read(&mut driver) != found {
@@ -206,6 +236,31 @@ impl Told<'_> {
         chosen.extend((0..OTHERS).map(|_| *random.pick(&others)));
         chosen.sort_unstable();
         chosen
+    }
+}
+
+/// What the disk does without, and has its first name still, must have the one that it keeps.
+fn has_a_name(left: &Path) -> Result<(), String> {
+    let (merging, top) = (left.join("top.vdi.merging"), left.join(TOP));
+    if !merging.exists() || is_one_file(&merging, &top) {
+        return Ok(());
+    }
+    let is_used = chain_of(&top)?.len() > 2;
+    let kept = left.join(KEPT);
+    match is_used || kept.exists() && is_one_file(&merging, &kept) {
+        true => Ok(()),
+        false => Err("what is to be kept would be removed".to_owned()),
+    }
+}
+
+impl Frozen {
+    /// Where it is in the end, if anywhere.
+    fn kept(&self) -> Option<&str> {
+        match self.what {
+            Asked::Snapshot => Some(&self.name),
+            Asked::Commit => None,
+            Asked::CommitAndKeep => Some(KEPT),
+        }
     }
 }
 
@@ -261,7 +316,7 @@ fn play(over_a_parent: bool, random: &mut Random) {
 }
 
 /// Merges a disk into its parent while it is used, and looks at what crashes leave.
-fn play_merge(random: &mut Random) {
+fn play_merge(what: Asked, random: &mut Random) {
     let files = Recorded::mount();
     make(&files, BASE, PLAIN.block, PLAIN.disk);
     let disk = vec![0; PLAIN.disk_len()];
@@ -277,9 +332,12 @@ fn play_merge(random: &mut Random) {
     let mut load = Load::new(&files, driver, oracle, Habits::ALL, PLAIN.block, fork);
     load.run(40);
     let asked = files.note();
-    desk.ask("commit", &json!({"disk": "top"})).unwrap();
+    let keep = what == Asked::CommitAndKeep;
+    desk.ask("commit", &json!({"disk": "top", "keep": keep}))
+        .unwrap();
     // All that was answered before is durable in what is frozen.
     load.oracle.flush(asked, files.note());
+    let holds = load.oracle.now().to_vec();
     load.run(80);
     desk.wait_for_job("top", "done");
     let answered = files.note();
@@ -288,11 +346,11 @@ fn play_merge(random: &mut Random) {
     let _exit = desk.server.kill();
     drop(driver);
     let frozen = vec![Frozen {
-        what: Asked::Commit,
+        what,
         name: "top.vdi.merging".to_owned(),
         asked,
         answered,
-        holds: Vec::new(),
+        holds,
     }];
     let oracle = &oracle;
     judge(&files.recording(), &Told { oracle, frozen }, random);
@@ -389,7 +447,14 @@ fn a_crash_during_a_live_snapshot_leaves_the_disk_under_its_name_and_the_command
 
 #[test]
 fn a_crash_during_a_live_commit_leaves_the_disk_as_it_reads_and_the_command_can_be_given_again() {
-    for_each_seed(1, |mut random| play_merge(&mut random));
+    for_each_seed(1, |mut random| play_merge(Asked::Commit, &mut random));
+}
+
+#[test]
+fn a_crash_during_a_live_commit_that_keeps_what_is_merged_leaves_one_name_of_it_or_both() {
+    for_each_seed(1, |mut random| {
+        play_merge(Asked::CommitAndKeep, &mut random)
+    });
 }
 
 #[test]

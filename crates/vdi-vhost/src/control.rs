@@ -10,7 +10,7 @@
 //! {"version": 1, "execute": "remove", "arguments": {"disk": "web-2"}}
 //! {"version": 1, "execute": "resize", "arguments": {"disk": "web-1", "size_bytes": 21474836480}}
 //! {"version": 1, "execute": "snapshot", "arguments": {"disk": "web-1", "to": "/var/lib/vdi-vhost/web-1-monday.vdi"}}
-//! {"version": 1, "execute": "commit", "arguments": {"disk": "web-1"}}
+//! {"version": 1, "execute": "commit", "arguments": {"disk": "web-1", "keep": true}}
 //! {"version": 1, "execute": "jobs"}
 //! {"version": 1, "execute": "cancel", "arguments": {"disk": "web-1"}}
 //! {"version": 1, "execute": "stats", "arguments": {"disk": "web-1"}}
@@ -73,6 +73,7 @@ use crate::limits::Limits;
 use crate::log::{self, Filter, LevelError};
 use crate::socket::{SocketError, SocketFile};
 use crate::stats::{StatsSnapshot, Usage};
+use crate::turn::kept::Spent;
 
 /// The version of the messages.
 const VERSION: u32 = 1;
@@ -123,7 +124,7 @@ enum Command {
         disk: Option<String>,
         to: PathBuf,
     },
-    Commit(Option<Which>),
+    Commit(Option<Merged>),
     Jobs,
     Cancel(Option<Which>),
     Stats(Option<Which>),
@@ -154,6 +155,14 @@ enum Command {
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 struct Which {
     disk: Option<String>,
+}
+
+/// What is to be merged; without a word about it the image goes then.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+struct Merged {
+    disk: Option<String>,
+    #[serde(default)]
+    keep: bool,
 }
 
 /// What is to be logged from now on; if that is not said, what is logged is only told.
@@ -392,7 +401,7 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         }
         Command::Resize { disk, size_bytes } => resize(disk.as_deref(), size_bytes, fleet)?,
         Command::Snapshot { disk, to } => snapshot(disk.as_deref(), &to, fleet)?,
-        Command::Commit(which) => commit(which, fleet)?,
+        Command::Commit(what) => commit(what.unwrap_or_default(), fleet)?,
         Command::Jobs => Returned::Jobs {
             jobs: fleet.jobs().list(),
         },
@@ -474,10 +483,11 @@ fn snapshot(disk: Option<&str>, to: &Path, fleet: &Fleet) -> Result<Returned, Fa
     Ok(Returned::info(&berth))
 }
 
-fn commit(which: Option<Which>, fleet: &Arc<Fleet>) -> Result<Returned, Failed> {
-    let disk = which.and_then(|which| which.disk);
+fn commit(Merged { disk, keep }: Merged, fleet: &Arc<Fleet>) -> Result<Returned, Failed> {
+    let spent = if keep { Spent::Keep } else { Spent::Remove };
     let _change = fleet.change()?;
-    Ok(Returned::Job(jobs::commit(fleet, disk.as_deref())?))
+    let begun = jobs::commit(fleet, disk.as_deref(), spent)?;
+    Ok(Returned::Job(begun))
 }
 
 fn add_group(table: GroupTable, fleet: &Fleet) -> Result<Returned, Failed> {

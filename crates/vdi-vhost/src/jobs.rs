@@ -3,6 +3,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -14,6 +15,7 @@ use vdi_core::commit::CommitError;
 use crate::backend::ControlError;
 use crate::berth::Berth;
 use crate::fleet::{Fleet, FleetError};
+use crate::turn::kept::Spent;
 use crate::turn::merge::{Merge, MergeError};
 
 /// Most users of a parent that are named.
@@ -36,6 +38,7 @@ pub(crate) struct Jobs(Mutex<Vec<Arc<Job>>>);
 #[derive(Debug)]
 pub(crate) struct Job {
     disk: String,
+    spent: Spent,
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
     is_cancelled: AtomicBool,
@@ -55,7 +58,10 @@ enum Phase {
 /// How a job ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    Done,
+    Done {
+        /// Where what was merged is, if it was kept.
+        kept: Option<PathBuf>,
+    },
     Cancelled,
     Failed(String),
 }
@@ -68,6 +74,8 @@ pub(crate) struct JobInfo {
     state: &'static str,
     done_bytes: u64,
     total_bytes: u64,
+    /// Where what was merged is, if it was kept.
+    kept: Option<PathBuf>,
     /// Why it failed.
     error: Option<String>,
 }
@@ -88,7 +96,7 @@ pub(crate) enum JobError {
 }
 
 impl Jobs {
-    fn begin(&self, disk: &str) -> Result<Arc<Job>, JobError> {
+    fn begin(&self, disk: &str, spent: Spent) -> Result<Arc<Job>, JobError> {
         let mut all = self.lock();
         if let Some(job) = all.iter().find(|job| !job.is_over()) {
             let disk = job.disk.clone();
@@ -96,6 +104,7 @@ impl Jobs {
         }
         let job = Arc::new(Job {
             disk: disk.to_owned(),
+            spent,
             done_bytes: AtomicU64::new(0),
             total_bytes: AtomicU64::new(0),
             is_cancelled: AtomicBool::new(false),
@@ -128,6 +137,11 @@ impl Job {
 
     fn is_over(&self) -> bool {
         matches!(*self.lock(), Phase::Over(_))
+    }
+
+    /// What becomes of what is merged.
+    pub(crate) const fn spent(&self) -> Spent {
+        self.spent
     }
 
     /// Whether it is to end.
@@ -188,7 +202,7 @@ impl Job {
         let end = end.ok().filter(|_| !has_panicked);
         let end = end.unwrap_or_else(|| End::Failed(PANICKED.to_owned()));
         match &end {
-            End::Done => tracing::info!("{}: merged into its parent", self.disk),
+            End::Done { .. } => tracing::info!("{}: merged into its parent", self.disk),
             End::Cancelled => tracing::info!("{}: the merge was cancelled", self.disk),
             End::Failed(why) => tracing::error!("{}: the merge failed: {why}", self.disk),
         }
@@ -209,11 +223,11 @@ impl Job {
     }
 
     fn info(&self) -> JobInfo {
-        let (state, error) = match &*self.lock() {
-            Phase::Merging | Phase::Merged => ("running", None),
-            Phase::Over(End::Done) => ("done", None),
-            Phase::Over(End::Cancelled) => ("cancelled", None),
-            Phase::Over(End::Failed(why)) => ("failed", Some(why.clone())),
+        let (state, kept, error) = match &*self.lock() {
+            Phase::Merging | Phase::Merged => ("running", None, None),
+            Phase::Over(End::Done { kept }) => ("done", kept.clone(), None),
+            Phase::Over(End::Cancelled) => ("cancelled", None, None),
+            Phase::Over(End::Failed(why)) => ("failed", None, Some(why.clone())),
         };
         JobInfo {
             disk: self.disk.clone(),
@@ -221,15 +235,16 @@ impl Job {
             state,
             done_bytes: self.done_bytes.load(Ordering::Relaxed),
             total_bytes: self.total_bytes.load(Ordering::Relaxed),
+            kept,
             error,
         }
     }
 }
 
 /// Begins to merge what a disk's image holds into its parent, while the guest goes on in a child of it.
-pub(crate) fn commit(fleet: &Fleet, disk: Option<&str>) -> Result<JobInfo, JobError> {
+pub(crate) fn commit(fleet: &Fleet, disk: Option<&str>, spent: Spent) -> Result<JobInfo, JobError> {
     let berth = fleet.find(disk)?;
-    let job = fleet.jobs().begin(berth.name())?;
+    let job = fleet.jobs().begin(berth.name(), spent)?;
     let begun = begin(fleet, &berth, &job);
     if begun.is_err() {
         fleet.jobs().forget(&job);
@@ -298,8 +313,9 @@ mod tests {
 
     fn begun() -> (Jobs, Arc<Job>) {
         let jobs = Jobs::default();
-        let job = jobs.begin("d").unwrap();
-        assert!(matches!(jobs.begin("e"), Err(JobError::Busy { .. })));
+        let job = jobs.begin("d", Spent::Remove).unwrap();
+        let other = jobs.begin("e", Spent::Remove);
+        assert!(matches!(other, Err(JobError::Busy { .. })));
         (jobs, job)
     }
 
@@ -331,7 +347,7 @@ mod tests {
                 (info.state, info.error.as_deref()),
                 ("failed", Some(PANICKED))
             );
-            assert!(jobs.begin("e").is_ok());
+            assert!(jobs.begin("e", Spent::Remove).is_ok());
         }
     }
 

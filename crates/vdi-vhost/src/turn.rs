@@ -20,6 +20,7 @@
 //!
 //! Not here: how images are opened (`vdi-core`), how their data are reached (`image_file`).
 
+pub(crate) mod kept;
 pub(crate) mod merge;
 
 use std::io;

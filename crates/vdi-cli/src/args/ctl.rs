@@ -89,7 +89,13 @@ pub(crate) enum CtlCommand {
         to: PathBuf,
     },
     /// Merge what a disk's image holds into its parent while its guest goes on; done when it has begun
-    Commit(Which),
+    Commit {
+        /// The disk; it can be left out if there is only one
+        disk: Option<String>,
+        /// Keep what was merged as an image of its own, IMAGE.merged, instead of removing it
+        #[arg(long)]
+        keep: bool,
+    },
     /// Show how far each disk's last merge is
     Jobs,
     /// End a disk's merge; it can be taken up again

@@ -106,7 +106,10 @@ fn message(
             let to = absolute(&to)?;
             (Shown::Object, "snapshot", json!({"disk": disk, "to": to}))
         }
-        CtlCommand::Commit(which) => (Shown::Object, "commit", of(which)),
+        CtlCommand::Commit { disk, keep } => {
+            let arguments = json!({"disk": disk, "keep": keep});
+            (Shown::Object, "commit", arguments)
+        }
         CtlCommand::Jobs => (Shown::Jobs, "jobs", Value::Null),
         CtlCommand::Cancel(which) => (Shown::Object, "cancel", of(which)),
         CtlCommand::SetLimits {

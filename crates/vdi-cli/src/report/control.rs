@@ -36,6 +36,7 @@ struct Job {
     state: String,
     done_bytes: u64,
     total_bytes: u64,
+    kept: Option<String>,
     error: Option<String>,
 }
 
@@ -157,11 +158,14 @@ pub(crate) fn jobs(out: &mut impl Write, value: &Value) -> io::Result<()> {
             job.state.clone(),
             Human(job.done_bytes).to_string(),
             Human(job.total_bytes).to_string(),
+            job.kept.clone().unwrap_or_default(),
             job.error.clone().unwrap_or_default(),
         ]
     };
     let rows: Vec<_> = all.jobs.iter().map(row).collect();
-    let header = ["DISK", "COMMAND", "STATE", " DONE", " OF", "ERROR"];
+    let header = [
+        "DISK", "COMMAND", "STATE", " DONE", " OF", "KEPT AS", "ERROR",
+    ];
     table(out, &header, &rows)
 }
 

@@ -59,6 +59,18 @@ pub fn loosen(image: &dyn Storage) -> Result<(), LoosenError> {
     Ok(link::switch(image, loose)?)
 }
 
+/// The reverse, when it was merged: from now on the image takes this parent as it is now only.
+///
+/// # Errors
+/// If it is no child of it, or the host fails.
+pub fn tighten(image: &dyn Storage, parent: &Header) -> Result<(), LoosenError> {
+    let header = Header::check(RawHeader::read(image)?, Access::Writable)?;
+    if loose_parent(&header) != Some(parent.uuid_image()) {
+        return Err(LoosenError::NoParent);
+    }
+    Ok(link::switch(image, Link::ChildOf(parent.as_parent()))?)
+}
+
 /// The parent of an image that takes it in any state.
 pub fn loose_parent(image: &Header) -> Option<Uuid> {
     match image.kind() {

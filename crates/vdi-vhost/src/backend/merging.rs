@@ -2,6 +2,7 @@
 //!
 //! Not here: what becomes of the files (`turn::merge`), the thread that does the work (`jobs`).
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use vdi_core::commit::CommitError;
@@ -9,8 +10,9 @@ use vdi_core::commit::CommitError;
 use super::{Backend, ControlError};
 use crate::jobs::{End, Job};
 use crate::parents::Identity;
+use crate::turn::Purpose;
+use crate::turn::kept::Spent;
 use crate::turn::merge::{Merge, MergeError};
-use crate::turn::{Purpose, Turn};
 
 /// A merge that is under way.
 pub(super) struct Merging {
@@ -75,15 +77,29 @@ impl Backend {
         let end = match merged {
             Err(error) => failed(&error),
             Ok(done) if !done || job.is_cancelled() || !self.is_open() => End::Cancelled,
-            Ok(_) => match self.while_suspended(Turn::skip_merged) {
-                Ok(Ok(())) => End::Done,
-                Ok(Err(error)) => failed(&error),
+            Ok(_) => match self.skip_merged(job.spent()) {
+                Ok(kept) => End::Done { kept },
                 Err(error) => failed(&error),
             },
         };
         self.turn.end_claim();
         self.let_go_if(merging.is_some_and(|merging| merging.lets_go));
         end
+    }
+
+    /// Has the disk do without what was merged; where that is now, if it is to be kept.
+    fn skip_merged(&mut self, spent: Spent) -> Result<Option<PathBuf>, ControlError> {
+        let kept = match spent {
+            Spent::Keep => Some(self.turn.name_kept()?),
+            Spent::Remove => None,
+        };
+        let skipped = self.while_suspended(|turn| turn.skip_merged(kept.as_deref()));
+        let skipped = skipped.and_then(|skipped| Ok(skipped?));
+        if let (Err(_), Some(kept)) = (&skipped, &kept) {
+            // It has its first name still, and the disk may need it.
+            let _ = std::fs::remove_file(kept);
+        }
+        skipped.map(|()| kept)
     }
 
     /// Ends a merge when the image is about to be let go of. What it has done stays.

@@ -3,7 +3,7 @@
 //! ```text
 //! vm.vdi ─► parent                          at first
 //! vm.vdi ─► vm.vdi.merging ─► parent        frozen: the guest writes to a new child; the parent gets what was frozen
-//! vm.vdi ─► parent                          skipped, and removed
+//! vm.vdi ─► parent                          skipped, and removed or kept (`kept`)
 //! ```
 //!
 //! The name in the middle says what is left of a merge that was ended: the next one goes on with it, unless the disk was frozen in between: then the
@@ -17,12 +17,9 @@ use std::sync::Arc;
 use vdi_core::commit::{CommitError, live};
 use vdi_core::disk::MOST_IMAGES;
 use vdi_core::rebase::{RebaseError, rebase_unsafe};
-use vdi_core::{
-    Access, Disk, FileError, HostFile, Image, ImageKind, Locking, OpenError, ParentLink, Storage,
-    WriteError,
-};
+use vdi_core::{Access, Disk, FileError, HostFile, Locking, OpenError, Storage, WriteError};
 
-use super::{Files, Opened, SnapshotError, Turn, TurnError};
+use super::{Files, Opened, SnapshotError, Turn, TurnError, kept};
 use crate::parents::{Identity, Parent, ParentError, identity};
 
 /// What the name of an image ends with that is being merged.
@@ -95,14 +92,7 @@ impl Turn {
     /// The first name that no image has on which others of the disk's parents are built.
     fn merging_name_of(&self, files: &Files) -> PathBuf {
         let image = &self.opening.disk.image;
-        let named = |nth: usize| {
-            let mut name = image.file_name().unwrap_or_default().to_owned();
-            name.push(SUFFIX);
-            if nth > 1 {
-                name.push(format!("-{nth}"));
-            }
-            image.with_file_name(name)
-        };
+        let named = |nth| numbered(image, SUFFIX, nth);
         let deeper = files.parents.iter().skip(1);
         let deeper: Vec<_> = deeper.filter_map(|one| identity(one.file()).ok()).collect();
         let is_free = |name: &PathBuf| identity_of(name).is_none_or(|one| !deeper.contains(&one));
@@ -200,13 +190,11 @@ impl Turn {
         if found == identity(&held.files.top)? {
             return Ok(());
         }
-        match held.disk.header().kind() {
-            ImageKind::Differencing(link) if is_loose_child(&path, link) => {
+        match held.files.parents.first() {
+            Some(parent) if kept::is_spent(&path, parent.image.header()) => {
                 Ok(std::fs::remove_file(path)?)
             }
-            ImageKind::Differencing(_) | ImageKind::Dynamic | ImageKind::Fixed => {
-                Err(MergeError::Leftover { path })
-            }
+            Some(_) | None => Err(MergeError::Leftover { path }),
         }
     }
 
@@ -225,9 +213,17 @@ impl Turn {
         })
     }
 
-    /// Makes the parent that has all now the disk's own, and removes what was frozen. The disk must be held, and nobody may be at
-    /// work with it. What is returned is to be served from now on.
-    pub(crate) fn skip_merged(&mut self) -> Result<(Opened, Result<(), MergeError>), TurnError> {
+    /// Gives what was merged a name to be kept under, before the disk does without it.
+    pub(crate) fn name_kept(&self) -> Result<PathBuf, MergeError> {
+        Ok(kept::name(&self.opening.disk.image, &self.merging_name()?)?)
+    }
+
+    /// Makes the parent that has all now the disk's own, and removes what was frozen, but for the name that it is to be kept under. The disk must
+    /// be held, and nobody may be at work with it. What is returned is to be served from now on.
+    pub(crate) fn skip_merged(
+        &mut self,
+        kept: Option<&Path>,
+    ) -> Result<(Opened, Result<(), MergeError>), TurnError> {
         let (mut fresh, mut is_changed) = (None, false);
         let (mut files, skipped) = self.change(|turn, disk, files| {
             is_changed = disk.is_changed();
@@ -237,8 +233,16 @@ impl Turn {
         self.is_untidy |= is_changed;
         if let Some(fresh) = fresh {
             let merged = self.merging_name_of(&files);
-            files.parents.splice(..2, [fresh]);
+            files.parents.splice(..2, [Arc::clone(&fresh)]);
             self.opening.disk.parents.retain(|path| *path != merged);
+            let settled = kept.map(|kept| kept::settle(kept, fresh.image.header()));
+            if let Some(Err(error)) = settled {
+                let error = crate::chain_of(&error);
+                tracing::warn!(
+                    "{} takes its parent in any state: {error}",
+                    merged.display()
+                );
+            }
             if let Err(error) = std::fs::remove_file(&merged) {
                 tracing::warn!("{} is not needed any more: {error}", merged.display());
             }
@@ -268,11 +272,12 @@ fn identity_of(path: &Path) -> Option<Identity> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-/// Whether nobody uses this image, and it is a child of the same parent, which it takes in any state.
-fn is_loose_child(path: &Path, of: ParentLink) -> bool {
-    let Ok(file) = HostFile::open(path, Access::Writable, Locking::Locked) else {
-        return false;
-    };
-    let image = Image::examine(Arc::new(file));
-    image.is_ok_and(|image| live::loose_parent(image.header()) == Some(of.uuid_image))
+/// The `nth` name of its kind beside an image.
+pub(super) fn numbered(image: &Path, suffix: &str, nth: usize) -> PathBuf {
+    let mut name = image.file_name().unwrap_or_default().to_owned();
+    name.push(suffix);
+    if nth > 1 {
+        name.push(format!("-{nth}"));
+    }
+    image.with_file_name(name)
 }
