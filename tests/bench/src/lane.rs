@@ -287,7 +287,7 @@ impl<'a> Lane<'a> {
         match operation {
             Operation::Read | Operation::Mixed => {
                 if checked {
-                    self.check(slot, at, bytes)?;
+                    check(&self.queue.buffer(slot), self.contents, at, bytes)?;
                 }
             }
             Operation::WriteFlush => {
@@ -355,25 +355,6 @@ impl<'a> Lane<'a> {
         }
     }
 
-    fn check(&self, slot: u16, at: u64, bytes: usize) -> Result<(), LaneError> {
-        let buffer = self.queue.buffer(slot);
-        for offset in (0..bytes).step_by(SECTOR) {
-            let at = at + offset as u64;
-            let Some(expected) = self.contents.stamp(at) else {
-                continue;
-            };
-            let found: u64 = buffer.read_obj(offset).expect("requests fit in buffers");
-            if found != expected {
-                return Err(LaneError::Wrong {
-                    sector: at / SECTOR as u64,
-                    found,
-                    expected,
-                });
-            }
-        }
-        Ok(())
-    }
-
     fn tally(&mut self, run: Run<'_>) -> Result<Tally, ClientError> {
         let begin = run.begin.expect("time passes");
         let end = run.end.expect("a run ends by its time or its places");
@@ -402,4 +383,28 @@ fn poison(buffer: &VolatileSlice<'_>, bytes: usize) {
             .write_obj(u64::MAX, offset)
             .expect("requests fit in buffers");
     }
+}
+
+/// What was read from there must be what the disk has, where that is known.
+pub(crate) fn check(
+    buffer: &VolatileSlice<'_>,
+    contents: &Contents,
+    at: u64,
+    bytes: usize,
+) -> Result<(), LaneError> {
+    for offset in (0..bytes).step_by(SECTOR) {
+        let at = at + offset as u64;
+        let Some(expected) = contents.stamp(at) else {
+            continue;
+        };
+        let found: u64 = buffer.read_obj(offset).expect("requests fit in buffers");
+        if found != expected {
+            return Err(LaneError::Wrong {
+                sector: at / SECTOR as u64,
+                found,
+                expected,
+            });
+        }
+    }
+    Ok(())
 }

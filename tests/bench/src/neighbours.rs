@@ -12,15 +12,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::unistd::gettid;
-use vm_memory::Bytes;
 
 use crate::back_end::{BackEnd, Programs, Server};
 use crate::cell::CellError;
 use crate::client::{self, Connection, Queue};
-use crate::contents::{Contents, PAGE, SECTOR, mix};
+use crate::contents::{Contents, PAGE, mix};
 use crate::cpus;
 use crate::images::{ImageError, Images};
-use crate::lane::{Lane, LaneError, Tally};
+use crate::lane::{self, Lane, LaneError, Tally};
 use crate::latency::Latencies;
 use crate::plan::{Places, Plan, Span};
 use crate::workload::{Operation, Order, Waiting, Workload};
@@ -327,15 +326,7 @@ fn check(
                 errno: -errno,
             });
         }
-        let found: u64 = queue.buffer(slot).read_obj(0).expect("a page is there");
-        let expected = disk.contents.stamp(at).expect("nobody writes to it");
-        if found != expected {
-            return Err(LaneError::Wrong {
-                sector: at / SECTOR as u64,
-                found,
-                expected,
-            });
-        }
+        lane::check(&queue.buffer(slot), &disk.contents, at, PAGE)?;
     }
     Ok(())
 }
