@@ -4,8 +4,8 @@ use std::fmt::{self, Debug};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, MetricEncoder, NoLabelSet,
-    prometheus_text,
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, MetricEncoder,
+    NoLabelSet, prometheus_text,
 };
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
@@ -218,10 +218,8 @@ impl Page {
     ) -> fmt::Result {
         self.family(to, name, help, MetricType::Counter, |family, disk| {
             let mut kinds = disk.stats.kinds().into_iter();
-            kinds.try_for_each(|(kind, snapshot)| {
-                let labels = of_kind(disk, kind);
-                count(&mut family.encode_family(&labels)?, &of(snapshot))
-            })
+            kinds
+                .try_for_each(|(kind, snapshot)| count(family, &of_kind(disk, kind), &of(snapshot)))
         })
     }
 
@@ -233,8 +231,7 @@ impl Page {
         of: impl Fn(&Seen) -> N,
     ) -> fmt::Result {
         self.family(to, name, help, MetricType::Counter, |family, disk| {
-            let labels = [("disk", disk.name.as_str())];
-            count(&mut family.encode_family(&labels)?, &of(disk))
+            count(family, &of_disk(disk), &of(disk))
         })
     }
 
@@ -246,8 +243,9 @@ impl Page {
         of: impl Fn(&Seen) -> N,
     ) -> fmt::Result {
         self.family(to, name, help, MetricType::Gauge, |family, disk| {
-            let labels = [("disk", disk.name.as_str())];
-            family.encode_family(&labels)?.encode_gauge(&of(disk))
+            family
+                .encode_family(&of_disk(disk))?
+                .encode_gauge(&of(disk))
         })
     }
 
@@ -267,13 +265,25 @@ impl Page {
     }
 }
 
+/// The label of a disk.
+fn of_disk(disk: &Seen) -> [(&'static str, &str); 1] {
+    [("disk", &disk.name)]
+}
+
 /// The labels of a disk's requests of a kind.
 fn of_kind(disk: &Seen, kind: Kind) -> [(&'static str, &str); 2] {
     [("disk", &disk.name), ("kind", label(kind))]
 }
 
-fn count(to: &mut MetricEncoder<'_>, value: &impl EncodeCounterValue) -> fmt::Result {
-    to.encode_counter::<NoLabelSet, _, u64>(value, None)
+/// One counter of a family.
+fn count(
+    family: &mut MetricEncoder<'_>,
+    labels: &impl EncodeLabelSet,
+    value: &impl EncodeCounterValue,
+) -> fmt::Result {
+    family
+        .encode_family(labels)?
+        .encode_counter::<NoLabelSet, _, u64>(value, None)
 }
 
 fn histogram(to: &mut MetricEncoder<'_>, kind: &KindSnapshot) -> fmt::Result {
