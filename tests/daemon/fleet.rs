@@ -34,27 +34,8 @@ impl Fleet {
             let child = path(&format!("{name}.vdi"));
             tool::vdi(words!["snapshot", path("golden.vdi"), child]).expect_code(0);
         }
-        fs::create_dir(path("sockets")).unwrap();
-        let text = format!(
-            r#"
-            control-socket = "control"
-            socket-dir = "sockets"
-            image-dirs = ["."]
-            {more}
-            [[disk]]
-            name = "a"
-            image = "a.vdi"
-            [[disk]]
-            name = "b"
-            image = "b.vdi"
-            "#
-        );
-        fs::write(path("fleet.toml"), text).unwrap();
-        let server = Launch::bare()
-            .arg("--config")
-            .arg(path("fleet.toml"))
-            .spawn();
-        wait_for_listener(&path("control"));
+        operator::describe(place.path(), more);
+        let server = operator::serve(place.path());
         Self { server, place }
     }
 

@@ -52,6 +52,42 @@ pub fn names(control: &Path) -> Vec<String> {
         .collect()
 }
 
+/// Describes the disks `a` and `b`, and what else is said, in the `fleet.toml` of this directory, where the daemon's sockets will be, too:
+/// `control`, and those of the disks in `sockets`.
+///
+/// # Panics
+/// If there is no room.
+pub fn describe(place: &Path, more: &str) {
+    fs::create_dir(place.join("sockets")).expect("there is room");
+    let text = format!(
+        r#"
+        control-socket = "control"
+        socket-dir = "sockets"
+        image-dirs = ["."]
+        {more}
+        [[disk]]
+        name = "a"
+        image = "a.vdi"
+        [[disk]]
+        name = "b"
+        image = "b.vdi"
+        "#
+    );
+    fs::write(place.join("fleet.toml"), text).expect("there is room");
+}
+
+/// Starts a daemon by the `fleet.toml` of this directory.
+///
+/// # Panics
+/// If it does not listen there in time.
+#[must_use]
+pub fn serve(place: &Path) -> Server {
+    let file = place.join("fleet.toml");
+    let server = Launch::bare().arg("--config").arg(file).spawn();
+    wait_for_listener(&place.join("control"));
+    server
+}
+
 /// A daemon that serves disks whose images lie in one directory.
 pub struct Desk {
     /// The daemon.
@@ -75,12 +111,9 @@ impl Desk {
             let image = images.join(format!("{disk}.vdi"));
             text += &format!("[[disk]]\nname = \"{disk}\"\nimage = {image:?}\nnum-queues = 2\n");
         }
-        let file = place.path().join("fleet.toml");
-        fs::write(&file, text).expect("there is room");
-        let server = Launch::bare().arg("--config").arg(&file).spawn();
-        let desk = Self { server, place };
-        wait_for_listener(&desk.control());
-        desk
+        fs::write(place.path().join("fleet.toml"), text).expect("there is room");
+        let server = serve(place.path());
+        Self { server, place }
     }
 
     /// Where commands are sent.

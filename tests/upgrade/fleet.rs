@@ -1,6 +1,5 @@
 //! A daemon with the disks `a` and `b`, and the one after it.
 
-use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -26,20 +25,7 @@ impl Fleet {
             let size = (DISK_SECTORS * 512).to_string();
             tool::vdi(words!["create", path(image), size]).expect_code(0);
         }
-        fs::create_dir(path("sockets")).unwrap();
-        let text = r#"
-            control-socket = "control"
-            socket-dir = "sockets"
-            metrics = "unix:metrics"
-            image-dirs = ["."]
-            [[disk]]
-            name = "a"
-            image = "a.vdi"
-            [[disk]]
-            name = "b"
-            image = "b.vdi"
-        "#;
-        fs::write(path("fleet.toml"), text).unwrap();
+        operator::describe(place.path(), "metrics = \"unix:metrics\"");
         Self {
             server: None,
             place: Some(place),
@@ -49,9 +35,7 @@ impl Fleet {
     /// With a daemon.
     pub(crate) fn start() -> Self {
         let mut fleet = Self::make();
-        let config = fleet.path("fleet.toml");
-        fleet.server = Some(Launch::bare().arg("--config").arg(config).spawn());
-        wait_for_listener(&fleet.path("control"));
+        fleet.server = Some(operator::serve(&fleet.path("")));
         fleet
     }
 
