@@ -453,7 +453,7 @@ fn a_crash_during_a_live_commit_leaves_the_disk_as_it_reads_and_the_command_can_
 #[test]
 fn a_crash_during_a_live_commit_that_keeps_what_is_merged_leaves_one_name_of_it_or_both() {
     for_each_seed(1, |mut random| {
-        play_merge(Asked::CommitAndKeep, &mut random)
+        play_merge(Asked::CommitAndKeep, &mut random);
     });
 }
 
