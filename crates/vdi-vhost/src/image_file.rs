@@ -176,6 +176,11 @@ impl ImageFile {
         self.direct.is_none() && write_now(&self.buffered, at.0, from)
     }
 
+    /// Whether data go past the page cache.
+    pub(crate) const fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
     /// The descriptor for what is not data: clearing ranges.
     pub(crate) fn buffered_file(&self) -> Arc<File> {
         Arc::clone(&self.buffered)

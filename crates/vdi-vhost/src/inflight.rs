@@ -33,15 +33,15 @@ use crate::dump::RequestDump;
 use crate::engine::Engine;
 use crate::image_file::ImageFile;
 use crate::memory;
-use crate::portion::{Portion, TURN_BYTES};
+use crate::portion::{Portion, SMALL, TURN_BYTES, step_sectors};
 use crate::request::{Reply, Request, Segments, Status};
 use crate::ring::{GuestBuffer, WatchKey};
 use crate::stats::{Tally, Ticket};
 use crate::transfer::{Operation, Transfer};
 use crate::worker::DOORBELL;
 
-/// Sectors of a request that are mapped, reserved or looked through for zeros in one step: 16 MiB, four times what Linux sends
-/// at most by default. Bounds the size of a reservation and the time of a step.
+/// Sectors of a request that go past the page cache in one step: 16 MiB, four times what Linux sends at most by default. Bounds the size of a
+/// reservation and the time of a step. What goes through the page cache is copied by the worker, in steps of a turn (`portion`).
 const WINDOW_SECTORS: u64 = (16 << 20) / 512;
 
 /// The same for zeros, which move no data: 1 GiB, 8192 of the smallest blocks.
@@ -145,6 +145,25 @@ impl Tools {
     /// Has what a turn may do be there again.
     pub(crate) fn begin_turn(&mut self) {
         (self.inline_left, self.turn_left) = (INLINE_BYTES, TURN_BYTES);
+    }
+
+    /// What time it is, unless a test stopped it.
+    pub(crate) fn time(&self) -> Moment {
+        #[cfg(test)]
+        if self.is_stopped {
+            return self.now;
+        }
+        Moment::now()
+    }
+
+    /// Whether a request of which so many bytes are left may go on in this turn.
+    fn may_move(&self, bytes: u64) -> bool {
+        bytes <= SMALL || self.turn_left > 0
+    }
+
+    /// So many bytes are moved in this turn.
+    fn moves(&mut self, bytes: u64) {
+        self.turn_left = self.turn_left.saturating_sub(bytes);
     }
 
     /// Whether so much is in flight that no more chains are taken.
@@ -313,9 +332,9 @@ enum Change {
 
 impl Change {
     /// The part to change next.
-    fn window(&self, capacity: Capacity) -> Option<SectorRange> {
+    fn window(&self, capacity: Capacity, context: &Context<'_>) -> Option<SectorRange> {
         let (rest, most) = match self {
-            Self::Data { rest, .. } => (*rest, WINDOW_SECTORS),
+            Self::Data { rest, .. } => (*rest, context.step(*rest)),
             Self::Zeros { rest } => (rest.last()?.range, ZEROS_WINDOW_SECTORS),
         };
         Some(split(capacity, rest, most).0).filter(|window| !window.is_empty())
@@ -434,8 +453,20 @@ impl Active {
         self.go_on(context)
     }
 
-    /// Starts the next window, or tries again after having been parked.
+    /// Starts the next window, or tries again after having been parked. Waits for the next turn if others had all of this one.
     pub(crate) fn go_on(&mut self, context: &mut Context<'_>) -> Next {
+        let left = match &self.work {
+            Work::Read { rest, .. }
+            | Work::Change {
+                change: Change::Data { rest, .. },
+                ..
+            } => rest.count() * vdi_core::SECTOR_SIZE,
+            Work::Change { .. } | Work::Sync | Work::Nothing => 0,
+        };
+        if !context.tools.may_move(left) {
+            context.desk.continuing.push(self.key);
+            return Next::Wait;
+        }
         match &self.work {
             Work::Read { .. } => self.read_window(context),
             Work::Change { .. } => self.reserve_window(context),
@@ -461,7 +492,8 @@ impl Active {
         }
         match &self.work {
             Work::Change { .. } => self.start_parts(context),
-            Work::Read { .. } | Work::Sync | Work::Nothing => self.read_window(context),
+            Work::Read { .. } => self.go_on(context),
+            Work::Sync | Work::Nothing => Next::Wait,
         }
     }
 
@@ -516,7 +548,7 @@ impl Active {
         // Transfers of the window before are over.
         self.reply.wrote(*total_bytes - into.len());
         let capacity = context.desk.device.capacity();
-        let (window, _) = split(capacity, *rest, WINDOW_SECTORS);
+        let (window, _) = split(capacity, *rest, context.step(*rest));
         let disk = Arc::clone(&context.desk.disk);
         let visit = visit.insert(context.desk.lane.enter());
         let mut mapped_bytes = 0;
@@ -534,6 +566,7 @@ impl Active {
                 break;
             }
         }
+        context.tools.moves(mapped_bytes);
         *rest = split(capacity, *rest, mapped_bytes / vdi_core::SECTOR_SIZE).1;
         match (self.outstanding, rest.is_empty()) {
             (0, true) => Next::Answer(Status::Ok, *total_bytes),
@@ -549,12 +582,13 @@ impl Active {
         let Work::Change { change, window } = &mut self.work else {
             return Next::Wait;
         };
-        let Some(range) = change.window(context.desk.device.capacity()) else {
+        let Some(range) = change.window(context.desk.device.capacity(), context) else {
             return Next::Answer(Status::Ok, 0);
         };
         let zeroing = match change {
             Change::Data { from, .. } => {
                 let len_bytes = range.count() * vdi_core::SECTOR_SIZE;
+                context.tools.moves(len_bytes);
                 let zeroing = context.desk.device.zeroing_of(from, len_bytes);
                 if from.is_lost() {
                     return self.give_up(); // F2
@@ -724,10 +758,13 @@ impl Part {
 }
 
 impl Context<'_> {
-    /// A request was taken that moves so many bytes.
-    pub(crate) fn begins(&mut self, bytes: u64) {
-        self.desk.portion.add(bytes);
-        self.tools.turn_left = self.tools.turn_left.saturating_sub(bytes);
+    /// How many sectors of a request's rest move in one step.
+    fn step(&self, rest: SectorRange) -> u64 {
+        if self.desk.images[0].is_direct() {
+            return WINDOW_SECTORS;
+        }
+        let block = u64::from(self.desk.disk.header().block_size().bytes());
+        step_sectors(rest.start().0, rest.count(), block / vdi_core::SECTOR_SIZE)
     }
 
     /// Does all of a request if that takes no waiting: bytes that the host has in memory, and writes in place. How many
@@ -740,9 +777,19 @@ impl Context<'_> {
         }
     }
 
+    /// Whether so many bytes may be moved at once. Small requests need not wait for what others moved.
+    fn may_be_at_once(&self, bytes: u64) -> bool {
+        bytes <= SMALL || (bytes <= self.tools.inline_left && self.tools.may_move(bytes))
+    }
+
+    fn was_at_once(&mut self, bytes: u64) {
+        self.tools.inline_left = self.tools.inline_left.saturating_sub(bytes);
+        self.tools.moves(bytes);
+    }
+
     fn read_at_once(&mut self, range: SectorRange, into: &GuestBuffer) -> bool {
         let len = into.len();
-        if len > self.tools.inline_left {
+        if !self.may_be_at_once(len) {
             return false;
         }
         let visit = self.desk.lane.enter();
@@ -755,13 +802,13 @@ impl Context<'_> {
             Source::Stored { depth, at } if self.desk.images[depth].read_now(at, into) => {}
             Source::Stored { .. } => return false,
         }
-        self.tools.inline_left -= len;
+        self.was_at_once(len);
         true
     }
 
     fn write_at_once(&mut self, range: SectorRange, from: &GuestBuffer) -> bool {
         let len = from.len();
-        let is_plain = len <= self.tools.inline_left
+        let is_plain = self.may_be_at_once(len)
             && !self.desk.device.is_write_through()
             && self.desk.device.zeroing_of(from, len).is_none()
             && !from.is_lost(); // F2
@@ -774,7 +821,9 @@ impl Context<'_> {
         };
         let done = self.desk.images[0].write_now(extent.at, from)
             && self.desk.disk.commit_in_place(in_place).is_ok();
-        self.tools.inline_left -= if done { len } else { 0 };
+        if done {
+            self.was_at_once(len);
+        }
         done
     }
 
@@ -810,10 +859,11 @@ impl Context<'_> {
             let start = at;
             at = at.plus(route.len_bytes);
             if operation == Operation::Read
-                && part.len() <= self.tools.inline_left
+                && part.len() <= self.tools.inline_left.max(SMALL)
                 && self.desk.images[depth].read_now(start, &part)
             {
-                self.tools.inline_left -= part.len();
+                let left = self.tools.inline_left;
+                self.tools.inline_left = left.saturating_sub(part.len());
                 continue;
             }
             // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost

@@ -2,22 +2,35 @@
 //!
 //! A worker copies what the host has in memory on its own time, and everybody else at it waits meanwhile. Counted in requests that is little
 //! for small ones (a burst of a queue), but 32 requests of 1 MiB take some milliseconds. So a turn begins to move [`TURN_BYTES`], and what
-//! is beyond that is left in the rings for the next turns, which begin with other seats. A seat whose requests are small takes a burst in every
-//! turn, whatever the others want: it is nobody's burden.
+//! is beyond that is left in the rings for the next turns, or waits at its seat if it was taken already: how large requests are is known when they are taken, so
+//! a seat is judged by the last ones, and the first burst after many small ones is taken whole. A request that is larger than a turn moves in steps of a turn's bytes.
 //!
-//! How large requests are is known when they are taken. So a seat is judged by the last ones, and the first burst after many small ones is taken
-//! whole.
+//! A seat whose requests are small takes a burst in every turn, whatever the others want: it is nobody's burden. It goes before the others, and its guest is called before
+//! their data are moved; so it waits for the rest of one turn, and not for a second one. The others go on with the one that had nothing of the last turn.
 //!
 //! Measured by `ci/neighbours`.
 
+use vdi_core::SECTOR_SIZE;
+
 use crate::queue::BURST;
 
-/// Bytes that a worker begins to move in a turn, but for the last request of them and those of seats with small ones: some tenths of a
-/// millisecond.
-pub(crate) const TURN_BYTES: u64 = 2 << 20;
+/// Bytes that a worker begins to move in a turn, but for the last request of them, which is no larger than that, and those of small ones: some
+/// tenths of a millisecond.
+pub(crate) const TURN_BYTES: u64 = 1 << 20;
 
 /// Requests of no more bytes cost about what they cost without any.
-const SMALL: u64 = 16 << 10;
+pub(crate) const SMALL: u64 = 16 << 10;
+
+/// How many of `count` sectors from `start` on move in one step, if anything may: they end where a block does, if one does, so that no block is begun
+/// with in one step and ended in another.
+pub(crate) fn step_sectors(start: u64, count: u64, block_sectors: u64) -> u64 {
+    let most = TURN_BYTES / SECTOR_SIZE;
+    if count <= most {
+        return count;
+    }
+    let behind = (start + most) % block_sectors;
+    if behind < most { most - behind } else { most }
+}
 
 /// What one seat asks for, of late.
 #[derive(Debug, Default)]
@@ -29,13 +42,18 @@ pub(crate) struct Portion {
 }
 
 impl Portion {
+    /// Whether its requests are small.
+    pub(crate) fn is_small(&self) -> bool {
+        self.largest <= SMALL
+    }
+
     /// How many chains may be taken from a queue at once if so many bytes are left of the turn's.
     pub(crate) fn chains(&self, left: u64) -> u16 {
-        if self.largest <= SMALL {
+        if self.is_small() {
             return BURST;
         }
         let fit = u16::try_from(left / self.largest).unwrap_or(BURST);
-        // One that is larger than all of a turn goes when there is something left.
+        // One that is larger than what is left goes when there is something left.
         fit.clamp(u16::from(left > 0), BURST)
     }
 
@@ -72,7 +90,8 @@ mod tests {
     fn large_requests_are_taken_as_far_as_the_turn_has_bytes_for_them() {
         let portion = after(&[4096, 1 << 20, 4096]);
         let taken = [TURN_BYTES, TURN_BYTES / 2, 1, 0].map(|left| portion.chains(left));
-        assert_eq!(taken, [2, 1, 1, 0]);
+        assert_eq!(taken, [1, 1, 1, 0]);
+        assert_eq!(after(&[TURN_BYTES / 4]).chains(TURN_BYTES), 4);
         assert_eq!(after(&[64 << 20]).chains(TURN_BYTES), 1);
         assert_eq!(after(&[SMALL + 1]).chains(u64::MAX), BURST);
     }
@@ -87,5 +106,20 @@ mod tests {
         }
         portion.end();
         assert_eq!(portion.chains(0), BURST);
+    }
+
+    #[test]
+    fn a_step_is_no_larger_than_a_turn_and_ends_no_block_in_two() {
+        let turn = TURN_BYTES / SECTOR_SIZE;
+        for count in [1, 8, turn] {
+            assert_eq!(step_sectors(5, count, turn), count);
+        }
+        // The first one ends with the block that it begins in.
+        assert_eq!(step_sectors(5, 3 * turn, turn), turn - 5);
+        assert_eq!(step_sectors(turn, 2 * turn, turn), turn);
+        assert_eq!(step_sectors(5, 3 * turn, turn / 4), turn - 5);
+        // Of blocks that are larger it has a part.
+        assert_eq!(step_sectors(0, 9 * turn, 8 * turn), turn);
+        assert_eq!(step_sectors(8 * turn - 5, 9 * turn, 8 * turn), 5);
     }
 }

@@ -119,6 +119,10 @@ pub(crate) struct Seat {
     pub(crate) is_active: bool,
     /// Whether the worker counts it among those that have queues.
     pub(crate) is_counted: bool,
+    /// Whether it goes before others in this turn.
+    pub(crate) goes_first: bool,
+    /// Whether others had all of this turn's bytes before it was asked.
+    pub(crate) came_late: bool,
 }
 
 impl Seat {
@@ -163,12 +167,26 @@ impl Seat {
             held: None,
             is_active: false,
             is_counted: false,
+            goes_first: false,
+            came_late: false,
         }
     }
 
     /// Its number.
     pub(crate) fn number(&self) -> SeatNumber {
         self.number
+    }
+
+    /// Whether its requests were small of late.
+    pub(crate) fn is_light(&self) -> bool {
+        self.desk.portion.is_small()
+    }
+
+    /// Does what is due, and takes chains.
+    pub(crate) fn begin(&mut self, tools: &mut Tools) {
+        self.obey(tools);
+        self.retry(tools);
+        self.take(tools);
     }
 
     /// Whether it has queues, and so may have transfers.
@@ -260,7 +278,7 @@ impl Seat {
     }
 
     /// Does what it was told, as far as that needs no waiting.
-    pub(crate) fn obey(&mut self, tools: &mut Tools) {
+    fn obey(&mut self, tools: &mut Tools) {
         while self.pending.is_none()
             && let Some((command, ack)) = self.inbox.pop_front()
         {
@@ -345,7 +363,7 @@ impl Seat {
     }
 
     /// Goes on with large requests, and tries parked ones again if something changed for them.
-    pub(crate) fn retry(&mut self, tools: &mut Tools) {
+    fn retry(&mut self, tools: &mut Tools) {
         for key in std::mem::take(&mut self.desk.continuing) {
             self.step(key, tools, Active::go_on);
         }
@@ -380,7 +398,7 @@ impl Seat {
     }
 
     /// Takes chains from all queues that may have some, and starts their requests.
-    pub(crate) fn take(&mut self, tools: &mut Tools) {
+    fn take(&mut self, tools: &mut Tools) {
         let held = self.held.take();
         if !self.is_closed() {
             self.take_from_all(tools, held.is_some());
@@ -678,7 +696,7 @@ fn take_from(
                     &request
                 {
                     moved += data.len();
-                    context.begins(data.len());
+                    context.desk.portion.add(data.len());
                 }
                 if let Some(bytes) = context.at_once(&request) {
                     if memory::is_lost(memory) {

@@ -10,7 +10,7 @@
 //!   at most, and only where that is worth it (`patience`). But a ring without a kick descriptor is looked at every
 //!   [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - No seat has more than its share of the transfers ([`MAX_TRANSFERS`]), but for the burst that goes over it; every turn begins with another
-//!   seat, and so do the bytes that are moved at once and those of large requests (`portion`).
+//!   seat. Seats whose requests are small go before the others and answer what they can before those move theirs (`portion`).
 //! - Answers are published before a sync is begun: one that is done on this thread's time holds up all its seats, so it is only if there is
 //!   nothing else to do at any of them (`promptness`).
 //!
@@ -106,6 +106,17 @@ impl Seats {
     fn any_active(&self, mut what: impl FnMut(&Seat) -> bool) -> bool {
         let seat = |number: &SeatNumber| self.all.get(*number as usize)?.as_deref();
         self.active.iter().filter_map(seat).any(&mut what)
+    }
+
+    /// Has another one be the first: the one that others left nothing of the last turn, if there is one.
+    fn rotate(&mut self) {
+        if self.active.len() > 1 {
+            let came_late =
+                |number: &SeatNumber| self.get(*number).is_some_and(|seat| seat.came_late);
+            let first = self.active.iter().position(came_late);
+            self.active.rotate_left(first.unwrap_or(1));
+        }
+        self.for_each_active(|seat| seat.came_late = false);
     }
 
     /// Looks no more at those that have nothing to do.
@@ -297,14 +308,32 @@ impl Worker {
         for number in self.doorbell.wants_retry() {
             self.seats.activate(number);
         }
-        if self.seats.active.len() > 1 {
-            self.seats.active.rotate_left(1);
-        }
-        let tools = &mut self.tools;
+        self.seats.rotate();
+        let (tools, mut light, mut heavy) = (&mut self.tools, 0, 0);
         self.seats.for_each_active(|seat| {
-            seat.obey(tools);
-            seat.retry(tools);
-            seat.take(tools);
+            seat.goes_first = seat.is_light();
+            *(if seat.goes_first {
+                &mut light
+            } else {
+                &mut heavy
+            }) += 1;
+        });
+        let is_mixed = light > 0 && heavy > 0;
+        self.seats.for_each_active(|seat| {
+            if seat.goes_first {
+                seat.begin(tools);
+                if is_mixed {
+                    let began = tools.now;
+                    seat.settle(tools);
+                    seat.account(began, tools.time());
+                }
+            }
+        });
+        self.seats.for_each_active(|seat| {
+            if !seat.goes_first {
+                seat.came_late = tools.turn_left == 0;
+                seat.begin(tools);
+            }
         });
     }
 
