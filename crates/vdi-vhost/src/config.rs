@@ -522,4 +522,33 @@ mod tests {
         let expected = [own(2, None), None, own(1, zero()), own(5, zero())];
         assert_eq!(found.collect::<Vec<_>>(), expected);
     }
+
+    #[test]
+    fn a_disk_that_names_no_cpus_for_its_workers_has_those_of_the_defaults() {
+        let config = parse(
+            r#"
+            socket-dir = "sockets"
+            [defaults]
+            worker-cpus = "0"
+            [[disk]]
+            name = "a"
+            image = "a"
+            [[disk]]
+            name = "b"
+            image = "b"
+            workers = 2
+            [[disk]]
+            name = "c"
+            image = "c"
+            workers = 0
+            "#,
+        );
+        let own = |count| {
+            let cpus = Some("0".parse().unwrap());
+            Some(Staffing { count, cpus })
+        };
+        let found = config.unwrap().disks.into_iter();
+        let found: Vec<_> = found.map(|disk| disk.own_workers).collect();
+        assert_eq!(found, [own(1), own(2), None]);
+    }
 }
