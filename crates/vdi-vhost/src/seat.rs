@@ -7,7 +7,8 @@
 //! obey ─► (reap) ─► retry ─► take, parse, start ─► (reap) ─► commit ─► publish, call ─► acknowledge ─► sync
 //! ```
 //!
-//! - All written reservations of a turn go into one commit, and a queue's guest is called at most once per turn.
+//! - All written reservations of a turn go into one commit, and a queue's guest is called once per turn at most, or both twice if the seat is settled
+//!   before others move much (`worker`).
 //! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
 //!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile, and other seats' in any case.
 //!   What an earlier daemon left in flight counts, whether it was started again or not: a front end that stops a queue may forget
