@@ -144,8 +144,34 @@ fn data_status_and_used_ring_are_marked_while_the_log_is_on_and_nothing_else() {
         let changed = changed_by(&mut driver, &requests[..1]);
         let found = marked(&log);
         assert!(changed.iter().all(|page| found.contains(page)), "{engine}");
+
+        // Another one while the first is in use, as when memory came meanwhile.
+        log.write_all_at(&[0; 1024], 0).unwrap();
+        let next = tempfile::tempfile().unwrap();
+        next.set_len(LOG_BYTES).unwrap();
+        driver.control.set_log(&next, LOG_BYTES).unwrap();
+        let changed = changed_by(&mut driver, &requests[..1]);
+        let found = marked(&next);
+        assert!(changed.iter().all(|page| found.contains(page)), "{engine}");
+        assert!(marked(&log).is_empty(), "the first log is not in use");
         assert_eq!(server.terminate().code, Some(0));
     }
+}
+
+#[test]
+fn a_log_is_forgotten_with_its_front_end() {
+    let image = Image::by_qemu(DISK);
+    let server = Launch::image(image.path()).start();
+    let mut driver = server.driver(&options(1));
+    let log = switch_on(&mut driver);
+    drop(driver);
+    // The next one wants writes to be marked, and says nowhere where.
+    let mut driver = server.driver(&options(1));
+    let all = driver.control.features() | VhostUserVirtioFeatures::LOG_ALL.bits();
+    driver.control.accept(all).unwrap();
+    log.write_all_at(&[0; 1024], 0).unwrap();
+    assert_eq!(driver.read(0, 512), [0; 512]);
+    assert!(marked(&log).is_empty());
 }
 
 #[test]

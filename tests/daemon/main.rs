@@ -27,6 +27,8 @@ mod reload;
 mod requests;
 mod resize;
 mod rings;
+#[cfg(target_arch = "x86_64")]
+mod roles;
 mod sandbox;
 mod service;
 mod sharing;

@@ -15,6 +15,7 @@ use vdi_tests::random::Random;
 use vdi_tests::server::{Launch, Server};
 use vdi_tests::stop::StopOnDrop;
 use vdi_tests::{qemu, tool};
+use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 /// A daemon with a control socket.
@@ -120,6 +121,25 @@ fn a_disk_grows_under_load_and_its_front_end_is_told() {
             qemu::expect_clean(image.path());
         }
     }
+}
+
+#[test]
+fn a_front_end_that_does_not_listen_does_not_hold_up_a_resize() {
+    let image = Image::by_qemu(16 * MIB);
+    let daemon = Controlled::start(&image, &[]);
+    let mut options = Options::new();
+    options.wanted.protocol |= VhostUserProtocolFeatures::BACKEND_REQ;
+    let mut driver = daemon.server.driver(&options);
+    let (_deaf, mut theirs) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    while theirs.write(&[0; 12]).is_ok() {}
+    // Nothing about the descriptor says that sending must not wait.
+    theirs.set_nonblocking(false).unwrap();
+    let open = |f: &mut vhost::vhost_user::Frontend| f.set_backend_request_fd(&theirs);
+    driver.control.within("SET_BACKEND_REQ_FD", open).unwrap();
+    daemon.resize(image.path(), "+10M").expect_code(0);
+    let config = driver.control.config_bytes(0, 8).unwrap();
+    assert_eq!(u64::from_le_bytes(config.try_into().unwrap()), 26 * 2048);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vdi_tests::driver::{
-    Calls, Driver, Layout, Options, PATIENCE, Queue, Region, Request, UNTOUCHED, feature,
+    Calls, Driver, Layout, Memory, Options, PATIENCE, Queue, Region, Request, UNTOUCHED, feature,
 };
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::random::Random;
@@ -285,6 +285,31 @@ fn a_disabled_ring_takes_nothing_until_it_is_enabled() {
     }
 }
 
+#[test]
+fn a_ring_that_starts_disabled_takes_nothing_whatever_front_ends_before_enabled() {
+    let image = Image::by_qemu(8 * MIB);
+    let server = serve(&image);
+    let options = Options::new();
+    for before in [
+        Options::new(),
+        Options::new().without(feature::PROTOCOL_FEATURES),
+    ] {
+        server.driver(&before).write(0, &[1; 512]);
+        let mut control = server.control(&options);
+        let memory = Memory::new(&options.memory);
+        control.set_memory(&memory.messages()).unwrap();
+        let event_index = control.features() & feature::EVENT_IDX != 0;
+        let mut queue = Queue::new(0, &memory, 64, event_index);
+        let token = queue.submit(&Request::read(0, 512), &Layout::framed());
+        control.attach_disabled(&queue.attachment(), 0).unwrap();
+        queue.kick();
+        std::thread::sleep(A_WHILE);
+        assert_eq!(queue.ring().used_index(), 0, "a disabled ring moved");
+        control.enable(0, true).unwrap();
+        assert_eq!(queue.wait(token).expect_ok(), [1; 512]);
+    }
+}
+
 /// Writes and reads until told to stop; returns the longest time that one request took.
 fn busy(queue: &mut Queue, stop: &AtomicBool, rounds: &AtomicU64) -> Duration {
     let mut longest = Duration::ZERO;
@@ -455,6 +480,24 @@ fn a_front_end_like_firecracker_needs_config_only() {
     assert_eq!(driver.config().unwrap().capacity_sectors, 8 * MIB / 512);
     driver.write(5, &[5; 512]);
     assert_eq!(driver.read(5, 512), [5; 512]);
+}
+
+#[test]
+fn the_record_of_requests_is_forgotten_with_its_front_end() {
+    let image = Image::by_qemu(8 * MIB);
+    let server = serve(&image);
+    let mut driver = server.driver(&Options::new().tracked());
+    driver.write(0, &[1; 512]);
+    let region = driver.inflight.take().unwrap();
+    drop(driver);
+    let before = region.queue(0).used_idx;
+    assert_eq!(before, 1);
+    // The next one wants none.
+    let mut driver = server.driver(&Options::new());
+    driver.write(0, &[2; 512]);
+    driver.write(8, &[2; 512]);
+    assert_eq!(driver.read(0, 512), [2; 512]);
+    assert_eq!(region.queue(0).used_idx, before);
 }
 
 #[test]

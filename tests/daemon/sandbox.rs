@@ -32,7 +32,7 @@ const AS_NOBODY: [&str; 4] = [
 /// CAP_DAC_OVERRIDE alone.
 const OPEN_ANY_FILE: u64 = 1 << 1;
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     let root = fs::metadata("/proc/self").unwrap().uid() == 0;
     if !root {
         eprintln!("not root: not tested");
@@ -227,8 +227,36 @@ fn root_serves_another_users_image_by_the_one_capability_that_this_takes() {
     qemu::expect_clean(image.path());
 }
 
+#[test]
+fn capabilities_that_were_inherited_are_dropped_too() {
+    if !is_root() {
+        return;
+    }
+    let inherits = ["--inh-caps=+chown", "--ambient-caps=+chown"];
+    for (sandbox, is_kept) in [("off", true), ("on", false)] {
+        let image = Image::by_qemu(8 * MIB);
+        let directory = tempfile::tempdir().unwrap();
+        let images = image.path().parent().unwrap();
+        for path in [image.path(), images, directory.path()] {
+            give_away(path);
+        }
+        let socket = directory.path().join("socket");
+        let server = Launch::image_at(image.path(), &socket)
+            .args(["--sandbox", sandbox])
+            .under(AS_NOBODY.iter().chain(&inherits))
+            .start();
+        let _driver = server.driver(&Options::new());
+        for (name, status) in statuses(&server) {
+            for set in ["CapInh", "CapAmb", "CapPrm", "CapEff"] {
+                let is_there = capabilities(&status, set) != 0;
+                assert_eq!(is_there, is_kept, "{sandbox}, {name}: {set}");
+            }
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
-mod intruder {
+pub(crate) mod intruder {
     use std::ffi::CString;
     use std::fs::File;
     use std::os::unix::ffi::OsStrExt;
@@ -247,13 +275,13 @@ mod intruder {
 
     /// How a forbidden call ended.
     #[derive(Debug, PartialEq, Eq)]
-    enum Outcome {
+    pub(crate) enum Outcome {
         Returned(i64),
         Killed(Signal),
     }
 
     /// A thread of the daemon that is made to do what its program would not.
-    struct Puppet {
+    pub(crate) struct Puppet {
         thread: Pid,
         memory: File,
         /// As it was found, waiting in a system call.
@@ -261,8 +289,8 @@ mod intruder {
     }
 
     impl Puppet {
-        /// Stops a thread when it is idle, or about to be.
-        fn seize(server: &Server, name: &str) -> Self {
+        /// Stops a thread while it waits in a system call, which it can make again without harm.
+        pub(crate) fn seize(server: &Server, name: &str) -> Self {
             const SYSCALL: [u8; 2] = [0x0f, 0x05];
             let thread = statuses(server)[name]["Pid"].parse().unwrap();
             let thread = Pid::from_raw(thread);
@@ -278,31 +306,36 @@ mod intruder {
                 memory
                     .read_exact_at(&mut instruction, found.rip - 2)
                     .unwrap();
-                if instruction == SYSCALL {
+                // What a call returns that was interrupted; one that was done must not be done again.
+                let waits = matches!(found.rax.cast_signed(), -4 | -516..=-512);
+                if instruction == SYSCALL && waits {
                     return Self {
                         thread,
                         memory,
                         found,
                     };
                 }
-                assert!(Instant::now() < deadline, "{name} is in no system call");
+                assert!(Instant::now() < deadline, "{name} waits in no system call");
                 ptrace::detach(thread, None).unwrap();
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
 
         /// Puts a path where the thread can find it: below its stack.
-        fn path(&self, path: &Path) -> u64 {
-            let at = self.found.rsp - 2 * PAGE;
+        pub(crate) fn path(&self, path: &Path) -> u64 {
             let path = CString::new(path.as_os_str().as_bytes()).unwrap();
-            self.memory
-                .write_all_at(path.as_bytes_with_nul(), at)
-                .unwrap();
+            self.bytes(path.as_bytes_with_nul())
+        }
+
+        /// The same for any bytes.
+        pub(crate) fn bytes(&self, bytes: &[u8]) -> u64 {
+            let at = self.found.rsp - 2 * PAGE;
+            self.memory.write_all_at(bytes, at).unwrap();
             at
         }
 
         /// Has it call the kernel.
-        fn call<const N: usize>(&self, number: i64, arguments: [u64; N]) -> Outcome {
+        pub(crate) fn call<const N: usize>(&self, number: i64, arguments: [u64; N]) -> Outcome {
             let mut all = [0; 6];
             all[..N].copy_from_slice(&arguments);
             let mut registers = self.found;
@@ -331,14 +364,14 @@ mod intruder {
             Outcome::Returned(result.cast_signed())
         }
 
-        fn open(&self, path: &Path, flags: i32) -> Outcome {
+        pub(crate) fn open(&self, path: &Path, flags: i32) -> Outcome {
             let (at, flags) = (self.path(path), u64::from(flags.cast_unsigned()));
             let directory = libc::AT_FDCWD.cast_unsigned();
             self.call(libc::SYS_openat, [u64::from(directory), at, flags, 0o600])
         }
 
         /// Lets it go on with what it waited for.
-        fn release(self) {
+        pub(crate) fn release(self) {
             let mut registers = self.found;
             registers.rip -= 2;
             registers.rax = self.found.orig_rax;
@@ -354,18 +387,20 @@ mod intruder {
         }
     }
 
-    fn failed(errno: i32) -> Outcome {
+    pub(crate) fn failed(errno: i32) -> Outcome {
         Outcome::Returned(-i64::from(errno))
     }
 
-    fn worked(outcome: &Outcome) -> bool {
+    pub(crate) fn worked(outcome: &Outcome) -> bool {
         matches!(outcome, Outcome::Returned(0..))
     }
 
     /// A daemon that serves an image beside another file, and has a worker.
     fn serving(image: &Image, sandbox: &str) -> (Server, Driver) {
         let launch = Launch::image(image.path()).args(["--sandbox", sandbox]);
-        let server = launch.args(["--workers", "1"]).start();
+        let metrics = format!("unix:{}.metrics", launch.socket().display());
+        let options = ["--workers", "1", "--metrics", &metrics];
+        let server = launch.args(options).start();
         let mut driver = server.driver(&Options::new());
         driver.write(0, &[1; 512]);
         driver.flush();
@@ -397,6 +432,10 @@ mod intruder {
         let at = control.path(&neighbour);
         let removed = control.call(libc::SYS_unlink, [at]);
         assert_eq!(removed, failed(libc::EACCES));
+        // Where the socket is, things can be removed, and nothing else.
+        let beside = server.socket().with_extension("neighbour");
+        fs::write(&beside, "secret").unwrap();
+        assert_eq!(control.open(&beside, libc::O_RDONLY), failed(libc::EACCES));
         control.release();
 
         for name in ["worker-0", "housekeeper-0"] {
@@ -414,6 +453,23 @@ mod intruder {
         assert_eq!(server.terminate().code, Some(0));
         assert!(neighbour.exists() && !new.exists());
         qemu::expect_clean(image.path());
+    }
+
+    #[test]
+    fn an_image_that_is_served_read_only_cannot_be_opened_for_more() {
+        if !is_root() {
+            return;
+        }
+        let image = Image::by_qemu(16 * MIB);
+        let server = Launch::image(image.path()).arg("--read-only").start();
+        // Then it is in its sandbox.
+        let _driver = server.driver(&Options::new());
+        let control = Puppet::seize(&server, "vdi-vhost");
+        assert!(worked(&control.open(image.path(), libc::O_RDONLY)));
+        let opened = control.open(image.path(), libc::O_RDWR);
+        assert_eq!(opened, failed(libc::EACCES));
+        control.release();
+        assert_eq!(server.terminate().code, Some(0));
     }
 
     #[test]
@@ -503,13 +559,16 @@ mod intruder {
     }
 
     /// What an intruder would try first, in which thread.
-    const DEADLY: [(&str, &str, i64); 6] = [
+    const DEADLY: [(&str, &str, i64); 9] = [
         ("a program", "vdi-vhost", libc::SYS_execve),
         ("a socket", "vdi-vhost", libc::SYS_socket),
         ("a socket", "worker-0", libc::SYS_socket),
         ("another process's memory", "worker-0", libc::SYS_ptrace),
         ("another process's end", "housekeeper-0", libc::SYS_kill),
         ("a namespace", "worker-0", libc::SYS_unshare),
+        ("a program", "session-disk", libc::SYS_execve),
+        ("a socket", "housekeeper-0", libc::SYS_socket),
+        ("a socket", "metrics", libc::SYS_socket),
     ];
 
     fn try_it(thread: &Puppet, number: i64) -> Outcome {

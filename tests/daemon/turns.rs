@@ -4,8 +4,9 @@
 
 use vdi_core::NewKind;
 use vdi_tests::driver::{Base, Driver, Kept, Options};
-use vdi_tests::image::{Image, MIB};
+use vdi_tests::image::{Image, MIB, field};
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
+use vdi_tests::page_cache::unwritten_pages;
 use vdi_tests::random::Random;
 use vdi_tests::server::{Launch, Server};
 use vdi_tests::{qemu, tool};
@@ -58,6 +59,32 @@ fn a_guest_goes_to_and_fro_between_two_daemons_and_every_byte_with_it() {
         assert!(image.contents() == disk_after(&loads), "{cache}");
         qemu::expect_clean(image.path());
     }
+}
+
+#[test]
+fn an_image_is_durable_when_its_last_ring_has_stopped() {
+    let image = Image::by_qemu(16 * MIB);
+    let server = Launch::image(image.path()).start();
+    let mut driver = server.driver(&Options::new());
+    driver.write(0, &[1; 65536]);
+    assert!(unwritten_pages(image.path()) > 0);
+    driver.control.stop(0).unwrap();
+    assert_eq!(unwritten_pages(image.path()), 0);
+}
+
+#[test]
+fn what_is_wrong_with_an_image_is_said_a_few_times_however_often_rings_start() {
+    let image = Image::by_qemu(8 * MIB);
+    image.patch(field::UUID_IMAGE, &[0; 16]);
+    let server = Launch::image(image.path()).arg("--read-only").start();
+    let mut driver = server.driver(&Options::new());
+    for _ in 0..40 {
+        let base = driver.control.stop(0).unwrap();
+        driver.control.start(&driver.queues[0], base).unwrap();
+    }
+    assert_eq!(driver.read(0, 512), [0; 512]);
+    let lines = server.log().matches("uuid_image").count();
+    assert!((1..=10).contains(&lines), "{lines} lines");
 }
 
 #[test]

@@ -94,6 +94,22 @@ fn written_through_a_write_whose_sync_fails_is_an_error() {
     }
 }
 
+/// A guest may switch its cache mode as often as it likes.
+#[test]
+fn that_earlier_writes_cannot_be_made_durable_is_said_a_few_times() {
+    let mut scene = Scene::new(MODES[0]);
+    scene.write_ok(0, 1);
+    let rule = scene.files.add(Rule::fail(Kind::Sync, Errno::EIO));
+    for _ in 0..100 {
+        scene.driver.set_writeback(false).unwrap();
+    }
+    let (left, exit) = scene.terminate();
+    let said = exit.log.matches("cannot make earlier writes durable");
+    assert!((1..=10).contains(&said.count()), "{}", exit.log);
+    assert!(left.lift(rule) > 0);
+    left.lives_on();
+}
+
 /// All who wait when it happens get an answer.
 #[test]
 fn a_failure_that_is_final_answers_all_who_are_in_flight() {

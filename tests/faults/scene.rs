@@ -16,6 +16,7 @@ use vdi_tests::server::{Exit, Launch, Server};
 use vdi_tests::simulated::Contents;
 use vdi_tests::tool::{qemu_img, vdi};
 use vdi_tests::words;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 /// The size of the disks.
 pub(crate) const DISK: u64 = 160 * MIB;
@@ -160,7 +161,9 @@ impl Scene {
     pub(crate) fn serving(mode: Mode, files: Recorded, ledger: Ledger) -> Self {
         let launch = Launch::image(&files.path(NAME)).args(mode.arguments());
         let server = launch.args(["--num-queues", "2"]).start();
-        let driver = server.driver(&Options::new());
+        let mut options = Options::new();
+        options.wanted.protocol |= VhostUserProtocolFeatures::LOG_SHMFD;
+        let driver = server.driver(&options);
         Self {
             mode,
             files,

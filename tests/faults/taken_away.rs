@@ -7,6 +7,7 @@ use vdi_tests::driver::{Layout, Options, PATIENCE, Region, Request, Token, UNTOU
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::recorded::{Effect, Kind, Rule};
 use vdi_tests::server::Launch;
+use vhost::vhost_user::message::VhostUserVirtioFeatures;
 
 use crate::scene::{BLOCK, MODES, Scene};
 
@@ -27,36 +28,51 @@ fn fill(block: u64) -> u8 {
     u8::try_from(block + 1).unwrap()
 }
 
-/// Writes to new blocks out of the memory, which wait for room that is slow to come; then the memory is taken away.
-fn take_away_from_writes(scene: &mut Scene, message: Message) {
-    let (memory, control) = (scene.driver.memory.clone(), &mut scene.driver.control);
-    let without = memory.messages();
-    memory.add(PLUGGED);
-    let plugged = memory.message(PLUGGED);
-    control.add_region(&plugged).unwrap();
+/// Writes to new blocks, which wait for room that is slow to come; their data are at `place` in the guest's memory, or anywhere.
+fn writes_that_wait(scene: &mut Scene, place: Option<u64>) -> Vec<(Request, Layout)> {
     let slow = |kind| Rule::all(kind, Effect::Slow(Duration::from_millis(200)));
     let rules = [Kind::Truncate, Kind::Sync].map(|kind| scene.files.add(slow(kind).times(2)));
     let requests = (0..COUNT).map(|block| {
         let request = Request::write(block * BLOCK, vec![fill(block); LEN as usize]);
-        let there = PLUGGED.at + block * u64::from(LEN);
-        (request, Layout::framed().largest_at(there))
+        let layout = Layout::framed();
+        let at = place.map(|place| place + block * u64::from(LEN));
+        (
+            request,
+            at.map_or(layout, |at| Layout::framed().largest_at(at)),
+        )
     });
     let requests: Vec<_> = requests.collect();
     let queue = &mut scene.driver.queues[0];
-    let tokens = queue.submit_all(requests.iter().map(|(request, layout)| (request, layout)));
+    let _tokens = queue.submit_all(requests.iter().map(|(request, layout)| (request, layout)));
     let start = Instant::now();
     while rules.iter().all(|rule| scene.files.hits(*rule) == 0) {
         assert!(start.elapsed() < PATIENCE, "nobody makes room");
         std::thread::yield_now();
     }
     assert_eq!(queue.ring().used_index(), 0);
+    requests
+}
+
+/// Takes memory away from writes that wait.
+fn take_away_from_writes(scene: &mut Scene, message: Message) {
+    let memory = scene.driver.memory.clone();
+    let without = memory.messages();
+    memory.add(PLUGGED);
+    let plugged = memory.message(PLUGGED);
+    scene.driver.control.add_region(&plugged).unwrap();
+    let requests = writes_that_wait(scene, Some(PLUGGED.at));
+    let (queue, control) = (&mut scene.driver.queues[0], &mut scene.driver.control);
     match message {
         Message::Remove => control.remove_region(&plugged).unwrap(),
         Message::ReplaceTable => control.set_memory(&without).unwrap(),
     }
     // Nothing is waited for any more.
     let answered = queue.answered();
-    assert_eq!(answered.len(), tokens.len(), "it was taken away too early");
+    assert_eq!(
+        answered.len(),
+        requests.len(),
+        "it was taken away too early"
+    );
     for (_, answer) in answered {
         let _none = answer.expect_ok();
     }
@@ -79,6 +95,28 @@ fn memory_that_is_taken_away_serves_what_is_in_flight_until_that_is_answered() {
             let exit = scene.server.terminate();
             assert_eq!(exit.code, Some(0), "{}", exit.log);
         }
+    }
+}
+
+/// D2: a request is marked whole, or over before there is anything to mark.
+#[test]
+fn a_migration_begins_and_ends_when_what_is_in_flight_is_answered() {
+    for mode in MODES {
+        let mut scene = Scene::new(mode);
+        let log = tempfile::tempfile().unwrap();
+        let regions = scene.driver.memory.messages().into_iter();
+        let end = regions.map(|region| region.guest_phys_addr + region.memory_size);
+        let log_bytes = end.max().unwrap() / 4096 / 8;
+        log.set_len(log_bytes).unwrap();
+        scene.driver.control.set_log(&log, log_bytes).unwrap();
+        let usual = scene.driver.control.features();
+        let requests = writes_that_wait(&mut scene, None);
+        let logged = usual | VhostUserVirtioFeatures::LOG_ALL.bits();
+        scene.driver.control.accept(logged).unwrap();
+        let answered = scene.driver.queues[0].answered();
+        assert_eq!(answered.len(), requests.len(), "the log came too early");
+        let exit = scene.server.terminate();
+        assert_eq!(exit.code, Some(0), "{}", exit.log);
     }
 }
 

@@ -9,7 +9,7 @@ use vdi_tests::driver::raw::{RawFrontEnd, VERSION};
 use vdi_tests::driver::{Options, PATIENCE, feature};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::server::{Launch, Server};
-use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::FrontendReq;
 
 pub(crate) fn code(request: FrontendReq) -> u32 {
     request.into()
@@ -68,29 +68,7 @@ impl Bench {
     /// A front end that has negotiated, so that every further message is answered.
     pub(crate) fn negotiated(&self) -> RawFrontEnd {
         let mut front_end = self.connect();
-        let protocol = VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
-        let features = feature::PROTOCOL_FEATURES | feature::VERSION_1;
-        let quiet = |front_end: &mut RawFrontEnd, request, payload: &[u8]| {
-            let len = u32::try_from(payload.len()).unwrap();
-            front_end.send(code(request), VERSION, len, payload, &[]);
-        };
-        quiet(&mut front_end, FrontendReq::SET_OWNER, &[]);
-        quiet(&mut front_end, FrontendReq::GET_FEATURES, &[]);
-        let offered = front_end.reply().expect_u64();
-        assert_eq!(offered & features, features);
-        let bits = protocol.bits().to_ne_bytes();
-        quiet(&mut front_end, FrontendReq::GET_PROTOCOL_FEATURES, &[]);
-        let _offered = front_end.reply().expect_u64();
-        quiet(&mut front_end, FrontendReq::SET_PROTOCOL_FEATURES, &bits);
-        let answer = front_end.ask(
-            code(FrontendReq::SET_FEATURES),
-            &features.to_ne_bytes(),
-            &[],
-        );
-        assert_eq!(answer.expect_u64(), 0);
+        negotiate(&mut front_end);
         front_end
     }
 
@@ -147,4 +125,26 @@ pub(crate) fn memfd(len_bytes: u64) -> File {
     let file = File::from(memfd_create("region", MFdFlags::MFD_CLOEXEC).unwrap());
     file.set_len(len_bytes).unwrap();
     file
+}
+
+/// Accepts all protocol features, so that no message is refused for want of one, and every further one is answered.
+pub(crate) fn negotiate(front_end: &mut RawFrontEnd) {
+    let features = feature::PROTOCOL_FEATURES | feature::VERSION_1;
+    let quiet = |front_end: &mut RawFrontEnd, request, payload: &[u8]| {
+        let len = u32::try_from(payload.len()).unwrap();
+        front_end.send(code(request), VERSION, len, payload, &[]);
+    };
+    quiet(front_end, FrontendReq::SET_OWNER, &[]);
+    quiet(front_end, FrontendReq::GET_FEATURES, &[]);
+    let offered = front_end.reply().expect_u64();
+    assert_eq!(offered & features, features);
+    quiet(front_end, FrontendReq::GET_PROTOCOL_FEATURES, &[]);
+    let bits = front_end.reply().expect_u64().to_ne_bytes();
+    quiet(front_end, FrontendReq::SET_PROTOCOL_FEATURES, &bits);
+    let answer = front_end.ask(
+        code(FrontendReq::SET_FEATURES),
+        &features.to_ne_bytes(),
+        &[],
+    );
+    assert_eq!(answer.expect_u64(), 0);
 }

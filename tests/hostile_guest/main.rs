@@ -10,8 +10,11 @@
 mod acks;
 mod bench;
 mod broken;
+mod descriptors;
 mod flood;
 mod front_end;
 mod messages;
 mod refused;
+mod rings;
 mod session;
+mod state;

@@ -9,7 +9,7 @@ use vdi_tests::driver::raw::{NEED_REPLY, REPLY, Reply, VERSION};
 use vdi_tests::random::Random;
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::front_end::{Bench, code, memfd, vring_state};
+use crate::front_end::{Bench, code, memfd, memory_table, vring_state, words};
 
 #[test]
 fn a_truncated_message_ends_the_connection_only() {
@@ -147,17 +147,24 @@ fn every_message_of_every_short_length_is_answered_or_ends_the_connection() {
 #[test]
 fn a_message_without_the_file_that_it_needs_is_refused() {
     let bench = Bench::new();
-    for (request, len) in [
-        (FrontendReq::SET_MEM_TABLE, 40),
-        (FrontendReq::ADD_MEM_REG, 40),
-        (FrontendReq::SET_LOG_BASE, 16),
-        (FrontendReq::SET_INFLIGHT_FD, 24),
-        (FrontendReq::SET_VRING_KICK, 8),
-        (FrontendReq::SET_VRING_CALL, 8),
-        (FrontendReq::SET_VRING_ERR, 8),
-        (FrontendReq::SET_DEVICE_STATE_FD, 8),
+    // All else about them is as it should be.
+    let region = [0, 4096, 0, 0];
+    let one_queue = 1_u64 | 128 << 16;
+    for (request, payload) in [
+        (FrontendReq::SET_MEM_TABLE, memory_table(1, &[region])),
+        (
+            FrontendReq::ADD_MEM_REG,
+            [words(&[0]), words(&region)].concat(),
+        ),
+        (FrontendReq::SET_LOG_BASE, words(&[4096, 0])),
+        (FrontendReq::SET_INFLIGHT_FD, words(&[4096, 0, one_queue])),
+        (FrontendReq::SET_VRING_KICK, words(&[0])),
+        (FrontendReq::SET_VRING_CALL, words(&[0])),
+        (FrontendReq::SET_VRING_ERR, words(&[0])),
+        (FrontendReq::SET_DEVICE_STATE_FD, vring_state(1, 0)),
+        (FrontendReq::SET_BACKEND_REQ_FD, Vec::new()),
     ] {
-        bench.expect_refusal(request, &vec![0; len], &[]);
+        bench.expect_refusal(request, &payload, &[]);
     }
     bench.expect_good_end();
 }

@@ -178,4 +178,6 @@ pub mod field {
     pub const BLOCKS_ALLOCATED: u64 = 0x184;
     /// uuidModify, 16 bytes.
     pub const UUID_MODIFY: u64 = 0x198;
+    /// `uuidImage`.
+    pub const UUID_IMAGE: u64 = 0x188;
 }

@@ -543,11 +543,11 @@ impl VhostUserBackendReqHandlerMut for Backend {
             && let Some(disk) = self.turn.disk()
             && let Err(error) = disk.flush()
         {
-            // Later writes fail on their own.
-            tracing::error!(
+            // Later writes fail on their own. A guest can ask for it as often as it likes.
+            self.complaints.warn(format_args!(
                 "cannot make earlier writes durable: {}",
                 crate::chain_of(&error)
-            );
+            ));
         }
         Ok(())
     }

@@ -266,7 +266,7 @@ impl Berth {
     }
 }
 
-/// Whether accepting may work the next time: the peer has gone, or another resource is short.
+/// Whether it is the peer's doing that there was nothing to accept.
 fn is_passing(error: &io::Error) -> bool {
     let passing = [libc::EAGAIN, libc::EINTR, libc::ECONNABORTED, libc::EPROTO];
     error

@@ -63,6 +63,7 @@ use vdi_core::Capacity;
 
 use crate::backend::ControlError;
 use crate::berth::Berth;
+use crate::complaints::Complaints;
 use crate::config::DiskTable;
 use crate::cpus::CpuList;
 use crate::dump::Dump;
@@ -94,6 +95,7 @@ pub(crate) struct ControlSocket {
     operators: Arc<AtomicUsize>,
     file: Option<SocketFile>,
     path: Option<PathBuf>,
+    said: Complaints,
 }
 
 #[derive(Debug, Deserialize)]
@@ -293,6 +295,7 @@ impl ControlSocket {
             operators: Arc::default(),
             file: None,
             path: None,
+            said: Complaints::default(),
         }
     }
 
@@ -301,10 +304,10 @@ impl ControlSocket {
         self.listener.as_fd()
     }
 
-    /// Serves whoever connected, on a thread of its own.
-    pub(crate) fn let_in(self: &Arc<Self>, fleet: &Arc<Fleet>) {
+    /// Serves whoever connected, on a thread of its own; false if that is better tried again a little later.
+    pub(crate) fn let_in(self: &Arc<Self>, fleet: &Arc<Fleet>) -> bool {
         if fleet.is_handed_over() {
-            return; // The one who has the disks will.
+            return false; // The one who has the disks will.
         }
         let begun = self.listener.accept().and_then(|(peer, _)| {
             peer.set_nonblocking(false)?;
@@ -322,9 +325,11 @@ impl ControlSocket {
                 }
             })
         });
-        if let Err(error) = begun {
-            tracing::warn!("an operator could not be heard: {error}");
+        if let Err(error) = &begun {
+            self.said
+                .warn(format_args!("an operator could not be heard: {error}"));
         }
+        begun.is_ok()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The thread that hears who comes: front ends at the doors of disks, operators, signals, the kernel's word that memory is gone. It
 //! only opens; what comes after is done by a thread for each. It also tells the service manager that all goes round.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -12,12 +12,16 @@ use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::EventFd;
 
 use crate::control::ControlSocket;
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, knock};
 use crate::service::Manager;
 use crate::session::ServeError;
 
 /// Knocks that are heard at once; more are by the next look.
 const KNOCKS: usize = 64;
+
+/// After how many milliseconds a door is listened at again where nobody could be let in: what was short, a descriptor mostly, may be
+/// there again.
+const AGAIN_MS: u16 = 100;
 
 /// What is listened to beside the doors, by number.
 const SIGNAL: u64 = 0;
@@ -43,17 +47,17 @@ pub(crate) struct Ears<'a> {
 /// Opens doors until a signal comes, an operator wants it to end, or the only connection ends.
 pub(crate) fn serve(fleet: &Arc<Fleet>, ears: &Ears<'_>) -> Result<(), ServeError> {
     let doors = fleet.knocks();
-    let hear = |fd: BorrowedFd<'_>, number| {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, number);
+    let add = |fd: BorrowedFd<'_>, event| {
         doors
             .add(fd, event)
             .map_err(|errno| ServeError::Wait(errno.into()))
     };
+    let hear = |fd, number| add(fd, EpollEvent::new(EpollFlags::EPOLLIN, number));
     hear(ears.signals.as_fd(), SIGNAL)?;
     hear(ears.faults.as_fd(), FAULT)?;
     hear(fleet.ending().as_fd(), END)?;
     if let Some(control) = ears.control {
-        hear(control.as_fd(), OPERATOR)?;
+        add(control.as_fd(), knock(OPERATOR))?;
     }
     if let Some(hangups) = ears.hangups {
         hear(hangups.as_fd(), HANGUP)?;
@@ -66,13 +70,22 @@ pub(crate) fn serve(fleet: &Arc<Fleet>, ears: &Ears<'_>) -> Result<(), ServeErro
             EpollTimeout::try_from(interval).unwrap_or(EpollTimeout::MAX)
         });
     let mut events = [EpollEvent::empty(); KNOCKS];
+    let mut stuck: Vec<u64> = Vec::new();
     loop {
         ears.manager.beat();
-        let count = match doors.wait(&mut events, beat) {
+        let wait = if stuck.is_empty() {
+            beat
+        } else {
+            EpollTimeout::from(AGAIN_MS)
+        };
+        let count = match doors.wait(&mut events, wait) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
             Err(errno) => return Err(ServeError::Wait(errno.into())),
         };
+        for number in stuck.drain(..) {
+            ears.hear_again(fleet, number);
+        }
         for event in &events[..count] {
             match event.data() {
                 SIGNAL => return Ok(()),
@@ -89,13 +102,39 @@ pub(crate) fn serve(fleet: &Arc<Fleet>, ears: &Ears<'_>) -> Result<(), ServeErro
                         reload(fleet);
                     }
                 }
-                OPERATOR => {
-                    if let Some(control) = ears.control {
-                        control.let_in(fleet);
-                    }
-                }
-                number => fleet.knocked(number).map_err(ServeError::Accept)?,
+                number => match ears.let_in(fleet, number) {
+                    Ok(true) => {}
+                    Ok(false) => stuck.push(number),
+                    Err(error) => return Err(ServeError::Accept(error)),
+                },
             }
+        }
+    }
+}
+
+impl Ears<'_> {
+    /// Lets in who is there; false if that is to be tried again a little later.
+    fn let_in(&self, fleet: &Arc<Fleet>, number: u64) -> io::Result<bool> {
+        match self.control {
+            Some(control) if number == OPERATOR => {
+                let is_in = control.let_in(fleet);
+                if is_in {
+                    self.hear_again(fleet, number);
+                }
+                Ok(is_in)
+            }
+            Some(_) | None => fleet.knocked(number),
+        }
+    }
+
+    /// Listens at a door again.
+    fn hear_again(&self, fleet: &Fleet, number: u64) {
+        match self.control {
+            Some(control) if number == OPERATOR => {
+                // It was listened to before.
+                let _ = fleet.knocks().modify(control.as_fd(), &mut knock(OPERATOR));
+            }
+            Some(_) | None => fleet.listen_again(number),
         }
     }
 }

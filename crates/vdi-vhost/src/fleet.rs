@@ -30,7 +30,7 @@ use crate::housekeeper::Housekeepers;
 use crate::jobs::Jobs;
 use crate::metrics::Handle;
 use crate::parents::Parents;
-use crate::session::ServeError;
+use crate::session::{ServeError, complain_of_door};
 use crate::socket::{SocketError, SocketFile};
 use crate::turn::{Opened, Opening, Turn, TurnError};
 use crate::workers::Workers;
@@ -340,7 +340,7 @@ impl Fleet {
     fn open_door(self: &Arc<Self>, number: u64, berth: &Arc<Berth>) -> Result<(), FleetError> {
         let Some(listener) = berth.listener() else {
             // The one who is there already.
-            return self.knocked(number).map_err(FleetError::Host);
+            return self.knocked(number).map(|_| ()).map_err(FleetError::Host);
         };
         let added = self.doors.add(listener, knock(number));
         added.map_err(|errno| FleetError::Host(errno.into()))
@@ -351,17 +351,24 @@ impl Fleet {
         self.changes.try_read().map_err(|_| FleetError::HandingOver)
     }
 
-    /// Lets in who waits at a disk's door.
-    pub(crate) fn knocked(self: &Arc<Self>, number: u64) -> io::Result<()> {
+    /// Lets in who waits at a disk's door; false if that is to be tried again.
+    pub(crate) fn knocked(self: &Arc<Self>, number: u64) -> io::Result<bool> {
         let Some(berth) = self.disks().get(&number).cloned() else {
-            return Ok(());
+            return Ok(true);
         };
         let fleet = Arc::clone(self);
         let afterwards = move |berth: &Arc<Berth>, served| fleet.over(number, berth, served);
-        if !berth.let_in(Box::new(afterwards))? {
-            self.wait_for_next(number, &berth);
+        match berth.let_in(Box::new(afterwards)) {
+            Ok(true) => {}
+            Ok(false) => self.wait_for_next(number, &berth),
+            // There will be no other connection.
+            Err(error) if berth.listener().is_none() => return Err(error),
+            Err(error) => {
+                complain_of_door(&berth, &error);
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// What a session's thread does last.
@@ -373,6 +380,14 @@ impl Fleet {
             self.end();
         } else {
             self.wait_for_next(number, berth);
+        }
+    }
+
+    /// Listens again at a disk's door where nobody could be let in.
+    pub(crate) fn listen_again(&self, number: u64) {
+        let berth = self.disks().get(&number).cloned();
+        if let Some(berth) = berth {
+            self.wait_for_next(number, &berth);
         }
     }
 
@@ -528,7 +543,7 @@ pub(crate) fn asks_to_hand_over(line: &str) -> bool {
 }
 
 /// Told once, until it is waited for again.
-fn knock(number: u64) -> EpollEvent {
+pub(crate) fn knock(number: u64) -> EpollEvent {
     EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, number)
 }
 

@@ -414,6 +414,25 @@ mod tests {
         assert_eq!(from_front_end(&memory, 0x20000), None);
     }
 
+    #[test]
+    fn no_more_regions_are_taken_than_are_offered() {
+        const LEN: u64 = 0x1000;
+        let (file, account) = (file(LEN), Account::default());
+        let nth = |nth: u64| {
+            let region = region(nth * LEN, LEN, nth * LEN, 0);
+            Region::map(&region, file.try_clone().unwrap(), &account).unwrap()
+        };
+        let mut memory = Memory::new();
+        for one in 0..MAX_REGIONS as u64 {
+            memory = with_region(&memory, nth(one)).unwrap();
+        }
+        let refused = with_region(&memory, nth(MAX_REGIONS as u64));
+        assert!(matches!(refused, Err(MemoryError::TooMany { .. })));
+        let all = (0..=MAX_REGIONS as u64).map(nth).map(Arc::new);
+        let refused = from_regions(all.collect());
+        assert!(matches!(refused, Err(MemoryError::TooMany { .. })));
+    }
+
     /// What is at the beginning of the first region; touches it.
     fn touch(memory: &Memory) -> [u8; 4] {
         memory

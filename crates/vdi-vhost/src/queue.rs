@@ -457,3 +457,6 @@ pub(crate) fn call_guest(ring: &VringState<GuestMemoryAtomic<Memory>>) {
 fn mark_used_ring(log: &DirtyLog, queue: &virtio_queue::Queue) {
     log.mark(queue.used_ring(), 6 + 8 * u64::from(queue.size()));
 }
+
+#[cfg(test)]
+mod tests;

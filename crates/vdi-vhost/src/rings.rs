@@ -441,7 +441,8 @@ impl Rings {
         let memory = self.memory();
         let ring = self.ring(index)?;
         if ring.started && ring.addresses == Some(addresses) {
-            return Ok(()); // A front end repeats itself to change flags.
+            // A front end that begins or ends a migration says again where running rings are.
+            return Ok(());
         }
         let translate = |what, address| {
             let found = memory::from_front_end(&memory, address).map(|GuestAddress(at)| at);
@@ -454,10 +455,6 @@ impl Rings {
         let table = translate("descriptor table", addresses.table)?;
         let available = translate("available ring", addresses.available)?;
         let used = translate("used ring", addresses.used)?;
-        // A front end that begins or ends a migration says again where running rings are.
-        if self.ring(index)?.addresses == Some(addresses) {
-            return Ok(());
-        }
         let ring = self.stopped(index, "addresses")?;
         ring.vring
             .set_queue_info(table, available, used)

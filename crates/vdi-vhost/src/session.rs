@@ -38,7 +38,7 @@ pub(crate) enum ServeError {
     /// poll failed.
     #[error("cannot wait for front ends")]
     Wait(#[source] io::Error),
-    /// accept failed, or there is no thread.
+    /// accept failed for the only connection there is, or there is no thread.
     #[error("cannot accept a front end's connection")]
     Accept(#[source] io::Error),
     /// A worker died.
@@ -82,19 +82,21 @@ enum Message {
 pub(crate) fn converse(stream: UnixStream, berth: &Berth) -> Result<(), ServeError> {
     let said = berth.said();
     said.comings.info(format_args!("a front end is connected"));
-    let ended = converse_until_end(stream, berth);
+    if let Err(error) = converse_until_end(stream, berth) {
+        // Other disks need not go with it: descriptors are short, perhaps, since somebody else's front end took them all.
+        said.refusals
+            .warn(format_args!("the front end is disconnected: {error}"));
+    }
     berth.lock().end_session().map_err(ServeError::EndSession)?;
     said.comings
         .info(format_args!("the front end's session has ended"));
-    ended
+    Ok(())
 }
 
-fn converse_until_end(stream: UnixStream, berth: &Berth) -> Result<(), ServeError> {
-    stream.set_nonblocking(false).map_err(ServeError::Wait)?;
-    stream
-        .set_read_timeout(Some(MESSAGE_TIMEOUT))
-        .map_err(ServeError::Wait)?;
-    let own = stream.try_clone().map_err(ServeError::Wait)?;
+fn converse_until_end(stream: UnixStream, berth: &Berth) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
+    let own = stream.try_clone()?;
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(berth.backend()));
     let mut begun: Option<Instant> = None;
     loop {
@@ -163,6 +165,13 @@ fn is_over(berth: &Berth) -> bool {
     true
 }
 
+/// Nobody could be let in who waits at the door: descriptors or threads are short.
+pub(crate) fn complain_of_door(berth: &Berth, error: &io::Error) {
+    berth.said().refusals.warn(format_args!(
+        "a front end has to wait, it cannot be let in yet: {error}"
+    ));
+}
+
 /// Looks whether a message's header is there, without taking it.
 fn peek(stream: &UnixStream) -> Message {
     let mut header = [0; HEADER_BYTES];
@@ -181,14 +190,14 @@ fn wait(
     peer: &impl AsFd,
     events: PollFlags,
     timeout: PollTimeout,
-) -> Result<Heard, ServeError> {
+) -> io::Result<Heard> {
     let mut fds = [
         PollFd::new(berth.poked().as_fd(), PollFlags::POLLIN),
         PollFd::new(peer.as_fd(), events),
     ];
     while let Err(errno) = poll(&mut fds, timeout) {
         if errno != Errno::EINTR {
-            return Err(ServeError::Wait(errno.into()));
+            return Err(errno.into());
         }
     }
     let happened = |nth: usize| fds[nth].any().unwrap_or(true);

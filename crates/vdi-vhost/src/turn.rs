@@ -38,6 +38,7 @@ use vdi_core::{
 
 use crate::args::Cache;
 use crate::child::{self, Child};
+use crate::complaints::Complaints;
 use crate::config::DiskOptions;
 use crate::housekeeper::{Housekeepers, Kept};
 use crate::image_file::{DirectError, ImageFile};
@@ -76,6 +77,8 @@ pub(crate) struct Turn {
     has_failed: bool,
     /// What was taken when it was let go of.
     last_usage: vdi_core::Usage,
+    /// What was said of images that were opened.
+    said: Complaints,
 }
 
 /// The files of a disk, locked.
@@ -309,6 +312,7 @@ impl Turn {
             is_untidy: false,
             has_failed: false,
             last_usage: vdi_core::Usage::default(),
+            said: Complaints::default(),
         }
     }
 
@@ -360,7 +364,9 @@ impl Turn {
     fn hold(&mut self, files: Files) -> Result<Opened, TurnError> {
         let opened = self.opening.open(&files)?;
         for warning in opened.disk.warnings() {
-            tracing::warn!("{}: {warning}", self.opening.disk.image.display());
+            // A front end can start and stop rings as often as it likes.
+            let image = self.opening.disk.image.display();
+            self.said.warn(format_args!("{image}: {warning}"));
         }
         self.held = Some(Held {
             disk: Arc::clone(&opened.disk),
