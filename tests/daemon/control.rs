@@ -382,7 +382,7 @@ fn the_log_tells_more_when_an_operator_wants_it() {
     assert_eq!(changed["before"], told["level"]);
     assert!(changed["level"].as_str().unwrap().contains("debug"));
     drop(fleet.driver("a"));
-    assert!(fleet.server.log().contains("queue 0 is started"));
+    fleet.server.expect_log("queue 0 is started");
     // What was told can be said.
     let before = changed["before"].as_str().unwrap();
     assert_eq!(level(before).unwrap()["level"], told["level"]);

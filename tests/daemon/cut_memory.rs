@@ -126,13 +126,11 @@ impl Bench {
 fn expect_closed(control: &Control) {
     let mut socket = control.socket();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    let start = Instant::now();
     match socket.read(&mut [0; 64]) {
         Ok(0) => {}
         Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => {}
         other => panic!("the session does not end: {other:?}"),
     }
-    assert!(start.elapsed() < Duration::from_secs(2));
 }
 
 fn two_regions() -> Options {

@@ -204,11 +204,6 @@ fn end_under_load(image: &Image, cache: &str, after_answers: usize, signal: Sign
         drop(at_last);
         if signal == Signal::SIGTERM {
             assert_eq!(exit.code, Some(0), "{}", exit.log);
-            assert!(
-                exit.took < Duration::from_secs(3),
-                "it took {:?} to end",
-                exit.took
-            );
         }
         for worker in workers {
             let written = worker.join().unwrap();

@@ -38,7 +38,8 @@ fn wait_for_used(queue: &Queue, index: u16) {
 fn settle(queue: &mut Queue) {
     queue.read(0, 512);
     queue.set_calls(Calls::Unwanted);
-    std::thread::sleep(A_WHILE);
+    // Its thread has called for the one before when it takes this one.
+    queue.read(0, 512);
     let _start = queue.take_calls();
 }
 
@@ -65,20 +66,20 @@ fn with_event_idx_the_call_comes_when_the_event_is_reached_and_not_before() {
     let mut driver = server.driver(&Options::new());
     let queue = driver.queue();
     settle(queue);
-    queue.ring().set_used_event(9);
-    for nth in 1..9 {
+    queue.ring().set_used_event(10);
+    for nth in 2..10 {
         queue.submit(&Request::read(nth, 512), &Layout::framed());
         wait_for_used(queue, u16::try_from(nth + 1).unwrap());
     }
     std::thread::sleep(A_WHILE);
     assert_eq!(queue.take_calls(), 0, "calls before the event");
-    queue.submit(&Request::read(9, 512), &Layout::framed());
-    wait_for_used(queue, 10);
+    queue.submit(&Request::read(10, 512), &Layout::framed());
+    wait_for_used(queue, 11);
     let deadline = Instant::now() + PATIENCE;
     while queue.take_calls() == 0 {
         assert!(Instant::now() < deadline, "no call at the event");
     }
-    for nth in 10..20 {
+    for nth in 11..20 {
         queue.submit(&Request::read(nth, 512), &Layout::framed());
     }
     wait_for_used(queue, 20);
@@ -310,46 +311,38 @@ fn a_ring_that_starts_disabled_takes_nothing_whatever_front_ends_before_enabled(
     }
 }
 
-/// Writes and reads until told to stop; returns the longest time that one request took.
-fn busy(queue: &mut Queue, stop: &AtomicBool, rounds: &AtomicU64) -> Duration {
-    let mut longest = Duration::ZERO;
+/// Writes and reads until told to stop.
+fn busy(queue: &mut Queue, stop: &AtomicBool, rounds: &AtomicU64) {
     let mut nth = 0;
     while !stop.load(Ordering::Relaxed) {
-        let start = Instant::now();
         let sector = 8192 * queue.index() as u64 + nth % 4096;
         let stamp = nth.to_le_bytes().repeat(64);
         queue.write(sector, &stamp);
         assert_eq!(queue.read(sector, 512), stamp);
-        longest = longest.max(start.elapsed());
         nth += 1;
         rounds.fetch_add(1, Ordering::Relaxed);
     }
-    longest
 }
 
 /// Runs something while a queue is busy; it must not disturb the queue.
 fn beside_a_busy_queue(queue: &mut Queue, what: impl FnOnce()) {
     let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
-    let longest = std::thread::scope(|scope| {
+    let wait_for_ten = || {
+        let (first, deadline) = (rounds.load(Ordering::Relaxed), Instant::now() + PATIENCE);
+        while rounds.load(Ordering::Relaxed) < first + 10 {
+            assert!(Instant::now() < deadline, "the queue is not served");
+            std::thread::yield_now();
+        }
+    };
+    std::thread::scope(|scope| {
         let worker = scope.spawn(|| busy(queue, &stop, &rounds));
         let at_last = StopOnDrop::new(&stop);
-        let deadline = Instant::now() + PATIENCE;
-        while rounds.load(Ordering::Relaxed) < 10 && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
-        let before = rounds.load(Ordering::Relaxed);
+        wait_for_ten();
         what();
-        while rounds.load(Ordering::Relaxed) < before + 10 && Instant::now() < deadline {
-            std::thread::yield_now();
-        }
+        wait_for_ten();
         drop(at_last);
-        worker.join().unwrap()
+        worker.join().unwrap();
     });
-    assert!(
-        longest < Duration::from_secs(2),
-        "a request took {longest:?}"
-    );
-    assert!(rounds.load(Ordering::Relaxed) > 20);
 }
 
 #[test]

@@ -74,17 +74,16 @@ fn a_daemon_that_goes_away_is_told_of_and_the_tables_go_on() {
     top.args(["top", "--batch", "-d", "0.1", "--socket"]);
     top.arg(fleet.path("control")).stdout(Stdio::piped());
     let mut top = spawn(&mut top);
-    std::thread::sleep(Duration::from_millis(500));
+    let mut tables = Shown::on(top.stdout.take().unwrap());
+    let first = tables.until("\n\n");
+    assert!(first.starts_with("2 disks, 0 busy: "), "{first}");
     assert_eq!(fleet.server.terminate().code, Some(0));
-    std::thread::sleep(Duration::from_millis(500));
+    tables.until("no answer, asking again: ");
+    // The rest of this table, and the next one.
+    let rest = tables.until("no answer, asking again: ");
+    assert!(rest.contains("\na "), "{rest}");
     top.kill().unwrap();
-    let out = top.wait_with_output().unwrap().stdout;
-    let out = String::from_utf8(out).unwrap();
-    assert!(out.starts_with("2 disks, 0 busy: "), "{out}");
-    // The last one may be cut.
-    let last = out.rsplit("\n\n").nth(1).unwrap();
-    assert!(last.contains("no answer, asking again: "), "{out}");
-    assert!(last.contains("\na "), "{out}");
+    top.wait().unwrap();
 }
 
 /// A terminal's.
@@ -95,16 +94,37 @@ const SIZE: Winsize = Winsize {
     ws_ypixel: 0,
 };
 
-/// Reads what is written to a terminal until this is among it.
-fn read_until(screen: &mut File, wanted: &str) {
-    let (mut shown, deadline) = (Vec::new(), Instant::now() + PATIENCE);
-    while !String::from_utf8_lossy(&shown).contains(wanted) {
-        assert!(Instant::now() < deadline, "{wanted:?} is not shown");
-        let mut fds = [PollFd::new(screen.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, PollTimeout::from(50_u8)).unwrap() > 0 {
-            let mut piece = [0; 4096];
-            let len = screen.read(&mut piece).unwrap();
-            shown.extend_from_slice(&piece[..len]);
+/// What a program shows.
+struct Shown<S> {
+    on: S,
+    /// What was not waited for yet.
+    rest: Vec<u8>,
+}
+
+impl<S: Read + AsFd> Shown<S> {
+    const fn on(on: S) -> Self {
+        Self {
+            on,
+            rest: Vec::new(),
+        }
+    }
+
+    /// Waits until this is shown, behind what was waited for before; all in between, and it.
+    fn until(&mut self, wanted: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let is_wanted = |part: &[u8]| part == wanted.as_bytes();
+        loop {
+            if let Some(at) = self.rest.windows(wanted.len()).position(is_wanted) {
+                let shown = self.rest.drain(..at + wanted.len()).collect();
+                return String::from_utf8(shown).unwrap();
+            }
+            assert!(Instant::now() < deadline, "{wanted:?} is not shown");
+            let mut fds = [PollFd::new(self.on.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::from(50_u8)).unwrap() > 0 {
+                let mut piece = [0; 4096];
+                let len = self.on.read(&mut piece).unwrap();
+                self.rest.extend_from_slice(&piece[..len]);
+            }
         }
     }
 }
@@ -122,13 +142,13 @@ fn a_signal_ends_it_and_the_terminal_is_as_it_was() {
         top.args(["top", "--socket"]).arg(fleet.path("control"));
         top.stdin(end()).stdout(end()).stderr(end());
         let mut top = spawn(&mut top);
-        let mut screen = File::from(master);
-        read_until(&mut screen, INTO);
-        read_until(&mut screen, "NAME");
+        let mut screen = Shown::on(File::from(master));
+        screen.until(INTO);
+        screen.until("NAME");
         let during = tcgetattr(&slave).unwrap();
         assert!(!during.local_flags.contains(LocalFlags::ECHO));
         kill(Pid::from_raw(top.id().try_into().unwrap()), signal).unwrap();
-        read_until(&mut screen, OUT_OF);
+        screen.until(OUT_OF);
         let exit = top.wait().unwrap();
         assert_eq!(exit.signal(), Some(signal as i32), "{exit}");
         assert!(tcgetattr(&slave).unwrap() == before, "{signal}");
@@ -145,8 +165,8 @@ fn a_terminal_that_goes_away_ends_it() {
     top.stdin(end()).stdout(end()).stderr(Stdio::null());
     let mut top = spawn(&mut top);
     drop(slave);
-    let mut screen = File::from(master);
-    read_until(&mut screen, "NAME");
+    let mut screen = Shown::on(File::from(master));
+    screen.until("NAME");
     drop(screen);
     // What a session's leader hears then.
     kill(Pid::from_raw(top.id().try_into().unwrap()), Signal::SIGHUP).unwrap();

@@ -92,7 +92,7 @@ fn rings_do_not_start_while_another_daemon_has_the_image() {
     let image = Image::by_qemu(16 * MIB);
     let first = Launch::image(image.path()).start();
     let second = Launch::image(image.path()).arg("--incoming").start();
-    assert!(second.log().contains("when it is our turn"));
+    second.expect_log("when it is our turn");
     let mut driver = first.driver(&Options::new());
     driver.write(0, &[1; 512]);
     assert!(second.try_driver(&Options::new()).is_err());

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use vdi_tests::driver::Options;
+use vdi_tests::driver::{Options, PATIENCE};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::server::{Launch, Server};
 
@@ -112,12 +112,21 @@ impl Fleet {
     }
 }
 
-/// How often each of the threads whose names begin like this has waited.
+/// How often each of the threads whose names begin like this has waited, once all of them do: whatever woke one of them
+/// before this was asked is done.
 fn waits(server: &Server, names: &str) -> Vec<String> {
-    let mut all = statuses(server);
-    all.retain(|name, _| name.starts_with(names));
-    let waits = |status: &BTreeMap<String, String>| status["voluntary_ctxt_switches"].clone();
-    all.values().map(waits).collect()
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let mut all = statuses(server);
+        all.retain(|name, _| name.starts_with(names));
+        if all.values().all(|status| status["State"].starts_with('S')) {
+            let waits =
+                |status: &BTreeMap<String, String>| status["voluntary_ctxt_switches"].clone();
+            return all.values().map(waits).collect();
+        }
+        assert!(Instant::now() < deadline, "{names} is never idle");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 #[test]

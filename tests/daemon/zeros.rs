@@ -4,7 +4,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vdi_tests::driver::{Driver, Layout, Options, Queue, Region, Request, Segment, feature};
+use vdi_tests::driver::{
+    Driver, Layout, Options, PATIENCE, Queue, Region, Request, Segment, feature,
+};
 use vdi_tests::image::{Image, MIB, are_zeros};
 use vdi_tests::qemu;
 use vdi_tests::random::Random;
@@ -32,7 +34,7 @@ fn expect_space(image: &Path, most_bytes: u64) {
     let start = Instant::now();
     while allocated_bytes(image) > most_bytes {
         assert!(
-            start.elapsed() < Duration::from_secs(2),
+            start.elapsed() < PATIENCE,
             "the image has {} bytes, should have {most_bytes}",
             allocated_bytes(image)
         );

@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
 
 use nix::unistd::{Whence, lseek};
 use tempfile::TempDir;
 use vdi_tests::counts;
-use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Request, Segment, Token};
+use vdi_tests::driver::{Driver, Layout, Options, Request, Segment, Token};
 use vdi_tests::image::{MIB, are_zeros};
 use vdi_tests::qemu;
 use vdi_tests::recorded::Recorded;
@@ -249,16 +248,7 @@ impl Scene {
 
     #[track_caller]
     pub(crate) fn logged(&self, what: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        // The thread that says it may not be the one that answers.
-        while !self.server.log().contains(what) {
-            assert!(
-                Instant::now() < deadline,
-                "{what:?} is not in the log:\n{}",
-                self.server.log()
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        self.server.expect_log(what);
     }
 
     /// W5 after a failure that is final: no change is taken any more, reads go on, and the log says why.

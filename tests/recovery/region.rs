@@ -150,7 +150,7 @@ impl Scene {
         let mut left = SUBMITTED;
         while left > 0 {
             let before = queue.used_index();
-            let Some((token, answer)) = queue.wait_any_within(Duration::from_secs(5)) else {
+            let Some((token, answer)) = queue.wait_any_within(PATIENCE) else {
                 panic!("{left} of {SUBMITTED} requests have no answer; the used index is {before}");
             };
             let nth = self.tokens.iter().position(|known| *known == token);
@@ -243,7 +243,7 @@ fn a_batch_that_reached_the_used_ring_is_not_started_again() {
     let mut came = scene.answers(&[1, 3, 6]);
     came.sort_unstable();
     assert_eq!(came, [0, 2, 4, 5, 7, 8, 9, 10, 11]);
-    expect_log(&server, "4 requests were in flight");
+    server.expect_log("4 requests were in flight");
 }
 
 #[test]
@@ -257,7 +257,7 @@ fn a_region_about_another_ring_is_ignored() {
     let server = scene.launch().start();
     let _control = scene.kept.reconnect(server.socket(), Base::Used).unwrap();
     assert_eq!(scene.answers(&[]).len(), usize::from(SUBMITTED));
-    expect_log(&server, "about another ring");
+    server.expect_log("about another ring");
 }
 
 #[test]
@@ -316,19 +316,6 @@ fn is_seen_in_flight(driver: &mut Driver, round: u8) -> bool {
         );
     }
     seen
-}
-
-/// Waits until the daemon has logged this: a front end may hear of its refusal first.
-fn expect_log(server: &Server, said: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    while !server.log().contains(said) {
-        assert!(
-            Instant::now() < deadline,
-            "{said} is not in\n{}",
-            server.log()
-        );
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 type Lie = (&'static str, fn(&mut Inflight));
@@ -401,7 +388,7 @@ fn a_region_that_lies_is_refused_and_the_next_front_end_is_served() {
             kept.reconnect(server.socket(), Base::Used).is_err(),
             "{said}"
         );
-        expect_log(&server, said);
+        server.expect_log(said);
     }
     let mut driver = server.driver(&options);
     driver.write(0, &[1; 512]);
@@ -421,7 +408,7 @@ fn a_ring_larger_than_what_is_tracked_does_not_start() {
     };
     *kept.inflight_mut().unwrap() = region;
     assert!(kept.reconnect(server.socket(), Base::Used).is_err());
-    expect_log(&server, "was set up for 32");
+    server.expect_log("was set up for 32");
 }
 
 #[test]
@@ -432,5 +419,5 @@ fn a_region_for_a_running_ring_is_refused() {
     let mut driver = server.driver(&options);
     let region = driver.inflight.take().unwrap();
     assert!(driver.control.set_inflight(&region).is_err());
-    expect_log(&server, "queue 0 is running");
+    server.expect_log("queue 0 is running");
 }

@@ -15,5 +15,6 @@ pub mod random;
 pub mod recorded;
 pub mod server;
 pub mod simulated;
+pub mod soon;
 pub mod stop;
 pub mod tool;

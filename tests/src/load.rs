@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::driver::{Layout, Queue, Request, Segment, Token};
 use crate::image::MIB;
@@ -15,6 +16,8 @@ pub const DISK_SECTORS: u64 = 24 * MIB / 512;
 /// No multiple of a block, so that the stripes of different queues share blocks.
 const STRIPE_SECTORS: u64 = 320;
 const DEPTH: usize = 32;
+/// How many requests make a load.
+const LEAST: u64 = 100;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,14 +65,32 @@ impl Load {
     /// If a request fails or a byte is wrong.
     pub fn run(&mut self, queue: &mut Queue, mut go_on: impl FnMut() -> bool) {
         while go_on() {
-            if self.busy.len() == DEPTH {
-                self.finish_one(queue);
-            }
-            self.start_one(queue);
+            self.run_on(queue);
         }
         while !self.busy.is_empty() {
             self.finish_one(queue);
         }
+    }
+
+    /// Goes on until it is told to stop, and until [`LEAST`] requests were answered: on a busy machine it is a load too.
+    ///
+    /// # Panics
+    /// As [`Self::run`].
+    pub fn run_until(&mut self, queue: &mut Queue, stop: &AtomicBool) {
+        let least = self.answered + LEAST;
+        while !stop.load(Ordering::Relaxed) || self.answered < least {
+            self.run_on(queue);
+        }
+        while !self.busy.is_empty() {
+            self.finish_one(queue);
+        }
+    }
+
+    fn run_on(&mut self, queue: &mut Queue) {
+        if self.busy.len() == DEPTH {
+            self.finish_one(queue);
+        }
+        self.start_one(queue);
     }
 
     fn start_one(&mut self, queue: &mut Queue) {

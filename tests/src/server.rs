@@ -283,6 +283,23 @@ impl Server {
         self.read("log")
     }
 
+    /// Waits until it has logged this: who hears of something may hear of it before it is logged.
+    ///
+    /// # Panics
+    /// If it does not in time.
+    #[track_caller]
+    pub fn expect_log(&self, what: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(what) {
+            assert!(
+                Instant::now() < deadline,
+                "{what:?} is not in the log:\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// Asks it to end and waits until it did.
     ///
     /// # Panics

@@ -100,8 +100,7 @@ fn a_new_daemon_that_cannot_read_an_image_disturbs_nobody() {
     assert_eq!(exit.code, Some(1));
     assert!(exit.log.contains("b.vdi"), "{}", exit.log);
     expect_undisturbed(&mut driver, &mut fleet);
-    let log = fleet.server().log();
-    assert!(log.contains("the disks stay here"), "{log}");
+    fleet.server().expect_log("the disks stay here");
     fs::rename(fleet.path("away.vdi"), fleet.path("b.vdi")).unwrap();
     drop(driver);
     fleet.upgrade();

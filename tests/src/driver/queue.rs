@@ -28,8 +28,9 @@ pub use offer::Fate;
 /// How long anything may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long after a device gave a ring up the last answers may come.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// How long after a device gave a ring up the last answers may come; less than [`PATIENCE`], so that a request that waits
+/// says why it has no answer.
+const LAST_ANSWERS: Duration = Duration::from_secs(9);
 
 /// Names a request until its answer is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -460,9 +461,8 @@ impl Queue {
                 return false;
             }
             // The answer came in the last moment; its call may still be under way.
-            let grace = Instant::now() + Duration::from_millis(500);
             assert!(
-                readable_by(&self.epoll, grace),
+                readable_by(&self.epoll, Instant::now() + PATIENCE),
                 "queue {}: the device answered and did not call",
                 self.index
             );
