@@ -9,9 +9,9 @@ use vdi_tests::driver::{Driver, Layout, PATIENCE, Request};
 use vdi_tests::image::MIB;
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
-use vdi_tests::server::Server;
+use vdi_tests::server::{Launch, Server, scratch};
 use vdi_tests::stop::StopOnDrop;
-use vdi_tests::{tool, words};
+use vdi_tests::{operator, tool, words};
 
 use crate::fleet::Fleet;
 
@@ -471,4 +471,31 @@ fn a_disk_is_limited_under_load_whatever_its_engine() {
         drop(driver);
         fleet.expect_contents(&expected);
     }
+}
+
+#[test]
+fn a_daemon_of_one_disk_makes_no_files_and_says_so() {
+    let place = scratch();
+    let path = |name: &str| place.path().join(name);
+    let (image, control) = (path("disk.vdi"), path("control"));
+    tool::vdi(words!["create", image, "8M"]).expect_code(0);
+    let launch = Launch::image(&image).arg("--control-socket").arg(&control);
+    let server = launch.start();
+    let new = json!({"name": "x", "image": path("x.vdi"), "socket": path("x")});
+    let clone = json!({"of": image, "add": new});
+    let add = json!({"name": "y", "image": image, "socket": path("y")});
+    for (command, arguments) in [
+        ("snapshot", json!({"to": path("frozen.vdi")})),
+        ("commit", json!(null)),
+        ("clone", clone),
+        ("add", add),
+    ] {
+        let answer = operator::ask(&control, command, &arguments);
+        assert_eq!(answer, Err("not-possible".to_owned()), "{command}");
+    }
+    let log = server.log();
+    assert_eq!(log.matches("makes no files").count(), 4, "{log}");
+    assert_eq!(server.terminate().code, Some(0));
+    let left = fs::read_dir(place.path()).unwrap().count();
+    assert_eq!(left, 1, "only the image");
 }

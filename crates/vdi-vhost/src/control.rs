@@ -483,14 +483,14 @@ fn resize(disk: Option<&str>, size_bytes: u64, fleet: &Fleet) -> Result<Returned
 
 fn snapshot(disk: Option<&str>, to: &Path, fleet: &Fleet) -> Result<Returned, Failed> {
     let berth = fleet.find(disk)?;
-    let _change = fleet.change()?;
+    let _change = fleet.change_files()?;
     berth.lock().snapshot(to)?;
     Ok(Returned::info(&berth))
 }
 
 fn commit(Merged { disk, keep }: Merged, fleet: &Arc<Fleet>) -> Result<Returned, Failed> {
     let spent = if keep { Spent::Keep } else { Spent::Remove };
-    let _change = fleet.change()?;
+    let _change = fleet.change_files()?;
     let begun = jobs::commit(fleet, disk.as_deref(), spent)?;
     Ok(Returned::Job(begun))
 }
@@ -638,6 +638,7 @@ impl From<Failed> for Outcome {
                 FleetError::Options(_)
                 | FleetError::Group(GroupError::Name { .. })
                 | FleetError::Clone(CloneError::Create { .. } | CloneError::Name { .. })
+                | FleetError::OneDisk
                 | FleetError::TooMany
                 | FleetError::HandingOver
                 | FleetError::Socket(_)

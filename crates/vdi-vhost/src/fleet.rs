@@ -107,6 +107,10 @@ pub(crate) enum FleetError {
     WhichDisk { count: usize },
     #[error("the disks are being handed over to another daemon; ask that one")]
     HandingOver,
+    #[error(
+        "this daemon serves the one disk of its command line and makes no files; serve the disk by --config"
+    )]
+    OneDisk,
     #[error("there are {MOST_DISKS} disks, the most that are served")]
     TooMany,
     #[error(transparent)]
@@ -266,7 +270,7 @@ impl Fleet {
 
     /// Opens a disk that an operator describes, and serves it.
     pub(crate) fn add(self: &Arc<Self>, table: DiskTable) -> Result<Arc<Berth>, FleetError> {
-        let _change = self.change()?;
+        let _change = self.change_files()?;
         let options = self.options_of(table)?;
         self.add_new(options)
     }
@@ -349,6 +353,14 @@ impl Fleet {
     /// What is held while a disk is changed.
     pub(crate) fn change(&self) -> Result<RwLockReadGuard<'_, ()>, FleetError> {
         self.changes.try_read().map_err(|_| FleetError::HandingOver)
+    }
+
+    /// The same, for what makes files, which the sandbox lets only a daemon do whose disks come and go.
+    pub(crate) fn change_files(&self) -> Result<RwLockReadGuard<'_, ()>, FleetError> {
+        if self.config.file.is_none() {
+            return Err(FleetError::OneDisk);
+        }
+        self.change()
     }
 
     /// Lets in who waits at a disk's door; false if that is to be tried again.

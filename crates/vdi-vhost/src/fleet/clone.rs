@@ -51,7 +51,7 @@ impl Fleet {
         of: &Path,
         table: DiskTable,
     ) -> Result<Arc<Berth>, FleetError> {
-        let _change = self.change()?;
+        let _change = self.change_files()?;
         config::refuse_relative(of)?;
         let mut options = self.options_of(table)?;
         // It is kept until the disk has it: nobody may write it in between.
