@@ -22,6 +22,10 @@ die() {
 
 has() { command -v "$1" >/dev/null 2>&1; }
 
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
 # Ends the process $1 and returns when it is gone: SIGTERM, then after $2 seconds SIGKILL. False if SIGKILL was needed.
 stop_process() {
     local pid=$1 seconds=$2

@@ -1,7 +1,8 @@
 //! The Debian package: what is in it, and that what is installed serves a disk as its units say.
 //!
 //! As root it is really installed and removed, unless this machine has one that somebody uses; else it is unpacked
-//! beside. systemd itself runs on no machine that only runs tests: it judges the units, and the command line is started here.
+//! beside. systemd itself runs on no machine that only runs tests: it judges the units, and the command line is started here (and in a
+//! guest by a systemd that runs: `systemd/main.rs`).
 
 #![expect(clippy::unwrap_used, reason = "a test says by a panic what is wrong")]
 
@@ -106,6 +107,7 @@ fn it_is_installed_serves_a_disk_by_its_units_command_line_and_is_removed() {
         "usr/share/vdi-vhost/grafana/vdi-vhost.json",
         "lib/systemd/system/vdi-vhost@.socket",
         "lib/systemd/system/vdi-vhost-control@.socket",
+        "usr/lib/tmpfiles.d/vdi-vhost.conf",
         "etc/vdi-vhost/fleet.toml",
         "usr/share/doc/vdi-vhost/fleet.md",
     ] {

@@ -1,7 +1,7 @@
 //! The daemon under a service manager: sockets that it is handed, what it tells, and its log.
 //!
 //! The sockets come from systemd's own `systemd-socket-activate`; systemd itself runs on no machine that only runs
-//! tests, so who is told things is a socket of the test's.
+//! tests, so who is told things is a socket of the test's (but see `systemd/main.rs`).
 //!
 //! Sources: sd_listen_fds(3), sd_notify(3), sd-daemon(3).
 

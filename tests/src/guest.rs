@@ -125,6 +125,25 @@ impl Guest {
     }
 }
 
+/// Boots a Debian whose systemd runs the first of `files`, a test program, on the others (`ci/guest/jobs/systemd.sh`); what its console showed.
+///
+/// # Panics
+/// If one of its tests fails.
+#[must_use]
+pub fn under_systemd(files: &[&Path]) -> String {
+    let image = repository().join("target/guest/system.ext4");
+    assert!(
+        image.exists(),
+        "{} is missing; run ci/systemd",
+        image.display()
+    );
+    let mut command = Command::new(repository().join("ci/guest/run"));
+    command.arg("--system").arg(image);
+    command.args(["--memory", "768", "--timeout", "900"]);
+    command.arg(repository().join("ci/guest/jobs/systemd.sh"));
+    succeed(command.args(files))
+}
+
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
