@@ -27,6 +27,7 @@ fn run(program: &str, arguments: &[&str]) -> String {
 
 /// A package, where it was unpacked.
 struct Installed {
+    package: PathBuf,
     root: PathBuf,
     is_real: bool,
     _place: TempDir,
@@ -49,6 +50,7 @@ impl Installed {
             root
         };
         Self {
+            package: PathBuf::from(package),
             root,
             is_real,
             _place: place,
@@ -114,6 +116,16 @@ fn it_is_installed_serves_a_disk_by_its_units_command_line_and_is_removed() {
         let found = fs::metadata(installed.path(file)).unwrap();
         assert!(found.len() > 0, "{file} is empty");
     }
+    let manual = installed.path("usr/share/man");
+    for page in ["vdi-vhost", "vdi", "vdi-ctl-clone"] {
+        let found = run("man", &["-M", manual.to_str().unwrap(), "-w", page]);
+        assert!(found.ends_with(&format!("man1/{page}.1.gz\n")), "{found}");
+    }
+    // Debian's opinion of the whole: no errors, no warnings.
+    let strict = ["--no-cfg", "--allow-root", "--fail-on", "error,warning"];
+    let package = installed.package.to_str().unwrap();
+    run("lintian", &[&strict[..], &[package]].concat());
+
     // Management programs find the daemon by this.
     let descriptor = fs::read(installed.path("usr/share/qemu/vhost-user/50-vdi-vhost.json"));
     let descriptor: serde_json::Value = serde_json::from_slice(&descriptor.unwrap()).unwrap();
