@@ -111,6 +111,22 @@ impl Engine {
         }
     }
 
+    /// Whether only one transfer is in flight, and such a one as takes storage little time.
+    pub(crate) fn is_soon_over(&self) -> bool {
+        match self {
+            Self::Ring(ring) => ring.is_soon_over(),
+            Self::Sync(_) => false,
+        }
+    }
+
+    /// Submits what was started.
+    pub(crate) fn submit(&mut self) {
+        match self {
+            Self::Ring(ring) => ring.hand_over(),
+            Self::Sync(_) => {}
+        }
+    }
+
     /// Whether something was started that the next turn submits.
     pub(crate) fn has_unsubmitted(&mut self) -> bool {
         match self {

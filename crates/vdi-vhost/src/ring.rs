@@ -340,6 +340,8 @@ pub(crate) struct Ring {
     transfers: Vec<Option<Box<Transfer>>>,
     free: Vec<usize>,
     in_flight: usize,
+    /// The slot of the transfer that was started last.
+    last: usize,
     /// Slots whose transfers wait for a bounce buffer.
     waiting: VecDeque<usize>,
     bounces: Vec<BounceBuffer>,
@@ -364,6 +366,7 @@ impl Ring {
             transfers: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
+            last: 0,
             waiting: VecDeque::new(),
             bounces: Vec::new(),
             bounces_made: 0,
@@ -403,6 +406,7 @@ impl Ring {
         });
         self.transfers[slot] = Some(Box::new(transfer));
         self.in_flight += 1;
+        self.last = slot;
         self.submit(slot);
         if self.uring.submission().len() >= EAGER {
             self.enter(0);
@@ -451,6 +455,19 @@ impl Ring {
     /// Whether the kernel writes completions down as soon as it is called.
     fn is_owed_completions(&mut self) -> bool {
         self.uring.submission().taskrun()
+    }
+
+    /// Whether only one transfer is in flight, and it is small: then it is the last one, or is not known.
+    pub(crate) fn is_soon_over(&self) -> bool {
+        let last = self.transfers.get(self.last).and_then(Option::as_ref);
+        self.in_flight == 1 && last.is_some_and(|transfer| transfer.is_small())
+    }
+
+    /// Submits what was started.
+    pub(crate) fn hand_over(&mut self) {
+        if self.has_unsubmitted() {
+            self.enter(0);
+        }
     }
 
     /// Whether the next turn submits something.
@@ -740,5 +757,39 @@ mod tests {
         }
         finished.sort_unstable();
         assert!(finished.into_iter().eq(0..EAGER as u64));
+    }
+
+    #[test]
+    fn only_a_small_transfer_that_is_alone_is_soon_over() {
+        let Ok(mut ring) = Ring::new() else {
+            eprintln!("this host forbids io_uring: not tested");
+            return;
+        };
+        let memory = Arc::new(crate::chain::tests::memory());
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let write = |len| {
+            let at = vm_memory::GuestAddress(0x1000);
+            let buffer = GuestBuffer::new(&memory, &[Piece { at, len }]).unwrap();
+            Transfer::data(1, Operation::Write, Arc::clone(&file), 0, buffer, None)
+        };
+        let drain = |ring: &mut Ring| {
+            while ring.in_flight() > 0 {
+                ring.turn(Wait::Forever);
+            }
+            assert!(!ring.is_soon_over());
+        };
+        ring.start(write(4096));
+        assert!(ring.is_soon_over() && ring.has_unsubmitted());
+        ring.hand_over();
+        assert!(!ring.has_unsubmitted());
+        ring.start(write(4096));
+        assert!(!ring.is_soon_over(), "two");
+        drain(&mut ring);
+        ring.start(Transfer::sync(1, Arc::clone(&file)));
+        assert!(!ring.is_soon_over(), "a sync");
+        drain(&mut ring);
+        ring.start(write(0x2_0000));
+        assert!(!ring.is_soon_over(), "a large one");
+        drain(&mut ring);
     }
 }

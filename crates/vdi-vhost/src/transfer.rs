@@ -28,6 +28,9 @@ const BOUNCE_ALIGNMENT: usize = 4096;
 /// What is copied or left out as a whole.
 const PAGE: usize = 4096;
 
+/// Bytes that fast storage moves in the time of a wake-up or two.
+const SMALL: u64 = 64 << 10;
+
 /// How often a transfer that the kernel interrupted or could not queue is started again.
 const MAX_RETRIES: u8 = 100;
 
@@ -300,6 +303,11 @@ impl Transfer {
     /// Whose work it is.
     pub(crate) fn token(&self) -> u64 {
         self.token
+    }
+
+    /// Whether it moves a little guest data and does nothing else.
+    pub(crate) fn is_small(&self) -> bool {
+        matches!(&self.rest, Rest::Guest(buffer) if buffer.len() <= SMALL)
     }
 
     /// What it does.

@@ -25,7 +25,7 @@ use crate::clock::{self, Moment};
 use crate::command::{Command, Doorbell, Order, SeatNumber};
 use crate::engine::{Engine, EngineChoice, Wait};
 use crate::inflight::{Key, MAX_TRANSFERS, Tools};
-use crate::patience::{LOOK, Patience};
+use crate::patience::{LOOK, LOOK_FOR_TRANSFER, Offer, Patience, Waits, offer_processor};
 use crate::ring::WatchKey;
 use crate::seat::{Others, Seat};
 
@@ -58,6 +58,8 @@ pub(crate) struct Worker {
     /// How long to sleep next while a ring is polled.
     nap: Duration,
     patience: Patience,
+    /// With a transfer that is in flight alone.
+    patience_with_transfer: Patience,
     is_over: bool,
 }
 
@@ -147,7 +149,8 @@ impl Worker {
             orders,
             seats: Seats::default(),
             nap: SHORTEST_NAP,
-            patience: Patience::default(),
+            patience: Patience::new(Waits::ForChains),
+            patience_with_transfer: Patience::new(Waits::ForTransfer),
             is_over: false,
         })
     }
@@ -227,6 +230,9 @@ impl Worker {
         if self.has_more() {
             return true;
         }
+        if self.tools.engine.is_soon_over() {
+            return self.patience_with_transfer.looks() && self.awaits_transfer();
+        }
         // What was started goes to the kernel by the call that waits.
         if self.tools.engine.has_unsubmitted() || !self.patience.looks() {
             return false;
@@ -234,17 +240,50 @@ impl Worker {
         let mut now = Moment::now();
         let end = now.plus(clock::nanos(LOOK));
         while now < end {
-            for _ in 0..LOOKS_PER_CLOCK {
-                if self.has_more() {
-                    self.patience.found();
-                    self.tools.set_clock(now);
-                    return true;
-                }
-                std::hint::spin_loop();
+            if self.finds_within_looks(now) {
+                self.patience.found();
+                return true;
             }
             now = Moment::now();
         }
         self.patience.missed();
+        false
+    }
+
+    /// Looks for the end of the only transfer that is in flight, as long as nobody else wants the processor.
+    fn awaits_transfer(&mut self) -> bool {
+        self.tools.engine.submit();
+        let mut now = Moment::now();
+        let end = now.plus(clock::nanos(LOOK_FOR_TRANSFER));
+        while now < end {
+            if self.finds_within_looks(now) {
+                self.patience_with_transfer.found();
+                return true;
+            }
+            let offer;
+            (now, offer) = offer_processor();
+            match offer {
+                Offer::Declined => {}
+                Offer::Taken => break,
+                Offer::Kept => {
+                    self.patience_with_transfer.is_in_the_way();
+                    return false;
+                }
+            }
+        }
+        self.patience_with_transfer.missed();
+        false
+    }
+
+    /// Whether some looks find something. It is `now`.
+    fn finds_within_looks(&mut self, now: Moment) -> bool {
+        for _ in 0..LOOKS_PER_CLOCK {
+            if self.has_more() {
+                self.tools.set_clock(now);
+                return true;
+            }
+            std::hint::spin_loop();
+        }
         false
     }
 

@@ -968,3 +968,31 @@ fn a_disk_that_waits_can_be_asked_how_it_is() {
     assert_eq!((dump.parked, dump.oldest.len()), (41, crate::dump::OLDEST));
     assert!(dump.oldest.iter().all(|request| request.queue == 0));
 }
+
+#[test]
+fn a_worker_looks_for_the_end_of_a_transfer_unless_it_is_in_the_way() {
+    let mut scene = Scene::with(EngineChoice::IoUring);
+    let mut disk = scene.seat(0);
+    disk.offer(0, OUT, 1);
+    while !disk.is_answered(0) {
+        scene.turn();
+        scene.do_chores(&disk);
+    }
+    for is_in_the_way in [true, false] {
+        disk.offer(0, IN, 1);
+        scene.worker.tools.inline_left = 0;
+        scene.turn_until_syncs();
+        assert!(scene.worker.tools.engine.has_unsubmitted());
+        scene.worker.patience_with_transfer = Patience::new(Waits::ForTransfer);
+        if is_in_the_way {
+            scene.worker.patience_with_transfer.is_in_the_way();
+        }
+        let found = scene.worker.finds_more();
+        // What is looked for must have been handed over; the wait does it else.
+        assert_eq!(scene.worker.tools.engine.has_unsubmitted(), is_in_the_way);
+        assert!(!(found && is_in_the_way));
+        while !disk.is_answered(0) {
+            scene.turn();
+        }
+    }
+}
