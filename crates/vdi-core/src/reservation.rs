@@ -76,6 +76,12 @@ impl Reservation {
         &self.extents
     }
 
+    /// Whether it takes blocks that hold nothing yet.
+    pub fn allocates(&self) -> bool {
+        let is_allocated = |entry| matches!(entry, BlockMapEntry::Allocated(_));
+        self.changes.iter().any(|(_, entry)| is_allocated(*entry))
+    }
+
     /// What is to be made zeros in the top image's file: punched out of it, or zeroed in place if
     /// [`Self::keeps_space`]. Empty for writes of data.
     pub fn zeros(&self) -> &[WriteExtent] {

@@ -32,6 +32,7 @@ use crate::device::Device;
 use crate::dump::RequestDump;
 use crate::engine::Engine;
 use crate::image_file::ImageFile;
+use crate::lone::Lone;
 use crate::memory;
 use crate::portion::{Portion, SMALL, TURN_BYTES, step_sectors};
 use crate::request::{Reply, Request, Segments, Status};
@@ -222,6 +223,8 @@ pub(crate) struct Desk {
     pub(crate) device: Arc<Device>,
     /// Transfers that are not over.
     pub(crate) transfers: usize,
+    /// A write that may be alone.
+    pub(crate) lone: Lone,
     /// How large its requests are.
     pub(crate) portion: Portion,
     /// Says what is wrong.
@@ -558,8 +561,7 @@ impl Active {
             match extent.source {
                 Source::Unallocated | Source::Zero { .. } => part.fill_with_zeros(),
                 Source::Stored { depth, at } => {
-                    self.outstanding +=
-                        context.transfer(self.key, Operation::Read, depth, at, part);
+                    self.outstanding += context.transfer(self.key, Moving::Out, depth, at, part);
                 }
             }
             if self.outstanding >= TRANSFERS_PER_REQUEST {
@@ -695,11 +697,35 @@ impl Active {
     }
 }
 
+/// Which way guest data go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moving {
+    /// To the guest.
+    Out,
+    /// Over others.
+    Over,
+    /// To where nothing was.
+    Fresh,
+}
+
+impl Moving {
+    fn operation(self) -> Operation {
+        match self {
+            Self::Out => Operation::Read,
+            Self::Over | Self::Fresh => Operation::Write,
+        }
+    }
+}
+
 /// One part of a window's work.
 #[derive(Clone, Copy, Debug)]
 enum Part {
     /// Guest data go there.
-    Data { at: FileOffset, len_bytes: u64 },
+    Data {
+        at: FileOffset,
+        len_bytes: u64,
+        moving: Moving,
+    },
     /// Zeros go there, with or without the space.
     Clear {
         at: FileOffset,
@@ -717,9 +743,14 @@ impl Part {
         } else {
             Operation::Punch
         };
-        let data = reservation.extents().iter().map(|extent| Self::Data {
+        let moving = match reservation.allocates() {
+            true => Moving::Fresh,
+            false => Moving::Over,
+        };
+        let data = reservation.extents().iter().map(move |extent| Self::Data {
             at: extent.at,
             len_bytes: extent.len_bytes,
+            moving,
         });
         let zeros = reservation.zeros().iter().map(move |extent| Self::Clear {
             at: extent.at,
@@ -733,9 +764,16 @@ impl Part {
     /// Starts its transfers; how many they are.
     fn start(self, key: Key, change: &mut Change, context: &mut Context<'_>) -> u32 {
         match (self, change) {
-            (Self::Data { at, len_bytes }, Change::Data { from, .. }) => {
+            (
+                Self::Data {
+                    at,
+                    len_bytes,
+                    moving,
+                },
+                Change::Data { from, .. },
+            ) => {
                 let part = from.split_front(len_bytes);
-                context.transfer(key, Operation::Write, 0, at, part)
+                context.transfer(key, moving, 0, at, part)
             }
             (
                 Self::Clear {
@@ -833,6 +871,20 @@ impl Context<'_> {
         self.tools.engine.start(transfer, inline);
     }
 
+    /// Starts a write at the end of the turn, if it is alone till then.
+    fn start_with_turn(&mut self, write: Transfer) {
+        if self.tools.engine.in_flight() > 0 {
+            return self.start(write, false);
+        }
+        match self.desk.lone.keep(write) {
+            None => self.desk.transfers += 1,
+            Some([first, second]) => {
+                self.tools.engine.start(first, false);
+                self.start(second, false);
+            }
+        }
+    }
+
     /// The data of a window are written: it can be committed, or synced before.
     fn written(&mut self, key: Key, reservation: Reservation) {
         if reservation.needs_sync() {
@@ -847,7 +899,7 @@ impl Context<'_> {
     fn transfer(
         &mut self,
         key: Key,
-        operation: Operation,
+        moving: Moving,
         depth: usize,
         mut at: FileOffset,
         mut buffer: GuestBuffer,
@@ -858,7 +910,7 @@ impl Context<'_> {
             let part = buffer.split_front(route.len_bytes);
             let start = at;
             at = at.plus(route.len_bytes);
-            if operation == Operation::Read
+            if moving == Moving::Out
                 && part.len() <= self.tools.inline_left.max(SMALL)
                 && self.desk.images[depth].read_now(start, &part)
             {
@@ -866,12 +918,16 @@ impl Context<'_> {
                 self.tools.inline_left = left.saturating_sub(part.len());
                 continue;
             }
+            let (token, align) = (key.token(), route.alignment);
+            let operation = moving.operation();
+            let transfer = Transfer::data(token, operation, route.file, start.0, part, align);
             // File systems hand buffered writes from a ring to helper threads, one at a time (ext4); inline they cost
             // half.
-            let inline = operation == Operation::Write && route.alignment.is_none();
-            let (token, align) = (key.token(), route.alignment);
-            let transfer = Transfer::data(token, operation, route.file, start.0, part, align);
-            self.start(transfer, inline);
+            match (moving, align) {
+                (Moving::Over | Moving::Fresh, None) => self.start(transfer, true),
+                (Moving::Fresh, Some(_)) => self.start_with_turn(transfer),
+                (Moving::Out, _) | (Moving::Over, Some(_)) => self.start(transfer, false),
+            }
             count += 1;
         }
         count

@@ -47,6 +47,7 @@ mod inflight;
 mod jobs;
 mod limits;
 mod log;
+mod lone;
 mod memory;
 mod metrics;
 mod parents;

@@ -1,5 +1,5 @@
 //! Whether a sync will be over soon: then a worker whom nobody else needs does it on its own time, which is cheaper than to
-//! hand it on.
+//! hand it on. The same of writes into fresh room (`lone`).
 //!
 //! Who comes meanwhile waits for the rest of it, also another queue, so this must be rare to go wrong. What a guest did not write it
 //! cannot make others wait for, so much unsynced data is always handed on. For what the storage does there is no bound, only

@@ -35,6 +35,7 @@ use crate::dirty::Guest;
 use crate::dump::{OLDEST, SeatDump};
 use crate::gate::Gate;
 use crate::inflight::{Active, Context, Desk, Key, Next, Tools};
+use crate::lone::Lone;
 use crate::memory;
 use crate::portion::Portion;
 use crate::promptness::Promptness;
@@ -143,6 +144,7 @@ impl Seat {
             complaints: served.complaints,
             waker: Waker::from(Arc::clone(&bell)),
             transfers: 0,
+            lone: Lone::default(),
             portion: Portion::default(),
             tally: served.stats.sit(),
             parked: Vec::new(),
@@ -351,6 +353,7 @@ impl Seat {
     /// Takes the result of a transfer to its request.
     pub(crate) fn finished(&mut self, key: Key, finished: Finished, tools: &mut Tools) {
         self.desk.transfers -= 1;
+        self.desk.lone.finished(&finished);
         if finished.result.as_ref().is_err_and(memory::is_missing) {
             memory::suspect(&self.guest.memory);
         }
@@ -494,6 +497,16 @@ impl Seat {
     pub(crate) fn wants_sync(&self) -> bool {
         let somebody = !self.desk.unsynced.is_empty() || !self.desk.unflushed.is_empty();
         somebody && self.syncing.is_none()
+    }
+
+    /// How many waits of the thread's the seat wants at most: for a sync, and for a write that may be alone.
+    pub(crate) fn wants_waits(&self) -> u32 {
+        u32::from(self.wants_sync()) + u32::from(self.desk.lone.is_waiting())
+    }
+
+    /// Starts the write that was kept until the end of the turn. `others` says who else would wait for it.
+    pub(crate) fn start_lone(&mut self, tools: &mut Tools, others: Others) {
+        self.desk.lone.start(&mut tools.engine, others);
     }
 
     /// Starts one sync for all who wait for one, if it can begin. `others` says who else would wait for it.

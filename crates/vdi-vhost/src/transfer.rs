@@ -305,6 +305,14 @@ impl Transfer {
         self.token
     }
 
+    /// Bytes of guest memory that are not moved yet.
+    pub(crate) fn guest_len(&self) -> u64 {
+        match &self.rest {
+            Rest::Guest(buffer) => buffer.len(),
+            Rest::Call | Rest::Range(_) | Rest::Own(_) => 0,
+        }
+    }
+
     /// Whether it moves a little guest data and does nothing else.
     pub(crate) fn is_small(&self) -> bool {
         matches!(&self.rest, Rest::Guest(buffer) if buffer.len() <= SMALL)

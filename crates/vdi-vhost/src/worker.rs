@@ -1,7 +1,7 @@
 //! A worker: one thread, one engine, the seats of the disks whose queues it serves. One loop that a reader can hold in mind:
 //!
 //! ```text
-//! wait ─► hear kicks and commands ─► reap ─► each seat begins ─► reap ─► each seat settles ─► syncs
+//! wait ─► hear kicks and commands ─► reap ─► each seat begins ─► reap ─► each seat settles ─► syncs, lone writes
 //! ```
 //!
 //! - Only seats that have something are looked at (`active`): one that was kicked, told something, has a result, a retry, or a queue
@@ -11,8 +11,8 @@
 //!   [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - No seat has more than its share of the transfers ([`MAX_TRANSFERS`]), but for the burst that goes over it; every turn begins with another
 //!   seat. Seats whose requests are small go before the others and answer what they can before those move theirs (`portion`).
-//! - Answers are published before a sync is begun: one that is done on this thread's time holds up all its seats, so it is only if there is
-//!   nothing else to do at any of them (`promptness`).
+//! - Answers are published before a sync or a write into fresh room is begun: one that is done on this thread's time holds up all its
+//!   seats, so it is only if there is nothing else to do at any of them (`promptness`, `lone`).
 //!
 //! Not here: what a seat does (`seat`).
 
@@ -413,22 +413,25 @@ impl Worker {
         }
     }
 
-    /// Begins the syncs that are waited for.
+    /// Begins what may hold the thread up: the syncs that are waited for, and writes that were kept until now.
     fn sync(&mut self) {
-        if !self.seats.any_active(Seat::wants_sync) {
+        if !self.seats.any_active(|seat| seat.wants_waits() > 0) {
             return;
         }
         let others = self.others();
         let tools = &mut self.tools;
-        self.seats.for_each_active(|seat| seat.sync(tools, others));
+        self.seats.for_each_active(|seat| {
+            seat.start_lone(tools, others);
+            seat.sync(tools, others);
+        });
     }
 
-    /// Who would wait for a sync on this thread's time: what is in flight or due, chains, and other disks' syncs.
+    /// Who would wait for what is done on this thread's time: what is in flight or due, chains, and others that want the same.
     fn others(&mut self) -> Others {
-        let mut syncs = 0;
+        let mut waits = 0;
         self.seats
-            .for_each_active(|seat| syncs += u32::from(seat.wants_sync()));
-        let wait = syncs > 1
+            .for_each_active(|seat| waits += seat.wants_waits());
+        let wait = waits > 1
             || self.tools.engine.in_flight() > 0
             || self.seats.any_active(Seat::is_due)
             || self.has_more();

@@ -110,6 +110,21 @@ impl Scene {
     }
 
     fn seat(&mut self, number: SeatNumber) -> TestDisk {
+        self.seat_with(number, |file, _| ImageFile::buffered(file))
+    }
+
+    /// One whose data go past the page cache.
+    fn direct_seat(&mut self, number: SeatNumber) -> TestDisk {
+        self.seat_with(number, |file, disk| {
+            ImageFile::direct(file, Access::Writable, disk.data_area()).unwrap()
+        })
+    }
+
+    fn seat_with(
+        &mut self,
+        number: SeatNumber,
+        image: impl FnOnce(File, &Disk) -> ImageFile,
+    ) -> TestDisk {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.vdi");
         let options = CreateOptions {
@@ -132,7 +147,7 @@ impl Scene {
         };
         let device = fuzzing::device(&disk, &wishes);
         device.ack_features(wishes.features);
-        let image = ImageFile::buffered(file.file().try_clone().unwrap());
+        let image = image(file.file().try_clone().unwrap(), &disk);
         let sync_file = image.file_for_syncs();
         let (stats, throttle) = (Arc::<Stats>::default(), Arc::<Throttle>::default());
         let served = Served {
@@ -967,6 +982,56 @@ fn a_disk_that_waits_can_be_asked_how_it_is() {
     let dump = ask(&mut scene, 4).unwrap();
     assert_eq!((dump.parked, dump.oldest.len()), (41, crate::dump::OLDEST));
     assert!(dump.oldest.iter().all(|request| request.queue == 0));
+}
+
+#[test]
+fn a_write_into_fresh_room_is_kept_until_the_end_of_the_turn_if_it_is_alone() {
+    let mut scene = Scene::with(EngineChoice::IoUring);
+    let (mut disk, mut other) = (scene.direct_seat(0), scene.direct_seat(1));
+    // The first ones have room made.
+    for one in [&mut disk, &mut other] {
+        one.offer(0, OUT, 0);
+        while !one.is_answered(0) {
+            scene.turn();
+            scene.do_chores(one);
+        }
+    }
+    let kept = |scene: &Scene| {
+        scene
+            .worker
+            .seats
+            .any_active(|seat| seat.wants_waits() == 1)
+    };
+    disk.offer(0, OUT, 1);
+    scene.turn_until_syncs();
+    assert!(kept(&scene));
+    assert_eq!(scene.worker.tools.engine.in_flight(), 0);
+    assert_eq!(scene.worker.others(), Others::NoneKnown);
+    // Another disk's is a reason to hold nobody up.
+    other.offer(0, OUT, 1);
+    scene.turn_until_syncs();
+    assert_eq!(scene.worker.tools.engine.in_flight(), 0);
+    assert_eq!(scene.worker.others(), Others::Wait);
+    scene.worker.sync();
+    assert!(!kept(&scene));
+    assert_eq!(scene.worker.tools.engine.in_flight(), 2);
+    while !(disk.is_answered(0) && other.is_answered(0)) {
+        scene.turn();
+    }
+    // Two of one disk, and one over what is there.
+    disk.offer(0, OUT, 2);
+    disk.offer(1, OUT, 3);
+    scene.turn_until_syncs();
+    assert_eq!(scene.worker.tools.engine.in_flight(), 2);
+    while !(disk.is_answered(0) && disk.is_answered(1)) {
+        scene.turn();
+    }
+    disk.offer(0, OUT, 2);
+    scene.turn_until_syncs();
+    assert_eq!(scene.worker.tools.engine.in_flight(), 1);
+    while !disk.is_answered(0) {
+        scene.turn();
+    }
 }
 
 #[test]
