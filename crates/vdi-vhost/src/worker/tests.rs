@@ -1043,8 +1043,10 @@ fn a_worker_looks_for_the_end_of_a_transfer_unless_it_is_in_the_way() {
         scene.turn();
         scene.do_chores(&disk);
     }
+    let _marked = scene.log_large(&mut disk, 32 << 10);
     for is_in_the_way in [true, false] {
-        disk.offer(0, IN, 1);
+        // Small enough to be looked for, too large to be done at once whatever else moved.
+        disk.offer_large(1, 32 << 10);
         scene.worker.tools.inline_left = 0;
         scene.turn_until_syncs();
         assert!(scene.worker.tools.engine.has_unsubmitted());
