@@ -53,6 +53,7 @@ fn every_link_leads_somewhere() {
     let mut found = 0;
     for page in [
         "README.md",
+        "docs/daemon.md",
         "docs/troubleshooting.md",
         "docs/fleet.md",
         "docs/performance.md",
