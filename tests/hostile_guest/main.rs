@@ -18,3 +18,4 @@ mod refused;
 mod rings;
 mod session;
 mod state;
+mod zeros;

@@ -52,6 +52,10 @@ const USED_ELEMENT_BYTES: u64 = 8;
 /// Chains taken in one go, so that answers to the first do not wait for the last.
 pub(crate) const BURST: u16 = 32;
 
+/// Bytes that the discards and write-zeroes in flight of a queue are about, beyond which it takes no more chains: one of the largest that Linux
+/// sends. They are few bytes in the ring and all of them the work of this thread, and whoever stops the queue waits for them.
+const MOST_ZEROS: u64 = 4 << 30;
+
 /// What the worker does with a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -77,6 +81,8 @@ pub(crate) struct Queue {
     /// What is in flight, by head.
     slots: Vec<Option<Active>>,
     in_flight: usize,
+    /// Bytes that those in flight make zeros.
+    zeros: u64,
     /// Answered in this turn.
     used: Vec<Used>,
     size: u16,
@@ -165,6 +171,7 @@ impl Queue {
                 .take(usize::from(size))
                 .collect(),
             in_flight: 0,
+            zeros: 0,
             used: Vec::new(),
             size,
             table,
@@ -178,9 +185,14 @@ impl Queue {
         self.in_flight
     }
 
-    /// Whether there may be chains to take.
+    /// Whether there may be chains to take, and they may be taken.
     pub(crate) fn is_awake(&self) -> bool {
-        self.awake && self.mode == Mode::Running
+        self.awake && self.mode == Mode::Running && !self.is_full()
+    }
+
+    /// Whether so many zeros are being made that no more chains are taken.
+    pub(crate) fn is_full(&self) -> bool {
+        self.zeros >= MOST_ZEROS
     }
 
     /// Whether nobody will say that there are chains to take.
@@ -284,6 +296,21 @@ impl Queue {
         Ok(heads)
     }
 
+    /// Has the last heads that were taken from the ring be the next ones to take. They were not started.
+    pub(crate) fn put_back(&mut self, heads: &[u16]) -> Result<(), Broken> {
+        if let Some(tracker) = &self.tracker {
+            // The last one first: what is recorded is without a gap (T1).
+            for head in heads.iter().rev().filter(|head| **head < self.size) {
+                tracker.put_back(*head)?;
+            }
+        }
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        let count = u16::try_from(heads.len()).expect("a burst is short");
+        queue.set_next_avail(queue.next_avail().wrapping_sub(count));
+        Ok(())
+    }
+
     /// Follows the chain of a head that was taken.
     pub(crate) fn walk(&self, memory: &Memory, head: u16) -> Result<Chain, Broken> {
         let size = self.size;
@@ -297,6 +324,7 @@ impl Queue {
 
     /// Keeps a request until it is answered.
     pub(crate) fn keep(&mut self, head: u16, active: Active) {
+        self.zeros += active.zeros();
         self.slots[usize::from(head)] = Some(active);
         self.in_flight += 1;
     }
@@ -309,7 +337,10 @@ impl Queue {
     /// Ends keeping it, because it is about to be answered.
     pub(crate) fn release(&mut self, head: u16) -> Option<Active> {
         let active = self.slots.get_mut(usize::from(head))?.take();
-        self.in_flight -= usize::from(active.is_some());
+        if let Some(active) = &active {
+            self.in_flight -= 1;
+            self.zeros -= active.zeros();
+        }
         active
     }
 

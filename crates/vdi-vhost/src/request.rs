@@ -37,9 +37,9 @@ const SEGMENT_BYTES: usize = 16;
 /// Most segments of one request: what Linux packs into one at most, give or take.
 pub(crate) const MAX_SEGMENTS: u32 = 64;
 
-/// Most sectors of a segment: 2 TiB less a little, all that its field can say in whole MiB. Work is done in windows
-/// anyway.
-pub(crate) const MAX_SEGMENT_SECTORS: u32 = u32::MAX / 2048 * 2048;
+/// Most sectors of a segment: 4 GiB, since Linux counts a request's bytes in 32 bits and never sends more. Whole blocks of any size. A bound on
+/// what one request can ask for.
+pub(crate) const MAX_SEGMENT_SECTORS: u32 = 1 << 23;
 
 /// The flag of a write-zeroes segment whose space may be given back.
 const FLAG_UNMAP: u32 = 1;

@@ -668,6 +668,9 @@ fn take_as_limited(
 ) -> Result<Option<Moment>, Broken> {
     let now = context.tools.now;
     for _ in 0..most {
+        if !queue.is_awake() {
+            break;
+        }
         if queue.is_recovering() {
             take_from(whose, queue, guest, 1, context)?;
             continue;
@@ -695,9 +698,14 @@ fn take_from(
 ) -> Result<u64, Broken> {
     let memory = &guest.memory;
     let mut moved = 0;
+    let is_new = !queue.is_recovering();
     let heads = queue.take_heads(memory, most)?;
     debug_assert!(heads.len() <= usize::from(BURST));
-    for head in heads {
+    for (nth, &head) in heads.iter().enumerate() {
+        if is_new && queue.is_full() {
+            queue.put_back(&heads[nth..])?;
+            break;
+        }
         let chain = queue.walk(memory, head);
         let device = &context.desk.device;
         let parsed = chain.map(|chain| request::parse(guest, chain, head, device));

@@ -302,6 +302,11 @@ impl Tracker {
         self.tracking.store(state, 1_u8)
     }
 
+    /// The chain that was taken last was not started, and is as if it had not been taken (T1).
+    pub(crate) fn put_back(&self, head: u16) -> Result<()> {
+        self.tracking.store(self.state(head), 0_u8)
+    }
+
     /// A chain is about to be put into the used ring (T2).
     pub(crate) fn giving_back(&mut self, head: u16) -> Result<()> {
         self.tracking
