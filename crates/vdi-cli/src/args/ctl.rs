@@ -342,7 +342,10 @@ mod tests {
 
     #[test]
     fn nothing_that_a_disk_can_be_is_without_an_option() {
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../vdi-vhost/src/config/disk.rs");
+        let source = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../vdi-vhost/src/config/disk.rs"
+        );
         let source = std::fs::read_to_string(source).unwrap();
         let (_, fields) = source.split_once("struct DiskTable {\n").unwrap();
         let (fields, _) = fields.split_once("\n}\n").unwrap();
