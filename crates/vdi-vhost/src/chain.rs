@@ -319,4 +319,24 @@ pub(crate) mod tests {
         put(&memory, GuestAddress(0x4000), &[(0x4000, 16, INDIRECT, 0)]);
         assert_eq!(walk(&memory, TABLE, 16, 0), Err(ChainError::NestedIndirect));
     }
+
+    #[test]
+    fn a_chain_has_no_more_descriptors_than_are_allowed() {
+        let most = u32::try_from(MAX_DESCRIPTORS).unwrap();
+        // The one that names the table counts.
+        for (inner, is_allowed) in [(most - 1, true), (most, false)] {
+            let memory = memory();
+            let table: Vec<_> = (0..inner)
+                .map(|nth| {
+                    let is_last = nth + 1 == inner;
+                    let next = u16::try_from(nth + 1).unwrap();
+                    (0x1000, 1, if is_last { 0 } else { NEXT }, next)
+                })
+                .collect();
+            put(&memory, GuestAddress(0x2_0000), &table);
+            put(&memory, TABLE, &[(0x2_0000, 16 * inner, INDIRECT, 0)]);
+            let chain = walk(&memory, TABLE, 16, 0);
+            assert_eq!(chain.is_ok(), is_allowed, "{inner}");
+        }
+    }
 }

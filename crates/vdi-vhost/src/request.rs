@@ -731,6 +731,26 @@ mod tests {
     }
 
     #[test]
+    fn a_segment_has_16_bytes_and_no_more_sectors_than_are_offered() {
+        let mut guest = guest(Access::Writable);
+        let kind = VIRTIO_BLK_T_WRITE_ZEROES;
+        for (len, is_whole) in [(16, true), (17, false), (24, false), (31, false)] {
+            let parsed = guest.parse(kind, 0, &[(HEADER, 16), (0x4000, len)], &[(0x5000, 1)]);
+            assert_eq!(parsed.is_ok(), is_whole, "{len} bytes");
+        }
+        let large = Capacity::from_bytes_rounded_down(1 << 40);
+        let serial = guest.device.serial().clone();
+        guest.device = Device::new(large, Access::Writable, 1, serial, zeros(Discard::Unmap));
+        for (count, wanted) in [
+            (MAX_SEGMENT_SECTORS, None),
+            (MAX_SEGMENT_SECTORS + 1, Some(Status::IoError)),
+        ] {
+            let parsed = parse_segments(&guest, kind, &[(0, count, 0)]).unwrap();
+            assert_eq!(parsed.err(), wanted, "{count} sectors");
+        }
+    }
+
+    #[test]
     fn a_disk_that_ignores_discards_offers_none_and_keeps_its_space() {
         let mut guest = guest(Access::Writable);
         let (capacity, serial) = (guest.device.capacity(), guest.device.serial().clone());
