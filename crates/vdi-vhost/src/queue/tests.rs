@@ -50,3 +50,26 @@ fn whatever_is_written_of_the_used_ring_is_marked_at_once() {
         queue.publish(&guest).unwrap();
     });
 }
+
+#[test]
+fn no_more_chains_are_offered_than_the_ring_holds() {
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(0x8000).unwrap();
+    let guest = fuzzing::map(&GuestMemory {
+        file: &memory,
+        regions: &[[0, 0x8000, 0]],
+        log: None,
+    });
+    let mut ring = virtio_queue::Queue::new(SIZE).unwrap();
+    ring.set_size(SIZE);
+    ring.set_desc_table_address(Some(0), Some(0));
+    ring.set_avail_ring_address(Some(u32::try_from(AVAILABLE).unwrap()), Some(0));
+    ring.set_used_ring_address(Some(u32::try_from(USED).unwrap()), Some(0));
+    for (index, is_taken) in [(SIZE, true), (2 * SIZE + 1, false), (SIZE - 1, false)] {
+        memory
+            .write_all_at(&index.to_le_bytes(), AVAILABLE + 2)
+            .unwrap();
+        let heads = available_heads(&mut ring, &guest.memory, BURST);
+        assert_eq!(heads.is_ok(), is_taken, "{index}");
+    }
+}
