@@ -1,8 +1,9 @@
 //! What is no chain: the ring breaks, and only the ring.
 
 use vdi_tests::driver::{Buffer, Descriptor, Fate, INDIRECT, NEXT, PATIENCE, Request, WRITE};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_DISCARD;
 
-use crate::bench::{Bench, FIRST, HOLE, NOWHERE, RING, linked, linked_from, writable};
+use crate::bench::{Bench, FIRST, HOLE, NOWHERE, RING, linked, linked_from, readable, writable};
 
 #[test]
 fn a_chain_that_loops_breaks_the_ring() {
@@ -235,6 +236,30 @@ fn a_head_that_is_offered_twice_breaks_the_ring_or_is_answered_twice() {
         }
         bench.expect_service();
     }
+    bench.expect_good_end();
+}
+
+/// A discard is never answered before the rest of its burst is taken.
+#[test]
+fn a_head_that_is_surely_in_flight_breaks_the_ring() {
+    let mut bench = Bench::new();
+    bench.set_header(VIRTIO_BLK_T_DISCARD, 0);
+    let segment = [&2048_u64.to_le_bytes()[..], &8_u32.to_le_bytes(), &[0; 4]].concat();
+    bench.data.write(&segment);
+    let chain = linked(&[
+        bench.header(),
+        readable(bench.data.at(), 16),
+        bench.status(),
+    ]);
+    let queue = &mut bench.driver.queues[0];
+    for (index, descriptor) in (FIRST..).zip(&chain) {
+        queue.ring().set_descriptor(index, *descriptor);
+    }
+    queue.offer_twice(FIRST);
+    let fates = [queue.fate(PATIENCE), queue.fate(PATIENCE)];
+    assert!(fates.contains(&Fate::Broken), "{fates:?}");
+    bench.restart();
+    bench.expect_service();
     bench.expect_good_end();
 }
 
