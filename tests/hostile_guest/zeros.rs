@@ -1,12 +1,16 @@
-//! Floods of discards and write-zeroes: a few bytes in a ring that ask for terabytes of work.
+//! Floods of requests that are a few bytes in a ring and ask for terabytes of work: discards, and reads into the same memory.
 
 use std::time::{Duration, Instant};
 
 use vdi_core::NewKind;
-use vdi_tests::driver::{Driver, Layout, Options, Request, Segment};
+use vdi_tests::driver::{
+    Descriptor, Driver, Fate, INDIRECT, Layout, Options, PATIENCE, Request, Segment,
+};
 use vdi_tests::image::Image;
 use vdi_tests::server::{Launch, Server};
-use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN};
+
+use crate::bench::{linked_from, readable, writable};
 
 /// The disk, of which nothing is stored.
 const DISK: u64 = 2 << 40;
@@ -114,4 +118,57 @@ fn discards_that_wait_for_others_are_answered_once_and_keep_nothing_behind_them_
         drop(driver);
         assert_eq!(server.terminate().code, Some(0));
     }
+}
+
+#[test]
+fn a_stop_in_a_flood_of_reads_into_the_same_memory_waits_for_a_few_of_them() {
+    const PIECE: u32 = 16 << 20;
+    let image = Image::by_us(DISK, 1 << 20, NewKind::Dynamic);
+    let server = Launch::image(image.path()).start();
+    let mut driver = server.driver(&Options::new().queue_size(1024).tracked());
+    let memory = driver.memory.clone();
+    let buffer = |len| memory.allocate(len, 4096);
+    let (header, status, table) = (buffer(16), buffer(1), buffer(16 * 1024));
+    let data = buffer(PIECE.into());
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&VIRTIO_BLK_T_IN.to_le_bytes());
+    header.write(&bytes);
+    let into_same = |count| {
+        let mut chain = vec![readable(header.at(), 16)];
+        chain.extend(std::iter::repeat_n(writable(data.at(), PIECE), count));
+        chain.push(writable(status.at(), 1));
+        let chain = linked_from(0, &chain);
+        table.write(&chain.iter().flat_map(|d| d.to_bytes()).collect::<Vec<_>>());
+        Descriptor {
+            at: table.at(),
+            len_bytes: u32::try_from(16 * chain.len()).unwrap(),
+            flags: INDIRECT,
+            next: 0,
+        }
+    };
+    // More than a used element can tell of.
+    let queue = driver.queue();
+    queue.offer_chain(0, &[into_same(256)]);
+    assert!(matches!(queue.fate(PATIENCE), Fate::Used(_)));
+    assert_eq!(u32::from(status.read(1)[0]), VIRTIO_BLK_S_IOERR);
+    // Nearly 4 GiB each.
+    let all = into_same(255);
+    for head in 0..FLOOD {
+        queue.ring().set_descriptor(head, all);
+        queue.offer(head);
+    }
+    // The first was answered before.
+    while queue.ring().used_index() < 2 {
+        std::thread::yield_now();
+    }
+    let answered = queue.ring().used_index();
+    let begin = Instant::now();
+    let base = driver.control.stop(0).unwrap();
+    expect_soon("the stop", begin);
+    println!("{answered} answered, {base} taken");
+    // Two are in flight at a time, and some are answered before the stop is heard.
+    assert!(base < answered + 8, "{base} were taken");
+    assert_eq!(driver.queues[0].ring().used_index(), base);
+    drop(driver);
+    assert_eq!(server.terminate().code, Some(0));
 }

@@ -35,7 +35,7 @@ use crate::image_file::ImageFile;
 use crate::lone::Lone;
 use crate::memory;
 use crate::portion::{Portion, SMALL, TURN_BYTES, step_sectors};
-use crate::request::{Kind, Reply, Request, Segments, Status};
+use crate::request::{Reply, Request, Segments, Status};
 use crate::ring::{GuestBuffer, WatchKey};
 use crate::stats::{Tally, Ticket};
 use crate::transfer::{Operation, Transfer};
@@ -424,12 +424,9 @@ impl Active {
         (active, next)
     }
 
-    /// Bytes that it was to make zeros when it was taken.
-    pub(crate) fn zeros(&self) -> u64 {
-        match self.ticket.kind {
-            Kind::Discard | Kind::WriteZeroes => self.ticket.bytes,
-            Kind::Read | Kind::Write | Kind::Flush | Kind::GetId => 0,
-        }
+    /// Bytes that it was about when it was taken.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.ticket.bytes
     }
 
     /// How it is.

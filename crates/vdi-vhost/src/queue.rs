@@ -52,9 +52,10 @@ const USED_ELEMENT_BYTES: u64 = 8;
 /// Chains taken in one go, so that answers to the first do not wait for the last.
 pub(crate) const BURST: u16 = 32;
 
-/// Bytes that the discards and write-zeroes in flight of a queue are about, beyond which it takes no more chains: one of the largest that Linux
-/// sends. They are few bytes in the ring and all of them the work of this thread, and whoever stops the queue waits for them.
-const MOST_ZEROS: u64 = 4 << 30;
+/// Bytes that the requests in flight of a queue are about, beyond which it takes no more chains: one of the largest discards that Linux sends, and
+/// more data than a ring of 1024 of its largest reads asks for. A few bytes in the ring can ask for terabytes (a segment of a discard; a table that
+/// names the same memory a thousand times), and whoever stops the queue waits for what it took.
+const MOST_BYTES: u64 = 4 << 30;
 
 /// What the worker does with a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -81,8 +82,8 @@ pub(crate) struct Queue {
     /// What is in flight, by head.
     slots: Vec<Option<Active>>,
     in_flight: usize,
-    /// Bytes that those in flight make zeros.
-    zeros: u64,
+    /// Bytes that those in flight are about.
+    bytes: u64,
     /// Answered in this turn.
     used: Vec<Used>,
     size: u16,
@@ -171,7 +172,7 @@ impl Queue {
                 .take(usize::from(size))
                 .collect(),
             in_flight: 0,
-            zeros: 0,
+            bytes: 0,
             used: Vec::new(),
             size,
             table,
@@ -190,9 +191,9 @@ impl Queue {
         self.awake && self.mode == Mode::Running && !self.is_full()
     }
 
-    /// Whether so many zeros are being made that no more chains are taken.
+    /// Whether what is in flight is so much that no more chains are taken.
     pub(crate) fn is_full(&self) -> bool {
-        self.zeros >= MOST_ZEROS
+        self.bytes >= MOST_BYTES
     }
 
     /// Whether nobody will say that there are chains to take.
@@ -324,7 +325,7 @@ impl Queue {
 
     /// Keeps a request until it is answered.
     pub(crate) fn keep(&mut self, head: u16, active: Active) {
-        self.zeros += active.zeros();
+        self.bytes += active.bytes();
         self.slots[usize::from(head)] = Some(active);
         self.in_flight += 1;
     }
@@ -339,7 +340,7 @@ impl Queue {
         let active = self.slots.get_mut(usize::from(head))?.take();
         if let Some(active) = &active {
             self.in_flight -= 1;
-            self.zeros -= active.zeros();
+            self.bytes -= active.bytes();
         }
         active
     }

@@ -34,6 +34,9 @@ const SECTOR_BYTES: u64 = 512;
 /// Bytes of a segment of a discard or write-zeroes request.
 const SEGMENT_BYTES: usize = 16;
 
+/// Most data of one request: whole sectors that the length in a used element can tell of. A table may name the same memory a thousand times.
+const MAX_DATA_BYTES: u64 = (4 << 30) - SECTOR_BYTES;
+
 /// Most segments of one request: what Linux packs into one at most, give or take.
 pub(crate) const MAX_SEGMENTS: u32 = 64;
 
@@ -336,7 +339,7 @@ fn take_last_byte(writable: &mut Pieces) -> Option<GuestAddress> {
 
 /// The sectors that a buffer's worth of data from `sector` on covers.
 fn range(device: &Device, sector: u64, data: &GuestBuffer) -> Result<SectorRange, Status> {
-    if !data.len().is_multiple_of(SECTOR_BYTES) {
+    if !data.len().is_multiple_of(SECTOR_BYTES) || data.len() > MAX_DATA_BYTES {
         return Err(Status::IoError);
     }
     let count = data.len() / SECTOR_BYTES;
