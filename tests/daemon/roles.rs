@@ -10,9 +10,9 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 
 use nix::libc;
-use vdi_tests::driver::Options;
+use vdi_tests::driver::{Driver, Options};
 use vdi_tests::image::{Image, MIB};
-use vdi_tests::server::{Launch, scratch, wait_for_listener};
+use vdi_tests::server::{Launch, Server, scratch, wait_for_listener};
 use vdi_tests::{operator, qemu};
 
 use crate::sandbox::intruder::{Outcome, Puppet, failed, worked};
@@ -46,12 +46,8 @@ const CALLS: [(i64, &[&str]); 8] = [
     (libc::SYS_getdents64, &[CONTROL, SESSION]),
 ];
 
-#[test]
-fn each_kind_of_thread_makes_its_own_calls_and_no_others() {
-    if !is_root() {
-        return;
-    }
-    let image = Image::by_qemu(16 * MIB);
+/// A daemon that has a thread of each kind, and a driver that has used it.
+fn with_all_threads(image: &Image) -> (Server, Driver) {
     let launch = Launch::image(image.path());
     let metrics = format!("unix:{}.metrics", launch.socket().display());
     let server = launch
@@ -60,6 +56,16 @@ fn each_kind_of_thread_makes_its_own_calls_and_no_others() {
         .start();
     let mut driver = server.driver(&Options::new());
     driver.write(0, &[1; 512]);
+    (server, driver)
+}
+
+#[test]
+fn each_kind_of_thread_makes_its_own_calls_and_no_others() {
+    if !is_root() {
+        return;
+    }
+    let image = Image::by_qemu(16 * MIB);
+    let (server, mut driver) = with_all_threads(&image);
     for name in ALL {
         let thread = Puppet::seize(&server, name);
         for (number, who) in CALLS {
@@ -93,13 +99,7 @@ fn calls_that_are_needed_are_made_with_no_other_arguments_than_are_needed() {
         return;
     }
     let image = Image::by_qemu(16 * MIB);
-    let launch = Launch::image(image.path());
-    let metrics = format!("unix:{}.metrics", launch.socket().display());
-    let server = launch
-        .args(["--workers", "1", "--metrics", &metrics])
-        .start();
-    let mut driver = server.driver(&Options::new());
-    driver.write(0, &[1; 512]);
+    let (server, mut driver) = with_all_threads(&image);
     let own = u64::from(std::process::id());
     for name in ALL {
         let thread = Puppet::seize(&server, name);
