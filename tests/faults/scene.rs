@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 use nix::unistd::{Whence, lseek};
 use tempfile::TempDir;
 use vdi_tests::counts;
-use vdi_tests::driver::{Driver, Layout, Options, Request, Segment, Token};
+use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Request, Segment, Token};
 use vdi_tests::image::{MIB, are_zeros};
 use vdi_tests::qemu;
 use vdi_tests::recorded::Recorded;
@@ -249,6 +250,20 @@ impl Scene {
     #[track_caller]
     pub(crate) fn logged(&self, what: &str) {
         self.server.expect_log(what);
+    }
+
+    /// Waits until the daemon has made the image so long.
+    #[track_caller]
+    pub(crate) fn wait_for_len(&self, len: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = self.files.contents(NAME).len_bytes();
+            if found >= len {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{found} bytes, not {len}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// W5 after a failure that is final: no change is taken any more, reads go on, and the log says why.
