@@ -9,7 +9,7 @@ use vdi_tests::driver::{Driver, Layout, PATIENCE, Request};
 use vdi_tests::image::MIB;
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
-use vdi_tests::server::{Launch, Server, scratch};
+use vdi_tests::server::{Launch, Server, scratch, wait_for_listener};
 use vdi_tests::stop::StopOnDrop;
 use vdi_tests::{operator, tool, words};
 
@@ -481,6 +481,7 @@ fn a_daemon_of_one_disk_makes_no_files_and_says_so() {
     tool::vdi(words!["create", image, "8M"]).expect_code(0);
     let launch = Launch::image(&image).arg("--control-socket").arg(&control);
     let server = launch.start();
+    wait_for_listener(&control);
     let new = json!({"name": "x", "image": path("x.vdi"), "socket": path("x")});
     let clone = json!({"of": image, "add": new});
     let add = json!({"name": "y", "image": image, "socket": path("y")});

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use vdi_tests::driver::{Layout, Options, Request};
 use vdi_tests::image::{Image, MIB};
-use vdi_tests::server::Launch;
+use vdi_tests::server::{Launch, wait_for_listener};
 use vdi_tests::tool::{self, Answer};
 use vdi_tests::words;
 
@@ -313,6 +313,7 @@ fn the_only_disk_of_a_daemon_need_not_be_named() {
         .arg("--control-socket")
         .arg(&control)
         .start();
+    wait_for_listener(&control);
     let mut driver = server.driver(&Options::new());
     driver.write(0, &[1; 512]);
     driver.control.stop(0).unwrap();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vdi_core::NewKind;
-use vdi_tests::driver::{Driver, Options};
+use vdi_tests::driver::{Driver, Layout, Options, Request};
 use vdi_tests::image::MIB;
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
@@ -286,17 +286,25 @@ fn a_disk_that_is_limited_is_held_and_its_neighbour_is_not() {
         limit(json!({"iops_total_max": 5})),
         Err("not-understood".to_owned())
     );
-    limit(json!({"iops_total": 50})).unwrap();
+    limit(json!({"iops_total": 10})).unwrap();
     let (mut a, mut b) = (fleet.driver("a"), fleet.driver("b"));
     let before = std::time::Instant::now();
     let others = std::thread::scope(|scope| {
-        let held = scope.spawn(|| (0..30).for_each(|_| drop(a.read(0, 512))));
+        // Shown at once: one after the other, a slow machine would need no limit.
+        let held = scope.spawn(|| {
+            let (read, layout) = (Request::read(0, 512), Layout::whole());
+            let tokens = a.queue().submit_all([(&read, &layout); 12]);
+            for token in tokens {
+                drop(a.queue().wait(token).expect_ok());
+            }
+        });
         let reads = std::iter::repeat_with(|| b.read(0, 512));
         reads.take_while(|_| !held.is_finished()).count()
     });
-    // A bucket of a tenth of a second, five requests, and one that goes over its brim.
-    assert!(before.elapsed() >= Duration::from_millis(24 * 20 - 20));
-    assert!(others > 30, "only {others} requests of the other disk");
+    // A bucket of a tenth of a second, one request, and one that goes over its brim.
+    assert!(before.elapsed() >= Duration::from_millis(10 * 100 - 20));
+    // One that waits each time until the first is let go on has as many as that.
+    assert!(others > 24, "only {others} requests of the other disk");
     let stats = |disk: &str| fleet.ask("stats", &json!({"disk": disk})).unwrap();
     assert!(stats("a")["throttled_requests"].as_u64().unwrap() >= 5);
     assert_eq!(stats("b")["throttled_requests"], 0);

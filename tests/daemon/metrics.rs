@@ -187,7 +187,12 @@ fn what_limits_hold_and_what_waits_is_seen() {
     let limits = serde_json::json!({"disk": "a", "limits": {"iops_total": 50}});
     fleet.ask("set-limits", &limits).unwrap();
     let mut a = fleet.driver("a");
-    (0..20).for_each(|_| drop(a.read(0, 512)));
+    // Shown at once: one after the other, a slow machine would need no limit.
+    let (read, layout) = (Request::read(0, 512), Layout::whole());
+    let tokens = a.queue().submit_all([(&read, &layout); 20]);
+    for token in tokens {
+        drop(a.queue().wait(token).expect_ok());
+    }
     let page = fleet.page();
     let of = |name: &str| page[&format!("vdi_vhost_{name}{{disk=\"a\"}}")];
     assert!(of("throttled_requests_total") >= 5.0);

@@ -12,7 +12,7 @@ use vdi_tests::driver::{Driver, Layout, Options, PATIENCE, Request};
 use vdi_tests::image::{Image, MIB};
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
-use vdi_tests::server::{Launch, Server};
+use vdi_tests::server::{Launch, Server, wait_for_listener};
 use vdi_tests::stop::StopOnDrop;
 use vdi_tests::{qemu, tool};
 use vhost::vhost_user::VhostUserFrontend;
@@ -34,6 +34,7 @@ impl Controlled {
             .arg(&control)
             .args(arguments)
             .start();
+        wait_for_listener(&control);
         Self {
             server,
             control,
