@@ -421,6 +421,22 @@ fn header_and_map_are_kept_beside_the_image_unless_told_not_to() {
     assert!(kept.len() >= 512 + 8 * 4);
 }
 
+/// The copy has the image's UUID.
+#[test]
+fn what_a_repair_keeps_beside_a_parent_is_not_taken_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name| directory.path().join(name);
+    let (parent, child) = (at("parent.vdi"), at("child.vdi"));
+    image().with_len_change(100).write(&parent);
+    vdi(words!["snapshot", parent, child]).expect_code(0);
+    let answer = vdi(words!["repair", "--apply", parent]).expect_code(0);
+    assert!(answer.out.contains("are kept in"), "{answer:#?}");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
+    vdi(words!["compare", parent, child]).expect_code(0);
+    let answer = vdi(words!["check", child]).expect_code(0);
+    assert!(!answer.out.contains("both"), "{answer:#?}");
+}
+
 /// The map is a hole: all its million entries name file block 0.
 #[test]
 fn an_image_that_claims_more_than_there_is_room_for_is_left_as_it_is() {

@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use crate::disk::MOST_IMAGES;
 use crate::format::RawHeader;
+use crate::repair::is_back_up;
 use crate::storage::{Access, FileError, HostFile, Locking};
 use crate::units::FileOffset;
 
@@ -134,7 +135,10 @@ pub fn find_parent(
             source,
         };
         for entry in std::fs::read_dir(dir).map_err(unreadable)? {
-            files.push(entry.map_err(unreadable)?.path());
+            let file = entry.map_err(unreadable)?.path();
+            if !is_back_up(&file) {
+                files.push(file);
+            }
             if files.len() > MOST_CANDIDATES {
                 let dir = dir.to_owned();
                 return Err(ChainError::TooManyFiles {

@@ -20,7 +20,9 @@
 mod apply;
 mod blocks;
 
+use std::ffi::OsStr;
 use std::io;
+use std::path::Path;
 
 use uuid::Uuid;
 
@@ -35,6 +37,17 @@ use crate::units::FileOffset;
 
 /// Entries that one plan changes: 16 MiB of memory.
 pub const MOST_CHANGES: usize = 1 << 20;
+
+/// What stands between the image's name and a number in the name of a copy of header and map ([`back_up`]). It has the image's
+/// UUID and none of its blocks, so nobody who looks for an image may take it for one.
+pub const BACK_UP_INFIX: &str = ".vdi-repair-";
+
+/// Whether a file is a copy of header and map, by its name.
+pub(crate) fn is_back_up(path: &Path) -> bool {
+    let name = path.file_name().map(OsStr::as_encoded_bytes);
+    let infix = BACK_UP_INFIX.as_bytes();
+    name.is_some_and(|name| name.windows(infix.len()).any(|part| part == infix))
+}
 
 /// What becomes of blocks that lie wholly behind the end of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

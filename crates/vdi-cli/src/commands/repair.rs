@@ -136,7 +136,7 @@ fn new_file(path: &Path, seconds: u64) -> io::Result<(PathBuf, File)> {
     let mut nth = 0;
     loop {
         let mut name = path.as_os_str().to_owned();
-        name.push(format!(".vdi-repair-{seconds}"));
+        name.push(format!("{}{seconds}", repair::BACK_UP_INFIX));
         if nth > 0 {
             name.push(format!("-{nth}"));
         }
