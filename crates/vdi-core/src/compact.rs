@@ -37,6 +37,8 @@ pub struct CompactPlan {
     pub same_as_parent: Vec<DiskBlock>,
     /// Blocks with storage before.
     pub blocks_before: u32,
+    /// What `blocks_allocated` said before.
+    pub counted_before: u32,
     /// How many of the others move towards the start of the file.
     pub moves: u32,
     /// The length of the file before.
@@ -51,6 +53,7 @@ impl CompactPlan {
         self.zeros.is_empty()
             && self.same_as_parent.is_empty()
             && self.file_bytes_before == self.file_bytes_after
+            && self.counted_before == self.blocks_before
     }
 }
 
@@ -96,6 +99,7 @@ pub fn plan(
         zeros,
         same_as_parent,
         blocks_before: total,
+        counted_before: disk.header().blocks_allocated(),
         moves: u32::try_from(moves).expect("block numbers have 32 bits"),
         file_bytes_before,
         file_bytes_after: top.area.end_of(exact).0.min(file_bytes_before),
