@@ -44,9 +44,15 @@ pub const BACK_UP_INFIX: &str = ".vdi-repair-";
 
 /// Whether a file is a copy of header and map, by its name.
 pub(crate) fn is_back_up(path: &Path) -> bool {
-    let name = path.file_name().map(OsStr::as_encoded_bytes);
-    let infix = BACK_UP_INFIX.as_bytes();
-    name.is_some_and(|name| name.windows(infix.len()).any(|part| part == infix))
+    let name = path
+        .file_name()
+        .map(OsStr::to_string_lossy)
+        .unwrap_or_default();
+    let number = name.rsplit_once(BACK_UP_INFIX).map(|(_, number)| number);
+    number.is_some_and(|number| {
+        let mut bytes = number.bytes();
+        !number.is_empty() && bytes.all(|byte| byte.is_ascii_digit() || byte == b'-')
+    })
 }
 
 /// What becomes of blocks that lie wholly behind the end of the file.
@@ -329,6 +335,16 @@ mod tests {
     use super::*;
     use crate::create::{CreateOptions, NewKind, create_in};
     use crate::storage::{Access, HostFile, Locking};
+
+    #[test]
+    fn a_back_up_is_known_by_its_name() {
+        for name in ["a.vdi.vdi-repair-1795800000", ".vdi-repair-1-2"] {
+            assert!(is_back_up(Path::new(name)), "{name}");
+        }
+        for name in ["a.vdi-repair-1.vdi", "a.vdi-repair-", "a.vdi", ".."] {
+            assert!(!is_back_up(Path::new(name)), "{name}");
+        }
+    }
 
     #[test]
     fn a_field_behind_the_end_of_the_file_is_not_written() {
