@@ -71,6 +71,8 @@ impl Daemon {
 
     /// Where its metrics are.
     fn address(&self) -> String {
+        // The control socket is there before it.
+        self.server.expect_log("metrics are at http://");
         let log = self.server.log();
         let (_, rest) = log.split_once("metrics are at http://").unwrap();
         rest.split_once("/metrics").unwrap().0.to_owned()
@@ -166,6 +168,23 @@ impl Prometheus {
         };
         samples.map(sample).collect()
     }
+
+    /// What an expression finds when that is good at last: where a scrape was late, there is a gap.
+    fn find(&self, expression: &str, good: impl Fn(&[(Value, f64)]) -> bool) -> Vec<(Value, f64)> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = self.query(expression);
+            if good(&found) {
+                return found;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{expression} finds {found:?}\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
 }
 
 impl Drop for Prometheus {
@@ -253,25 +272,17 @@ fn every_expression_of_the_dashboard_finds_something() {
     let prometheus = Prometheus::start(&daemon.address());
     under_load(&daemon, || {
         let everything = "count(vdi_vhost_request_duration_seconds_bucket{kind=\"get_id\"})";
-        let deadline = Instant::now() + PATIENCE;
-        while prometheus.query(everything).is_empty() {
-            assert!(Instant::now() < deadline, "{}", prometheus.log());
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        // As many scrapes as a rate is made of.
-        std::thread::sleep(Duration::from_secs(5));
-        let up = prometheus.query("up");
-        assert!(
-            up.len() == 2 && up.iter().all(|(_, up)| (up - 1.0).abs() < 0.1),
-            "{up:?}"
-        );
+        prometheus.find(everything, |found| !found.is_empty());
+        prometheus.find("up", |up| {
+            up.len() == 2 && up.iter().all(|(_, up)| (up - 1.0).abs() < 0.1)
+        });
         let targets = targets(&dashboard());
         assert!(targets.len() > 20);
         for (expression, legend) in &targets {
-            let found = prometheus.query(&with_variables(expression));
-            assert!(!found.is_empty(), "nothing is found: {expression}");
-            for (labels, value) in &found {
-                assert!(value.is_finite(), "{expression}: {value}");
+            let found = prometheus.find(&with_variables(expression), |found| {
+                !found.is_empty() && found.iter().all(|(_, value)| value.is_finite())
+            });
+            for (labels, _) in &found {
                 let wanted = legend
                     .split("{{")
                     .skip(1)
@@ -287,7 +298,9 @@ fn every_expression_of_the_dashboard_finds_something() {
         println!("{} expressions found something", targets.len());
         // Of one job, not of both.
         let disks = with_variables("sum(vdi_vhost_disks{job=~\"$job\"})");
-        assert!((prometheus.query(&disks)[0].1 - 2.0).abs() < 0.1);
+        prometheus.find(&disks, |found| {
+            found.len() == 1 && (found[0].1 - 2.0).abs() < 0.1
+        });
         choices(&prometheus);
     });
     assert!(
@@ -315,7 +328,8 @@ fn choices(prometheus: &Prometheus) {
             .unwrap()
             .strip_suffix(')');
         let (series, label) = inner.unwrap().rsplit_once(", ").unwrap();
-        let found = prometheus.query(&format!("group by ({label}) ({})", with_variables(series)));
+        let choices = format!("group by ({label}) ({})", with_variables(series));
+        let found = prometheus.find(&choices, |found| found.len() == 2);
         names.extend(
             found
                 .iter()
