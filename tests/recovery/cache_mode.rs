@@ -2,7 +2,7 @@
 
 use vdi_tests::driver::{Base, Driver, Kept, Options, feature};
 use vdi_tests::image::{Image, MIB};
-use vdi_tests::page_cache::unwritten_pages;
+use vdi_tests::page_cache::leave_unwritten;
 use vdi_tests::server::{Launch, Server};
 
 use crate::Place;
@@ -45,8 +45,8 @@ impl Scene {
 
     fn is_durable_at_once(&mut self) -> bool {
         self.driver.flush();
-        self.driver.write(MIB / 512, &[5; 65_536]);
-        unwritten_pages(self.image.path()) == 0
+        let write = || self.driver.write(MIB / 512, &[5; 65_536]);
+        !leave_unwritten(self.image.path(), 0, write)
     }
 
     fn writeback(&mut self) -> u8 {
