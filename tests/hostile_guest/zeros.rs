@@ -20,7 +20,7 @@ const FLOOD: u16 = 300;
 
 /// Within this a queue stops, another queue is served, and the daemon ends. It is some hundredths of a second in a debug build; the flood takes
 /// half a minute if all of it is waited for.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(10);
 
 /// How the daemon is told what to serve.
 #[derive(Debug, Clone, Copy)]
