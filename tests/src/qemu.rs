@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use crate::driver::PATIENCE;
+
 /// Runs `qemu-img`.
 ///
 /// # Panics
@@ -61,7 +63,7 @@ pub fn contents(image: &Path) -> Vec<u8> {
     let from = image.to_str().expect("test paths are UTF-8");
     let to = raw.to_str().expect("test paths are UTF-8");
     let read = || img(["convert", "-f", "vdi", "-O", "raw", from, to]);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     let mut output = read();
     // The kernel ends the last I/O of a daemon that was killed after the daemon is gone, and its locks with that.
     while is_locked(&output) && Instant::now() < deadline {

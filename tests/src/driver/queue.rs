@@ -25,12 +25,12 @@ use super::ring::{Descriptor, NEXT, Ring, Used, passed};
 
 pub use offer::Fate;
 
-/// How long anything may take before a test gives up.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long anything may take before a test gives up: longer than a disk that others write to keeps a sync waiting.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long after a device gave a ring up the last answers may come; less than [`PATIENCE`], so that a request that waits
 /// says why it has no answer.
-const LAST_ANSWERS: Duration = Duration::from_secs(9);
+const LAST_ANSWERS: Duration = Duration::from_secs(29);
 
 /// Names a request until its answer is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
