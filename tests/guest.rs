@@ -109,12 +109,13 @@ fn kill_9_under_a_guest_is_a_pause_and_no_error() {
     let guest = Guest::on(&daemon, QUEUES)
         .that_reconnects()
         .with_fio()
-        .within(150 + wanted * 10)
+        .within(300 + wanted * 10)
         .set("LOOPS", &(1 + wanted / 6).to_string());
     let (mut kills, mut recovered) = (0, 0);
     let daemon = std::thread::scope(|scope| {
         let guest = scope.spawn(|| guest.run("recover.sh"));
-        while kills < wanted && !guest.is_finished() {
+        // Most kills meet nothing: a guest whose processors are played has seldom a request in flight.
+        while (kills < wanted || recovered == 0) && !guest.is_finished() {
             std::thread::sleep(Duration::from_millis(random.within(50..700)));
             if has_data(&image) {
                 recovered += requests_started_again(&daemon.log());
@@ -129,7 +130,10 @@ fn kill_9_under_a_guest_is_a_pause_and_no_error() {
         daemon
     });
     recovered += requests_started_again(&daemon.log());
-    assert_eq!(kills, wanted, "the guest ended before all kills were done");
+    assert!(
+        kills >= wanted,
+        "the guest ended before all kills were done"
+    );
     assert!(recovered > 0, "no kill met a request in flight");
     counts::tell(&format!(
         "kill -9 under a real guest: {kills} kills, {recovered} requests started again, 0 errors in the guest, fio verified \
