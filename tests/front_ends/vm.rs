@@ -18,8 +18,8 @@ use vdi_tests::server::Server;
 /// How long a boot or a command may take. A healthy one takes a tenth of it.
 const PATIENCE: Duration = Duration::from_secs(100);
 
-/// A guest that hangs is killed after this long. A healthy one takes a tenth of it, on a busy machine a half.
-const LIFETIME: Duration = Duration::from_secs(300);
+/// A guest that hangs is killed after this long. A healthy one takes a twentieth of it, on a busy machine a quarter.
+const LIFETIME: Duration = Duration::from_secs(600);
 
 /// How much of the console a panic shows, in lines.
 const SHOWN: usize = 40;

@@ -11,7 +11,7 @@ use serde_json::Value;
 fn bench(directory: &Path, words: &[&str]) -> Output {
     let mut bench = Command::new(env!("CARGO_BIN_EXE_vdi-bench"));
     bench.args(["--media", "tmpfs", "--size-mib", "8"]);
-    bench.args(["--rounds", "1", "--seconds", "0.05", "--directory"]);
+    bench.args(["--rounds", "1", "--seconds", "0.2", "--directory"]);
     bench.arg(directory).args(words);
     bench.output().expect("it was built for this test")
 }
