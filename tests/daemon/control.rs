@@ -10,6 +10,7 @@ use vdi_tests::image::MIB;
 use vdi_tests::load::{DISK_SECTORS, Load, Mix, disk_after};
 use vdi_tests::random::Random;
 use vdi_tests::server::{Launch, Server, scratch, wait_for_listener};
+use vdi_tests::soon::soon;
 use vdi_tests::stop::StopOnDrop;
 use vdi_tests::{operator, tool, words};
 
@@ -235,12 +236,14 @@ fn a_paused_disk_answers_what_it_took_and_nothing_else_until_it_is_resumed() {
             assert_eq!(fleet.ask("pause", &d).unwrap()["paused"], true);
             let stats = fleet.ask("stats", &d).unwrap();
             assert_eq!(stats["in_flight_requests"], 0);
-            let (answered, before) = (fleet.answered("d"), ticks(&fleet.server));
-            std::thread::sleep(Duration::from_millis(300));
+            let answered = fleet.answered("d");
+            // Though its rings are full. What was answered may leave something to do.
+            soon(Duration::from_millis(40), || {
+                let before = ticks(&fleet.server);
+                std::thread::sleep(Duration::from_millis(300));
+                Duration::from_millis((ticks(&fleet.server) - before) * 10)
+            });
             assert_eq!(fleet.answered("d"), answered);
-            // Though its rings are full.
-            let used = ticks(&fleet.server) - before;
-            assert!(used <= 3, "{used} of 30 ticks");
             assert_eq!(fleet.listed("d")["paused"], true);
             assert_eq!(fleet.listed("a")["paused"], false);
             // What stops all rings for a while starts none of them.

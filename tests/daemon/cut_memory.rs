@@ -168,9 +168,9 @@ fn wait_for_sleep(server: &Server) {
     let start = Instant::now();
     let tasks = format!("/proc/{}/task", server.pid());
     let sleeps = |task: std::io::Result<std::fs::DirEntry>| {
-        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
-        let (_, behind_name) = stat.rsplit_once(") ").unwrap();
-        behind_name.starts_with('S')
+        // One that has just ended is not listed the next time.
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+        stat.is_ok_and(|stat| stat.rsplit_once(") ").unwrap().1.starts_with('S'))
     };
     while !std::fs::read_dir(&tasks).unwrap().all(sleeps) {
         assert!(start.elapsed() < PATIENCE, "the daemon never sleeps");

@@ -139,13 +139,12 @@ fn an_idle_daemon_uses_no_processor_time() {
         let number = |nth: usize| fields[nth].parse::<u64>().unwrap();
         number(11) + number(12)
     };
-    let before = ticks();
-    std::thread::sleep(Duration::from_millis(500));
-    assert!(
-        ticks() - before <= 1,
-        "{} ticks in half a second",
-        ticks() - before
-    );
+    // What the write left to do is done at some time.
+    soon(Duration::from_millis(20), || {
+        let before = ticks();
+        std::thread::sleep(Duration::from_millis(500));
+        Duration::from_millis((ticks() - before) * 10)
+    });
 }
 
 #[test]
