@@ -5,6 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use vdi_tests::pages::links;
+
 fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
@@ -41,13 +43,6 @@ fn every_message_in_the_troubleshooting_page_is_one_that_is_said() {
     }
 }
 
-/// The path of each link to a file of this repository.
-fn links(page: &str) -> impl Iterator<Item = &str> {
-    let targets = page.split("](").skip(1);
-    let targets = targets.filter_map(|rest| rest.split_once(')').map(|(target, _)| target));
-    targets.filter(|target| !target.contains("://") && !target.starts_with('#'))
-}
-
 #[test]
 fn every_link_leads_somewhere() {
     let mut found = 0;
@@ -61,7 +56,6 @@ fn every_link_leads_somewhere() {
     ] {
         let path = top().join(page);
         for target in links(&fs::read_to_string(&path).unwrap()) {
-            let target = target.split('#').next().unwrap();
             assert!(
                 path.parent().unwrap().join(target).exists(),
                 "{page} links to {target}"

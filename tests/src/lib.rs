@@ -10,6 +10,7 @@ pub mod image;
 pub mod load;
 pub mod operator;
 pub mod page_cache;
+pub mod pages;
 pub mod qemu;
 pub mod random;
 pub mod recorded;

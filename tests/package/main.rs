@@ -6,9 +6,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says by a panic what is wrong")]
 
+mod documents;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 
 use tempfile::TempDir;
 use vdi_tests::driver::{Driver, Options};
@@ -25,9 +28,21 @@ fn run(program: &str, arguments: &[&str]) -> String {
     out.into_owned()
 }
 
-/// A package, where it was unpacked.
+/// The package of this build.
+static PACKAGE: LazyLock<PathBuf> = LazyLock::new(|| {
+    let ci = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ci/package");
+    let package = run(ci.to_str().unwrap(), &["--debug"]);
+    PathBuf::from(package.trim_end())
+});
+
+/// Unpacks it.
+fn unpack(to: &Path) {
+    let package = PACKAGE.to_str().unwrap();
+    run("dpkg-deb", &["--extract", package, to.to_str().unwrap()]);
+}
+
+/// The package, where it was unpacked.
 struct Installed {
-    package: PathBuf,
     root: PathBuf,
     is_real: bool,
     _place: TempDir,
@@ -35,22 +50,18 @@ struct Installed {
 
 impl Installed {
     fn new() -> Self {
-        let ci = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ci/package");
-        let package = run(ci.to_str().unwrap(), &["--debug"]);
-        let package = package.trim_end();
         let place = tempfile::tempdir().unwrap();
         let is_root = nix::unistd::Uid::effective().is_root();
         let is_real = is_root && !Path::new("/usr/bin/vdi-vhost").exists();
         let root = if is_real {
-            run("dpkg", &["--install", package]);
+            run("dpkg", &["--install", PACKAGE.to_str().unwrap()]);
             PathBuf::from("/")
         } else {
             let root = place.path().join("root");
-            run("dpkg-deb", &["--extract", package, root.to_str().unwrap()]);
+            unpack(&root);
             root
         };
         Self {
-            package: PathBuf::from(package),
             root,
             is_real,
             _place: place,
@@ -111,7 +122,7 @@ fn it_is_installed_serves_a_disk_by_its_units_command_line_and_is_removed() {
         "lib/systemd/system/vdi-vhost-control@.socket",
         "usr/lib/tmpfiles.d/vdi-vhost.conf",
         "etc/vdi-vhost/fleet.toml",
-        "usr/share/doc/vdi-vhost/fleet.md",
+        "usr/share/doc/vdi-vhost/docs/fleet.md",
     ] {
         let found = fs::metadata(installed.path(file)).unwrap();
         assert!(found.len() > 0, "{file} is empty");
@@ -123,7 +134,7 @@ fn it_is_installed_serves_a_disk_by_its_units_command_line_and_is_removed() {
     }
     // Debian's opinion of the whole: no errors, no warnings.
     let strict = ["--no-cfg", "--allow-root", "--fail-on", "error,warning"];
-    let package = installed.package.to_str().unwrap();
+    let package = PACKAGE.to_str().unwrap();
     run("lintian", &[&strict[..], &[package]].concat());
 
     // Management programs find the daemon by this.
