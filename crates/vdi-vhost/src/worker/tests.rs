@@ -1,6 +1,8 @@
 //! Several disks at one worker, turn by turn. A write to a block for which nobody made room stays in flight until somebody does the
 //! disk's chores, so what waits for it can be seen to wait.
 
+mod floods;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{self, Receiver, Sender};
