@@ -148,6 +148,11 @@ impl Tools {
         (self.inline_left, self.turn_left) = (INLINE_BYTES, TURN_BYTES);
     }
 
+    /// Has those that go after others have all of what a turn may do.
+    pub(crate) fn begin_with_the_others(&mut self) {
+        self.turn_left = TURN_BYTES;
+    }
+
     /// What time it is, unless a test stopped it.
     pub(crate) fn time(&self) -> Moment {
         #[cfg(test)]
@@ -162,8 +167,8 @@ impl Tools {
         bytes <= SMALL || self.turn_left > 0
     }
 
-    /// So many bytes are moved in this turn.
-    fn moves(&mut self, bytes: u64) {
+    /// So many bytes are moved in this turn, or what costs as much is done.
+    pub(crate) fn moves(&mut self, bytes: u64) {
         self.turn_left = self.turn_left.saturating_sub(bytes);
     }
 

@@ -5,8 +5,12 @@
 //! is beyond that is left in the rings for the next turns, or waits at its seat if it was taken already: how large requests are is known when they are taken, so
 //! a seat is judged by the last ones, and the first burst after many small ones is taken whole. A request that is larger than a turn moves in steps of a turn's bytes.
 //!
-//! A seat whose requests are small takes a burst in every turn, whatever the others want: it is nobody's burden. It goes before the others, and its guest is called before
-//! their data are moved; so it waits for the rest of one turn, and not for a second one. The others go on with the one that had nothing of the last turn.
+//! A request costs something whatever it moves ([`REQUEST_BYTES`]), so a burst of small ones is a turn's, too, and disks that are flooded with them take turns, each with
+//! a whole burst.
+//!
+//! A seat whose requests are small and few takes them in every turn, whatever the others want: it is nobody's burden. It goes before the others, and its guest is called before
+//! their requests are begun with; so it waits for the rest of one turn, and not for a second one. The others have a whole turn then, and go on with the one that had nothing of
+//! the last one.
 //!
 //! Measured by `ci/neighbours`.
 
@@ -20,6 +24,13 @@ pub(crate) const TURN_BYTES: u64 = 1 << 20;
 
 /// Requests of no more bytes cost about what they cost without any.
 pub(crate) const SMALL: u64 = 16 << 10;
+
+/// What a request of fewer bytes counts as, so that a burst is a turn's: one of 4 KiB takes a worker 2 to 4 microseconds (`ci/neighbours`), and so
+/// do 32 KiB that are copied.
+pub(crate) const REQUEST_BYTES: u64 = TURN_BYTES / BURST as u64;
+
+/// Requests of a seat in one turn that hold nobody up for long.
+const FEW: u32 = 8;
 
 /// How many of `count` sectors from `start` on move in one step, if anything may: they end where a block does, if one does, so that no block is begun
 /// with in one step and ended in another.
@@ -39,17 +50,25 @@ pub(crate) struct Portion {
     largest: u64,
     /// The same of those of this burst.
     now: u64,
+    /// Requests that were taken in a turn, or half of those in the one before.
+    many: u32,
+    /// Those of this turn, if it was the seat's turn.
+    taken: Option<u32>,
 }
 
 impl Portion {
-    /// Whether its requests are small.
-    pub(crate) fn is_small(&self) -> bool {
+    /// Whether its requests are small and few.
+    pub(crate) fn is_light(&self) -> bool {
+        self.is_small() && self.many <= FEW
+    }
+
+    fn is_small(&self) -> bool {
         self.largest <= SMALL
     }
 
     /// How many chains may be taken from a queue at once if so many bytes are left of the turn's.
     pub(crate) fn chains(&self, left: u64) -> u16 {
-        if self.is_small() {
+        if self.is_light() || (self.is_small() && left > 0) {
             return BURST;
         }
         let fit = u16::try_from(left / self.largest).unwrap_or(BURST);
@@ -60,11 +79,20 @@ impl Portion {
     /// A request was taken that moves so many bytes.
     pub(crate) fn add(&mut self, bytes: u64) {
         self.now = self.now.max(bytes);
+        *self.taken.get_or_insert(0) += 1;
     }
 
-    /// The burst is over.
+    /// The burst is over, of which it may be that nothing came.
     pub(crate) fn end(&mut self) {
+        self.taken.get_or_insert(0);
         self.largest = std::mem::take(&mut self.now).max(self.largest / 2);
+    }
+
+    /// The turn is over, as far as requests are taken.
+    pub(crate) fn end_turn(&mut self) {
+        if let Some(taken) = self.taken.take() {
+            self.many = taken.max(self.many / 2);
+        }
     }
 }
 

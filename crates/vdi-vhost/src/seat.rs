@@ -37,7 +37,7 @@ use crate::gate::Gate;
 use crate::inflight::{Active, Context, Desk, Key, Next, Tools};
 use crate::lone::Lone;
 use crate::memory;
-use crate::portion::Portion;
+use crate::portion::{Portion, REQUEST_BYTES};
 use crate::promptness::Promptness;
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Request, Status};
@@ -180,9 +180,9 @@ impl Seat {
         self.number
     }
 
-    /// Whether its requests were small of late.
+    /// Whether its requests were small and few of late.
     pub(crate) fn is_light(&self) -> bool {
-        self.desk.portion.is_small()
+        self.desk.portion.is_light()
     }
 
     /// Does what is due, and takes chains.
@@ -406,6 +406,7 @@ impl Seat {
         let held = self.held.take();
         if !self.is_closed() {
             self.take_from_all(tools, held.is_some());
+            self.desk.portion.end_turn();
         }
         if let Some((since, _)) = held {
             self.desk.tally.was_held(tools.now.since(since));
@@ -714,12 +715,17 @@ fn take_from(
         }
         match parsed? {
             Ok((reply, request)) => {
-                if let Request::Read { into: data, .. } | Request::Write { from: data, .. } =
-                    &request
-                {
-                    moved += data.len();
-                    context.desk.portion.add(data.len());
-                }
+                let data_bytes = match &request {
+                    Request::Read { into: data, .. } | Request::Write { from: data, .. } => {
+                        data.len()
+                    }
+                    Request::Zero { .. } | Request::Flush | Request::GetId { .. } => 0,
+                };
+                moved += data_bytes;
+                context.desk.portion.add(data_bytes);
+                context
+                    .tools
+                    .moves(REQUEST_BYTES.saturating_sub(data_bytes));
                 if let Some(bytes) = context.at_once(&request) {
                     if memory::is_lost(memory) {
                         return Ok(moved); // F2

@@ -10,7 +10,7 @@
 //!   at most, and only where that is worth it (`patience`). But a ring without a kick descriptor is looked at every
 //!   [`SHORTEST_NAP`] to [`LONGEST_NAP`] while nothing else happens.
 //! - No seat has more than its share of the transfers ([`MAX_TRANSFERS`]), but for the burst that goes over it; every turn begins with another
-//!   seat. Seats whose requests are small go before the others and answer what they can before those move theirs (`portion`).
+//!   seat. Seats whose requests are small and few go before the others and answer what they can before those begin with theirs (`portion`).
 //! - Answers are published before a sync or a write into fresh room is begun: one that is done on this thread's time holds up all its
 //!   seats, so it is only if there is nothing else to do at any of them (`promptness`, `lone`).
 //!
@@ -368,6 +368,7 @@ impl Worker {
                 }
             }
         });
+        tools.begin_with_the_others();
         self.seats.for_each_active(|seat| {
             if !seat.goes_first {
                 seat.came_late = tools.turn_left == 0;

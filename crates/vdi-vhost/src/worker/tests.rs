@@ -803,22 +803,6 @@ fn a_load_is_counted_by_kind_with_the_time_from_taking_to_answering() {
     assert_eq!(disk.stats.snapshot(), stats);
 }
 
-#[test]
-fn a_flooded_disk_gets_no_more_than_a_burst_of_each_queue_between_two_requests_of_another() {
-    let mut scene = Scene::new();
-    let (mut flooded, mut other) = (scene.seat(0), scene.seat(1));
-    for queue in 0..2 {
-        flooded.offer_many(queue, IN, 0, 80);
-    }
-    for turn in 1..=3 {
-        other.offer(0, IN, 0);
-        scene.turn();
-        assert!(other.is_answered(0));
-        let answered = flooded.stats.snapshot().read.requests;
-        assert_eq!(answered, 2 * (turn * u64::from(BURST)).min(80));
-    }
-}
-
 impl TestDisk {
     /// Reads so much so many times into the large memory, at once.
     fn offer_many_large(&mut self, len: u64, count: u16) {

@@ -3,6 +3,87 @@
 use super::*;
 
 #[test]
+fn a_flooded_disk_gets_no_more_than_a_burst_between_two_requests_of_another() {
+    let mut scene = Scene::new();
+    let (mut flooded, mut other) = (scene.seat(0), scene.seat(1));
+    for queue in 0..2 {
+        flooded.offer_many(queue, IN, 0, 80);
+    }
+    // How many they are is seen when they are taken.
+    for expected in [2, 3, 4, 5, 5] {
+        other.offer(0, IN, 0);
+        scene.turn();
+        assert!(other.is_answered(0));
+        let answered = flooded.stats.snapshot().read.requests;
+        assert_eq!(answered, (expected * u64::from(BURST)).min(2 * 80));
+    }
+}
+
+#[test]
+fn disks_that_are_flooded_with_small_requests_take_turns_and_delay_no_other() {
+    let mut scene = Scene::new();
+    let mut flooded = [scene.seat(0), scene.seat(1), scene.seat(2)];
+    let mut other = scene.seat(3);
+    // That they are flooded is seen by a burst.
+    for count in [BURST, 2 * BURST] {
+        flooded
+            .iter_mut()
+            .for_each(|disk| disk.offer_many(0, IN, 0, count));
+        if count == BURST {
+            scene.turn();
+        }
+    }
+    let reads = |disks: &[TestDisk]| -> Vec<u64> {
+        let reads = disks.iter().map(|disk| disk.stats.snapshot().read.requests);
+        reads.collect()
+    };
+    let mut before = reads(&flooded);
+    let mut whose = Vec::new();
+    for _ in 0..6 {
+        other.offer(0, IN, 0);
+        let worker = &mut scene.worker;
+        worker.tools.engine.turn(Wait::No);
+        worker.tools.begin_turn();
+        worker.hear();
+        worker.begin();
+        assert!(other.is_answered(0), "it goes first");
+        worker.settle();
+        let now = reads(&flooded);
+        let took: Vec<_> = now
+            .iter()
+            .zip(&before)
+            .map(|(now, before)| now - before)
+            .collect();
+        assert_eq!(took.iter().sum::<u64>(), u64::from(BURST), "{took:?}");
+        whose.push(took.iter().position(|took| *took > 0));
+        before = now;
+    }
+    // None had two turns before each had one.
+    for three in whose.chunks(3) {
+        let mut three = three.to_vec();
+        three.sort_unstable();
+        assert_eq!(three, [Some(0), Some(1), Some(2)], "{whose:?}");
+    }
+}
+
+#[test]
+fn many_disks_that_ask_for_little_leave_a_turn_to_one_that_asks_for_much() {
+    let mut scene = Scene::new();
+    let mut large = scene.seat(0);
+    let mut small: Vec<_> = (1..=40).map(|number| scene.seat(number)).collect();
+    let _marked = scene.log_large(&mut large, 1 << 20);
+    large.offer_many_large(1 << 20, 1);
+    scene.turn();
+    for _ in 0..3 {
+        large.offer_many_large(1 << 20, 1);
+        small.iter_mut().for_each(|disk| disk.offer(0, IN, 0));
+        scene.turn();
+        assert!(large.is_answered(0));
+        assert!(small.iter().all(|disk| disk.is_answered(0)));
+    }
+}
+
+#[test]
 fn a_limited_queue_that_is_full_is_charged_for_what_it_took_alone() {
     let mut scene = Scene::new();
     let mut disk = scene.seat(0);
