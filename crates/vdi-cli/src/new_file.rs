@@ -4,9 +4,10 @@
 //! that neither an error nor a crash leaves half a file under the name, and an old
 //! file of that name stays whole until the new one is.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -21,6 +22,9 @@ pub(crate) enum Existing {
     KeepAlways,
     Replace,
 }
+
+/// How much of the name the file has while it is made, for those who look for what a crash left.
+const MOST_KNOWN: usize = 100;
 
 /// A file being made; dropped, it is gone.
 #[derive(Debug)]
@@ -88,8 +92,10 @@ impl NewFile {
                 path: path.to_owned(),
             });
         };
+        // A name may be as long as the file system lets it, and what is added must not make it longer.
+        let known = &name.as_bytes()[..name.len().min(MOST_KNOWN)];
         let mut hidden = OsString::from(".");
-        hidden.push(name);
+        hidden.push(OsStr::from_bytes(known));
         hidden.push(format!(".{}.new", Uuid::new_v4().simple()));
         Ok(Self {
             temporary: destination.with_file_name(hidden),
@@ -194,6 +200,16 @@ mod tests {
         assert!(new.publish().is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
         assert_eq!(names(directory.path()), ["image"]);
+    }
+
+    #[test]
+    fn the_longest_name_can_be_had() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("n".repeat(255));
+        let new = NewFile::beside(&path, Existing::Keep).unwrap();
+        fs::write(new.path(), "whole").unwrap();
+        new.publish().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "whole");
     }
 
     #[test]
