@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use vdi_core::check::check;
 use vdi_core::compact::{self, Equal};
 use vdi_core::resize::{self, ResizeStep};
 use vdi_core::{Capacity, Disk, Sector, Zeroing};
@@ -281,6 +282,37 @@ fn a_full_image_whose_growth_is_stopped_at_any_instant_is_whole_for_everybody() 
 }
 
 /// B1: the entry that sent a block away may be lost, and then its old place counts.
+/// The larger map takes the place of blocks, which are copied, and is written: any of that may find no space. What it
+/// took must be nobody's trailing bytes then, nor a count of leaked blocks.
+#[test]
+fn a_growth_that_finds_no_space_gives_back_what_it_took() {
+    for_each_seed(1, |mut random| {
+        let layout = Layout::plain(BLOCK, 20 * u64::from(BLOCK)).with_blocks(9);
+        let (first, expected) = layout.build(&mut random);
+        let to = Capacity::from_bytes_rounded_down(u64::from(BLOCK) << 20);
+        for after in 0.. {
+            let file = SimulatedFile::new(first.clone());
+            let disk = Arc::new(open_chain(&file, &[]).unwrap());
+            let plan = resize::plan(&disk, to).unwrap();
+            let full = Failure::Clean(Errno::ENOSPC);
+            file.fail(Kind::Write, 1024..u64::MAX, after, full);
+            let resized = resize::apply(&disk, &plan);
+            file.heal();
+            let report = check(&*file).unwrap();
+            assert_eq!(report.worst(), None, "write {after}: {report:#?}");
+            if resized.is_ok() {
+                assert!(after > 10, "only {after} writes");
+                break;
+            }
+            let disk = Arc::new(open_chain(&file, &[]).unwrap());
+            assert!(contents(&disk) == expected, "write {after}");
+            let plan = resize::plan(&disk, to).unwrap();
+            resize::apply(&disk, &plan).unwrap();
+            assert_eq!(check(&*file).unwrap().worst(), None, "write {after}");
+        }
+    });
+}
+
 #[test]
 fn a_kill_while_a_block_is_away_and_a_power_cut_after_it_lose_nothing() {
     for_each_seed(3, |mut random| {

@@ -131,6 +131,25 @@ impl Disk {
     /// The disk is closed, and its blocks are the first ones of the file.
     fn grow_closed(&self, to: Capacity, layout: Layout) -> io::Result<()> {
         let storage = &self.top().storage;
+        let (old_blocks, owned, reserved) = self
+            .prepare(to, layout)
+            .inspect_err(|error| self.give_back(error))?;
+        self.switch_header(|raw| {
+            raw.offset_bmap = layout.map_start.into();
+            raw.offset_data = layout.offset_data.into();
+            raw.disk_size = to.bytes().into();
+            raw.blocks_in_image = layout.blocks.into();
+            raw.blocks_allocated = (owned + reserved).into();
+        })?;
+        let numbers = (owned..owned + reserved).filter_map(FileBlock::new);
+        self.write_new_entries(layout, old_blocks, numbers.map(BlockMapEntry::Allocated))?;
+        storage.sync()
+    }
+
+    /// Does all that the old header sees nothing of. The number of old entries, of blocks in use, and of those reserved
+    /// behind them.
+    fn prepare(&self, to: Capacity, layout: Layout) -> io::Result<(u32, u32, u32)> {
+        let storage = &self.top().storage;
         self.vacate(layout.vacated)?;
         let owned = self.top().map.owned_end().saturating_sub(layout.vacated);
         let end = layout.end_of(owned, self.data_area());
@@ -145,16 +164,34 @@ impl Disk {
         let old_entries = (first..old_blocks).map(|block| self.entry_after(block, layout.vacated));
         self.write_new_entries(layout, first, old_entries.chain(new_entries))?;
         let reserved = self.reserve_new(to, layout, owned)?;
-        self.switch_header(|raw| {
-            raw.offset_bmap = layout.map_start.into();
-            raw.offset_data = layout.offset_data.into();
-            raw.disk_size = to.bytes().into();
-            raw.blocks_in_image = layout.blocks.into();
-            raw.blocks_allocated = (owned + reserved).into();
-        })?;
-        let numbers = (owned..owned + reserved).filter_map(FileBlock::new);
-        self.write_new_entries(layout, old_blocks, numbers.map(BlockMapEntry::Allocated))?;
-        storage.sync()
+        Ok((old_blocks, owned, reserved))
+    }
+
+    /// A growth for which there is no room must not fill the file system with what it got done. After any other error
+    /// nobody knows what the file's entries say.
+    fn give_back(&self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::StorageFull {
+            // The first error is the one to report; and what stays is leaked, no more.
+            let _ = self.move_home();
+        }
+    }
+
+    /// Moves the blocks that made way back, over what was to be the map, and cuts the file behind them.
+    fn move_home(&self) -> io::Result<()> {
+        let top = self.top();
+        top.storage.sync()?;
+        let owned_end = self.fill_holes(u64::MAX)?;
+        self.write_counted(owned_end)?;
+        top.storage.set_len(top.area.end_of(owned_end).0)?;
+        top.storage.sync()
+    }
+
+    /// Makes the header count the first `blocks`, as far as it may: those that are away it does not (H3).
+    fn write_counted(&self, blocks: u32) -> io::Result<()> {
+        let top = self.top();
+        let counted = blocks.min(top.header.blocks_in_image());
+        let at = top.header.raw().places().blocks_allocated;
+        top.storage.write_all_at(&counted.to_le_bytes(), at)
     }
 
     /// Reserves storage for the new blocks of a fixed image behind the `owned` ones, and tells for how many.
@@ -245,10 +282,7 @@ impl Disk {
         };
         let end = last.to.get() + 1;
         top.storage.set_len(top.area.end_of(end).0)?;
-        // No header counts blocks that are away (H3).
-        let counted = end.min(top.header.blocks_in_image());
-        let at = top.header.raw().places().blocks_allocated;
-        top.storage.write_all_at(&counted.to_le_bytes(), at)?;
+        self.write_counted(end)?;
         top.storage.sync()?;
         if self.move_all(&moves)? {
             return Ok(());
