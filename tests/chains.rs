@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use vdi_core::{Access, HostFile, Locking};
 use vdi_tests::corpus::corpus;
 use vdi_tests::image::{field, write_to};
 use vdi_tests::tool::vdi;
@@ -213,6 +214,83 @@ fn check_finds_a_loop() {
     );
     let answer = vdi(words!["map", chain[0]]).expect_code(1);
     assert!(answer.err.contains("its own descendant"), "{answer:#?}");
+}
+
+#[test]
+fn a_parent_that_was_named_is_there_or_the_error_names_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let (base, child, other) = (at("base.vdi"), at("child.vdi"), at("other.vdi"));
+    for new in [&base, &other] {
+        vdi(words!["create", new, "4M"]).expect_code(0);
+    }
+    vdi(words!["snapshot", base, child]).expect_code(0);
+    let info = |named: &Path| vdi(words!["map", "--parent", named, child]);
+    info(&other).expect_code(0);
+    let answer = info(&at("gone.vdi")).expect_code(1);
+    let said = "gone.vdi: No such file";
+    assert!(answer.err.contains(said), "{answer:#?}");
+    fs::rename(&base, at("elsewhere")).unwrap();
+    fs::create_dir(at("empty")).unwrap();
+    fs::rename(&child, at("empty/child.vdi")).unwrap();
+    let child = at("empty/child.vdi");
+    let answer = vdi(words!["map", "--parent", other, child]).expect_code(1);
+    let said = format!("is not {}, and not in {}", text(&other), text(&at("empty")));
+    assert!(answer.err.contains(&said), "{answer:#?}");
+}
+
+#[test]
+fn a_copy_that_takes_no_locks_does_not_replace_a_parent_of_its_source() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let (base, middle, top) = (at("base.vdi"), at("middle.vdi"), at("top.vdi"));
+    vdi(words!["create", base, "4M"]).expect_code(0);
+    vdi(words!["snapshot", base, middle]).expect_code(0);
+    vdi(words!["snapshot", middle, top]).expect_code(0);
+    let before = fs::read(&base).unwrap();
+    for format in ["raw", "vdi"] {
+        let answer =
+            vdi(words!["convert", "-U", "--force", "-O", format, top, base]).expect_code(1);
+        assert!(answer.err.contains("base.vdi is a parent"), "{answer:#?}");
+    }
+    assert!(fs::read(&base).unwrap() == before);
+}
+
+/// Nobody is told of a way out that a verb has not.
+#[test]
+fn only_verbs_that_can_read_a_shared_image_name_the_option_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let (base, child, new) = (at("base.vdi"), at("child.vdi"), at("new.vdi"));
+    vdi(words!["create", base, "4M"]).expect_code(0);
+    vdi(words!["snapshot", base, child]).expect_code(0);
+    let held = HostFile::open(&base, Access::Writable, Locking::Locked).unwrap();
+    let us = format!("process {}", std::process::id());
+    for words in [
+        words!["info", base].to_vec(),
+        words!["check", base].to_vec(),
+        words!["map", child].to_vec(),
+        words!["compare", child, base].to_vec(),
+        words!["repair", base].to_vec(),
+        words!["repair", "--apply", base].to_vec(),
+        words!["compact", base].to_vec(),
+        words!["resize", "--dry-run", base, "+1M"].to_vec(),
+        words!["clone", child, new].to_vec(),
+        words!["rebase", "-b", base, child].to_vec(),
+        words!["commit", child].to_vec(),
+        words!["set", "--comment", "x", base].to_vec(),
+    ] {
+        let answer = vdi(&words);
+        assert_ne!(answer.code, Some(0), "{answer:#?}");
+        assert!(answer.err.contains(&us), "{answer:#?}");
+        let help = vdi(words![words[0], "--help"]).expect_code(0);
+        let (has, told) = (
+            help.out.contains("--force-share"),
+            answer.err.contains("--force-share"),
+        );
+        assert_eq!(has, told, "{answer:#?}");
+    }
+    drop(held);
 }
 
 fn header(path: &Path) -> Value {

@@ -66,7 +66,9 @@ fn a_second_daemon_leaves_the_socket_and_the_image_of_a_living_one_alone() {
     let refused = second(&elsewhere.path().join("socket"));
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(said.contains("is in use by another program"), "{said}");
+    let process = server.pid();
+    let holder = format!("is in use by another program (vdi-vhost, process {process})");
+    assert!(said.contains(&holder), "{said}");
     assert_eq!(driver.read(0, 512), [3; 512]);
     assert!(UnixStream::connect(server.socket()).is_ok());
 }

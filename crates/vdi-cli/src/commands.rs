@@ -94,6 +94,8 @@ pub(crate) enum Failure {
     Look { path: PathBuf, source: io::Error },
     #[error("{} and {} are the same file", from.display(), to.display())]
     Same { from: PathBuf, to: PathBuf },
+    #[error("{} is a parent of what is copied, which would be lost; choose another name", path.display())]
+    OverParent { path: PathBuf },
     #[error("a raw disk has no layout; --fixed and --block-size go with -O vdi")]
     LayoutOfRaw,
     #[error("{} is a block device; it can take a raw disk only (-O raw)", path.display())]
@@ -152,11 +154,11 @@ pub(crate) enum Failure {
 pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Create(args) => create(&args),
-        Verb::Info(args) => info::run(&args),
-        Verb::Check(args) => check::run(&args),
+        Verb::Info(args) => info::run(&args).map_err(or_shared),
+        Verb::Check(args) => check::run(&args).map_err(or_shared),
         Verb::Repair(args) => repair::repair(&args),
-        Verb::Map(args) => map::run(&args),
-        Verb::Convert(args) => convert::run(&args),
+        Verb::Map(args) => map::run(&args).map_err(or_shared),
+        Verb::Convert(args) => convert::run(&args).map_err(or_shared),
         Verb::Snapshot(args) => snapshot::run(&args),
         Verb::Compact(args) => compact::run(&args),
         Verb::Resize(args) => resize::run(&args),
@@ -164,7 +166,7 @@ pub(crate) fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Commit(args) => commit::commit(&args),
         Verb::Flatten(args) => rebase::flatten(&args),
         Verb::Rebase(args) => rebase::rebase(&args),
-        Verb::Compare(args) => compare::compare(&args),
+        Verb::Compare(args) => compare::compare(&args).map_err(or_shared),
         Verb::Clone(args) => clone::clone(&args),
         Verb::Ctl(args) => ctl::run(*args),
         Verb::Top(args) => crate::top::run(&args),
@@ -214,7 +216,7 @@ fn open_end(path: &Path, format: Format, open: &OpenArgs) -> Result<End, Failure
         Format::Vdi => Ok(End::Image(open_disk(path, open)?)),
         Format::Raw => match RawDisk::open(path, Access::ReadOnly, locking(open)) {
             Ok(raw) => Ok(End::Raw(raw)),
-            Err(RawError::File(error)) => Err(in_use(error)),
+            Err(RawError::File(error)) => Err(Failure::File(error)),
             Err(source) => Err(Failure::OpenRaw {
                 path: path.to_owned(),
                 source,
@@ -254,14 +256,14 @@ fn locking(open: &OpenArgs) -> Locking {
 }
 
 fn open_file(path: &Path, open: &OpenArgs) -> Result<HostFile, Failure> {
-    HostFile::open(path, Access::ReadOnly, locking(open)).map_err(in_use)
+    HostFile::open(path, Access::ReadOnly, locking(open)).map_err(Failure::File)
 }
 
-/// Adds the way out to an error about locks.
-fn in_use(error: FileError) -> Failure {
-    match error {
-        FileError::Locked { .. } => Failure::InUse { held: error },
-        other => Failure::File(other),
+/// Adds the way out to an error about locks, for the verbs that have one: they only read.
+fn or_shared(failure: Failure) -> Failure {
+    match failure {
+        Failure::File(held @ FileError::Locked { .. }) => Failure::InUse { held },
+        other => other,
     }
 }
 
@@ -315,16 +317,12 @@ fn find_files(
     access: Access,
     options: &ChainOptions,
 ) -> Result<Vec<HostFile>, Failure> {
-    find_chain(path, access, options).map_err(|error| match error {
-        // Nothing is changed that another program uses, so there is no way around its locks.
-        ChainError::File(file) if access == Access::Writable => Failure::File(file),
-        other => no_chain(path, other),
-    })
+    find_chain(path, access, options).map_err(|error| no_chain(path, error))
 }
 
 fn no_chain(path: &Path, error: ChainError) -> Failure {
     match error {
-        ChainError::File(file) => in_use(file),
+        ChainError::File(file) => Failure::File(file),
         source => Failure::Chain {
             path: path.to_owned(),
             source,

@@ -118,6 +118,13 @@ pub fn find_parent(
     parent: Uuid,
     options: &ChainOptions,
 ) -> Result<PathBuf, ChainError> {
+    for named in &options.parents {
+        // The user means a file that is there.
+        if let Err(source) = open_quietly(named) {
+            let path = named.clone();
+            return Err(FileError::Open { path, source }.into());
+        }
+    }
     let named = candidates(options.parents.iter().cloned(), parent, &options.seen);
     if let Some(found) = only_one(named, parent)? {
         return Ok(found);
@@ -152,6 +159,7 @@ pub fn find_parent(
     found.ok_or_else(|| ChainError::Missing {
         child: child.to_owned(),
         parent,
+        named: options.parents.clone(),
         searched: dirs().map(Path::to_owned).collect(),
     })
 }
@@ -208,6 +216,11 @@ fn read_header(file: &File, path: &Path) -> Result<RawHeader, ChainError> {
     })
 }
 
+fn named_files(named: &[PathBuf]) -> String {
+    let each = |file: &PathBuf| format!("{}, and not ", file.display());
+    named.iter().map(each).collect()
+}
+
 /// Why the images of a disk could not be found.
 #[derive(Debug, thiserror::Error)]
 #[expect(
@@ -224,13 +237,16 @@ pub enum ChainError {
     #[error("{} has more than {most} entries, too many to look for a parent in; name the file with --parent", dir.display())]
     TooManyFiles { dir: PathBuf, most: usize },
     #[error(
-        "the parent {parent} of {} is not in {}; name its file with --parent or its directory with --image-dir",
+        "the parent {parent} of {} is not {}in {}; name its file with --parent or its directory with --image-dir",
         child.display(),
+        named_files(named),
         searched.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ")
     )]
     Missing {
         child: PathBuf,
         parent: Uuid,
+        /// Files that the user named.
+        named: Vec<PathBuf>,
         searched: Vec<PathBuf>,
     },
     #[error(

@@ -35,6 +35,7 @@ pub mod disk;
 mod entries;
 pub mod format;
 pub mod header;
+mod holder;
 mod holes;
 mod image;
 mod inside;
@@ -61,6 +62,7 @@ pub use disk::{
     Source, Usage, WriteError, WriteExtent, Zeroing,
 };
 pub use header::{Header, HeaderError, ImageKind, ParentLink, Warning};
+pub use holder::Holder;
 pub use image::{Image, OpenError};
 pub use inside::Inside;
 pub use storage::{Access, FileError, HostFile, Locking, Storage};

@@ -15,6 +15,7 @@ use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use nix::libc;
 use rustix::io::{ReadWriteFlags, pwritev2};
 
+use crate::holder::{self, Holder};
 use crate::lock::{self, Outcome};
 use crate::units::FileOffset;
 
@@ -141,7 +142,10 @@ impl HostFile {
         };
         match outcome {
             Ok(Outcome::Held) => Ok(Self { file, path }),
-            Ok(Outcome::Conflict) => Err(FileError::Locked { path }),
+            Ok(Outcome::Conflict) => Err(FileError::Locked {
+                path,
+                holder: holder::of(&file),
+            }),
             Err(source) => Err(FileError::Lock { path, source }),
         }
     }
@@ -303,8 +307,16 @@ pub enum FileError {
     Open { path: PathBuf, source: io::Error },
     #[error("{} is not a regular file; images on devices or pipes are not served", path.display())]
     NotAFile { path: PathBuf },
-    #[error("{} is in use by another program, which holds QEMU-style locks on it; stop that program first", path.display())]
-    Locked { path: PathBuf },
+    #[error(
+        "{} is in use by another program{}, which holds QEMU-style locks on it; stop that program first",
+        path.display(),
+        holder.as_ref().map_or_else(String::new, |holder| format!(" ({holder})"))
+    )]
+    Locked {
+        path: PathBuf,
+        /// If it can be seen.
+        holder: Option<Holder>,
+    },
     #[error("cannot lock {}", path.display())]
     Lock { path: PathBuf, source: io::Error },
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::ops::ControlFlow;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +22,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<ExitCode, Failure> {
     let stop = stop_on_signals()?;
     let from = open_end(&args.source, args.source_format, &args.open)?;
     refuse_same(&args.source, &args.destination)?;
+    refuse_parent(&from, &args.destination)?;
     let copying = Copying {
         from: &args.source,
         to: &args.destination,
@@ -39,6 +40,18 @@ pub(super) fn run(args: &ConvertArgs) -> Result<ExitCode, Failure> {
     copy(&copying, &from, to, &stop)?;
     new.publish()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// With --force-share no lock protects the parents of what is copied.
+fn refuse_parent(from: &End, to: &Path) -> Result<(), Failure> {
+    let Ok(there) = fs::metadata(to) else {
+        return Ok(());
+    };
+    if from.is_in_file(there.dev(), there.ino()) {
+        let path = to.to_owned();
+        return Err(Failure::OverParent { path });
+    }
+    Ok(())
 }
 
 fn open_device(args: &ConvertArgs) -> Result<Destination, Failure> {

@@ -13,7 +13,7 @@ use vdi_core::repair::{self, BlockPlan, Plan, Unreadable};
 use vdi_core::{Access, HostFile, Locking};
 
 use super::check::exit_code;
-use super::{Failure, done, in_use, output};
+use super::{Failure, done, output};
 use crate::args::RepairArgs;
 use crate::report;
 
@@ -24,7 +24,7 @@ pub(super) fn repair(args: &RepairArgs) -> Result<ExitCode, Failure> {
     } else {
         Access::ReadOnly
     };
-    let file = HostFile::open(&args.file, access, Locking::Locked).map_err(in_use)?;
+    let file = HostFile::open(&args.file, access, Locking::Locked)?;
     let mut out = output();
     let mut plan = plan(args, &file)?;
     report::repair(&mut out, &plan)?;

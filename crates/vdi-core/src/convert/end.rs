@@ -32,6 +32,12 @@ impl End {
         }
     }
 
+    /// Whether some of the disk is kept in the file with this device and inode, a parent's included.
+    pub fn is_in_file(&self, device: u64, inode: u64) -> bool {
+        let mut files = self.look().identities().into_iter();
+        files.any(|file| file == Some((device, inode)))
+    }
+
     pub(crate) fn look(&self) -> Reading<'_> {
         match self {
             Self::Raw(raw) => Reading::Raw(raw),
