@@ -73,13 +73,8 @@ impl Fleet {
         let next = self.next().spawn();
         let old = self.server.take().unwrap().wait();
         assert_eq!(old.code, Some(0), "{}{}", old.log, next.log());
-        self.follow(next);
-        old
-    }
-
-    /// The daemon that has taken over from one that has ended.
-    pub(crate) fn follow(&mut self, next: Server) {
         self.server = Some(next);
+        old
     }
 
     pub(crate) fn driver(&self, disk: &str, options: &Options) -> Driver {
