@@ -125,12 +125,13 @@ impl Guest {
     }
 }
 
-/// Boots a Debian whose systemd runs the first of `files`, a test program, on the others (`ci/guest/jobs/systemd.sh`); what its console showed.
+/// Boots a Debian whose systemd runs the first of `files`, a test program, on the others (`ci/guest/jobs/systemd.sh`); what its console showed. Only the
+/// tests of these names, unless they are empty.
 ///
 /// # Panics
 /// If one of its tests fails.
 #[must_use]
-pub fn under_systemd(files: &[&Path]) -> String {
+pub fn under_systemd(only: &str, files: &[&Path]) -> String {
     let image = repository().join("target/guest/system.ext4");
     assert!(
         image.exists(),
@@ -140,6 +141,7 @@ pub fn under_systemd(files: &[&Path]) -> String {
     let mut command = Command::new(repository().join("ci/guest/run"));
     command.arg("--system").arg(image);
     command.args(["--memory", "768", "--timeout", "900"]);
+    command.arg("--set").arg(format!("ONLY={only}"));
     command.arg(repository().join("ci/guest/jobs/systemd.sh"));
     succeed(command.args(files))
 }

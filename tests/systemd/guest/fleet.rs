@@ -37,6 +37,12 @@ fn expect_stopped(unit: &str) {
     assert_eq!(property(unit, "Result"), "success");
 }
 
+/// The program that a unit's process runs.
+fn program(unit: &str) -> String {
+    let link = format!("/proc/{}/exe", number(unit, "MainPID"));
+    fs::read_link(link).unwrap().display().to_string()
+}
+
 fn scrape(mut stream: impl Read + Write) -> String {
     stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
     let mut page = String::new();
@@ -100,8 +106,10 @@ fn a_newer_package_leaves_it_running_and_the_next_instance_takes_over_under_load
             &mut || {
                 run("dpkg --install /job/newer.deb");
                 assert_eq!((is_active(A), number(A, "MainPID")), (true, pid));
+                assert_eq!(program(A), "/usr/bin/vdi-vhost (deleted)");
                 run("systemctl start vdi-vhost-fleet@b");
                 assert!(is_active(B));
+                assert_eq!(program(B), "/usr/bin/vdi-vhost");
                 wait_until("the old one ends", || !is_active(A));
                 expect_stopped(A);
             },

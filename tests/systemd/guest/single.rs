@@ -4,13 +4,14 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 use vdi_tests::driver::{Driver, Layout, Options, Request, Segment};
 
 use super::{
     IMAGES, SOCKETS, code, connect, create, edit, expect_clean, expect_contents, image, is_active,
-    journal, kill, messages, number, output, property, rights, run, signal, socket, under_load,
-    wait_until,
+    journal, kill, messages, number, output, property, rights, run, socket, under_load, wait_until,
 };
 
 /// Both sockets of a disk.
@@ -98,10 +99,25 @@ fn a_front_end_that_connects_starts_the_daemon_and_a_stop_leaves_a_clean_image()
     expect_clean(&image);
 }
 
+/// Has a daemon's first thread, which serves front ends and operators, stand still while all others go on, until the daemon is dead.
+fn hang(unit: &str) {
+    let pid = Pid::from_raw(number(unit, "MainPID"));
+    ptrace::seize(pid, ptrace::Options::empty()).unwrap();
+    ptrace::interrupt(pid).unwrap();
+    wait_until("it is dead", || {
+        let seen = waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)).unwrap();
+        matches!(seen, WaitStatus::Signaled(..) | WaitStatus::Exited(..))
+    });
+}
+
 #[test]
 #[ignore = "in the guest"]
 fn a_hanging_daemon_is_killed_by_the_watchdog_and_started_again() {
     let image = create("hangs");
+    for unit in ["vdi-vhost@hangs.service", "vdi-vhost-fleet@a.service"] {
+        let shipped = run(&format!("systemctl cat {unit}"));
+        assert!(shipped.contains("\nWatchdogSec=60s\n"), "{unit}: {shipped}");
+    }
     edit("vdi-vhost@hangs.service", "[Service]\nWatchdogSec=4s\n");
     let unit = listen("hangs");
     let disk = under_load(
@@ -111,7 +127,7 @@ fn a_hanging_daemon_is_killed_by_the_watchdog_and_started_again() {
             // Beats keep it alive for longer than they may stay away.
             std::thread::sleep(Duration::from_secs(5));
             assert_eq!(number(&unit, "MainPID"), pid);
-            signal(&unit, Signal::SIGSTOP);
+            hang(&unit);
             wait_until("it is started again", || {
                 number(&unit, "NRestarts") == 1 && is_active(&unit)
             });
