@@ -115,6 +115,28 @@ mod tests {
     }
 
     #[test]
+    fn many_small_requests_are_taken_by_bursts_while_the_turn_has_anything_left() {
+        let turn = |portion: &mut Portion, requests| {
+            (0..requests).for_each(|_| portion.add(4096));
+            portion.end();
+            portion.end_turn();
+        };
+        let mut portion = Portion::default();
+        turn(&mut portion, FEW);
+        assert!(portion.is_light());
+        turn(&mut portion, u32::from(BURST));
+        let taken = [TURN_BYTES, 1, 0].map(|left| portion.chains(left));
+        assert_eq!(taken, [BURST, BURST, 0]);
+        // A turn that others had says nothing of it.
+        (0..9).for_each(|_| portion.end_turn());
+        assert!(!portion.is_light());
+        turn(&mut portion, 0);
+        assert!(!portion.is_light());
+        turn(&mut portion, 0);
+        assert!(portion.is_light());
+    }
+
+    #[test]
     fn large_requests_are_taken_as_far_as_the_turn_has_bytes_for_them() {
         let portion = after(&[4096, 1 << 20, 4096]);
         let taken = [TURN_BYTES, TURN_BYTES / 2, 1, 0].map(|left| portion.chains(left));
