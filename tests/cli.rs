@@ -527,6 +527,81 @@ fn convert_refuses_to_destroy() {
     );
 }
 
+#[test]
+fn words_of_qemu_img_are_understood() {
+    let directory = scratch();
+    let name = |name: &str| directory.path().join(name);
+    let (disk, child, new) = (name("disk.vdi"), name("child.vdi"), name("new.raw"));
+    vdi(words!["create", "-q", "-f", "vdi", disk, "4M"]).expect_code(0);
+    vdi(words!["snapshot", disk, child]).expect_code(0);
+    for verb in ["info", "check", "map"] {
+        let plain = vdi(words![verb, disk]).expect_code(0);
+        let json = vdi(words![verb, "--json", disk]).expect_code(0);
+        assert_ne!(plain.out, json.out);
+        for (format, same) in [("human", &plain), ("json", &json)] {
+            let answer = vdi(words![verb, "-f", "vdi", "--output", format, disk]).expect_code(0);
+            assert_eq!(answer.out, same.out);
+        }
+        vdi(words![verb, "-f", "raw", disk]).expect_code(1);
+    }
+    let answer = vdi(words!["check", "-q", disk]).expect_code(0);
+    assert_eq!(answer.out, "");
+    vdi(words![
+        "convert", "-p", "-W", "-m", "2", "-O", "raw", disk, new
+    ])
+    .expect_code(0);
+    vdi(words!["compare", "-p", "-F", "raw", disk, new]).expect_code(0);
+    vdi(words![
+        "rebase", "-p", "-f", "vdi", "-F", "vdi", "-b", disk, child
+    ])
+    .expect_code(0);
+    vdi(words!["commit", "-p", "-f", "vdi", child]).expect_code(0);
+    let answer = vdi(words!["resize", "-q", "-f", "vdi", disk, "+1M"]).expect_code(0);
+    assert_eq!(answer.out, "");
+    let answer = vdi(words!["check", "-r", "all", disk]).expect_code(1);
+    assert!(answer.err.contains("tip: `vdi repair"), "{answer:#?}");
+}
+
+#[test]
+fn map_shows_the_part_of_the_disk_that_is_asked_for() {
+    let directory = scratch();
+    let path = directory.path().join("disk.vdi");
+    image().write(&path);
+    let part = |words: &[&str]| -> Vec<(u64, u64, bool)> {
+        let words: Vec<_> = words.iter().map(std::ffi::OsStr::new).collect();
+        let words = [words!["map", "--json", path].as_slice(), &words].concat();
+        let ranges = vdi(words).expect_code(0).json();
+        let number = |range: &serde_json::Value, key: &str| range[key].as_u64().unwrap();
+        let ranges = ranges.as_array().unwrap().iter().map(|range| {
+            let is_data = range["data"].as_bool().unwrap();
+            (number(range, "start"), number(range, "length"), is_data)
+        });
+        ranges.collect()
+    };
+    assert_eq!(
+        part(&["-s", "3584k", "-l", "1M"]),
+        [(7 * MIB / 2, MIB / 2, false), (4 * MIB, MIB / 2, true)]
+    );
+    assert_eq!(part(&["--start-offset=7M"]), [(7 * MIB, MIB, false)]);
+    assert_eq!(part(&["--max-length=2M"]), [(0, 2 * MIB, true)]);
+    assert_eq!(part(&["-s", "8M"]), []);
+    let answer = vdi(words!["map", "-s", "4M", "-l", "1M", path]).expect_code(0);
+    assert!(answer.out.contains("0x400000"), "{answer:#?}");
+}
+
+/// What is named may be anybody's.
+#[test]
+fn names_in_answers_do_not_steer_the_terminal() {
+    let directory = scratch();
+    let path = directory.path().join("\u{1b}[31m\nred");
+    let answer = vdi(words!["check", path]).expect_code(1);
+    assert!(answer.err.contains("\\u{1b}[31m\\u{a}red"), "{answer:#?}");
+    image().write(&path);
+    let answer = vdi(words!["check", path]).expect_code(0);
+    assert!(answer.out.contains("\\u{1b}[31m\\u{a}red"), "{answer:#?}");
+    assert!(!answer.out.contains('\u{1b}'), "{answer:#?}");
+}
+
 /// Converts, is interrupted once it has begun, and answers; `None` if it was too quick.
 fn interrupted_convert(raw: &Path, out: &Path) -> Option<String> {
     let mut child = spawn(

@@ -6,6 +6,7 @@
 
 mod ctl;
 mod edit;
+mod qemu;
 mod top;
 
 use std::ffi::OsString;
@@ -21,6 +22,7 @@ use crate::size;
 
 pub(crate) use self::ctl::{CtlArgs, CtlCommand, DiskArgs, Limit, Said, Which};
 pub(crate) use self::edit::{CompactArgs, NewSize, ResizeArgs, SetArgs, SnapshotArgs};
+pub(crate) use self::qemu::{OutputArgs, ProgressArgs, VdiArgs, explain};
 pub(crate) use self::top::TopArgs;
 
 const EXIT_CODES: &str = "\
@@ -108,6 +110,11 @@ pub(crate) struct CreateArgs {
     /// Replace the file if it exists and is not empty
     #[arg(long)]
     pub(crate) force: bool,
+    /// Say nothing, as it does anyway
+    #[arg(short, long, hide = true)]
+    quiet: bool,
+    #[command(flatten)]
+    format: VdiArgs,
 }
 
 impl CreateArgs {
@@ -222,7 +229,7 @@ Fragmentation is the share of blocks that are not kept right behind the block wi
 of them, as `qemu-img check` counts it: 0 % if the file has them in the disk's order. Unused blocks in
 the file are `vdi compact`'s to remove.
 
-JSON has the keys of `qemu-img info`. Under format-specific.data there are, besides the header:
+JSON (--json, or --output json) has the keys of `qemu-img info`. Under format-specific.data there are, besides the header:
   blocks         blocks of the disk: allocated, zero, unallocated
   fragmentation  runs: pieces of the file in the disk's order, at best 1; fragmented-clusters:
                  runs - 1; fragmented-percent: of the allocated ones; holes: unused blocks of the
@@ -233,9 +240,10 @@ JSON has the keys of `qemu-img info`. Under format-specific.data there are, besi
 pub(crate) struct InfoArgs {
     /// The image
     pub(crate) file: PathBuf,
-    /// Print JSON with the keys of `qemu-img info`
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+    #[command(flatten)]
+    format: VdiArgs,
     /// Print a list, with the image's parents behind it
     #[arg(long)]
     pub(crate) backing_chain: bool,
@@ -254,13 +262,22 @@ Exit codes:
   0  nothing is wrong but perhaps for a note
   1  the image could not be checked
   2  the image is corrupt
-  3  nothing is corrupt, but space is leaked")]
+  3  nothing is corrupt, but space is leaked
+
+JSON (--json, or --output json) has the keys of `qemu-img check` and besides:
+  notes     findings that are harmless; corruptions and leaks count the others
+  findings  a list, at most 20 of a kind, each with kind (a stable name), severity, message and advice
+  counts    how many findings there are of each kind, listed or not")]
 pub(crate) struct CheckArgs {
     /// The image
     pub(crate) file: PathBuf,
-    /// Print JSON with the keys of `qemu-img check` and a list of findings
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+    /// Say nothing; the exit code tells
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    format: VdiArgs,
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 }
@@ -308,7 +325,7 @@ place on the disk: a file without fragments goes through the colours once. Witho
 (NO_COLOR, a dumb terminal, no terminal) there are digits instead; CLICOLOR_FORCE=1 asks for colours
 all the same.
 
-JSON is a list of ranges in the disk's order, with the keys of `qemu-img map`:
+JSON (--json, or --output json) is a list of ranges in the disk's order, with the keys of `qemu-img map`:
   start, length     the range, in bytes of the disk
   depth             the image that it comes from: 0 the one named, 1 its parent, and so on
   present           whether any image has something here
@@ -322,15 +339,22 @@ Examples:
 pub(crate) struct MapArgs {
     /// The image
     pub(crate) file: PathBuf,
-    /// Print JSON as `qemu-img map --output=json` does
-    #[arg(long, conflicts_with_all = ["svg", "strip"])]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
     /// Draw the layout and print no table
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["json", "output"])]
     pub(crate) strip: bool,
     /// Draw the layout as a picture into FILE, and print no table
-    #[arg(long, value_name = "FILE", conflicts_with = "strip")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "output", "strip"])]
     pub(crate) svg: Option<PathBuf>,
+    /// Where the table begins on the disk
+    #[arg(short, long, value_name = "SIZE", value_parser = size::parse, default_value = "0", conflicts_with_all = ["strip", "svg"])]
+    pub(crate) start_offset: u64,
+    /// How much of the disk the table is about [default: all to its end]
+    #[arg(short = 'l', long, value_name = "SIZE", value_parser = size::parse, conflicts_with_all = ["strip", "svg"])]
+    pub(crate) max_length: Option<u64>,
+    #[command(flatten)]
+    format: VdiArgs,
     /// Replace the picture's FILE if it exists and is not empty
     #[arg(long, requires = "svg")]
     pub(crate) force: bool,
@@ -384,6 +408,11 @@ pub(crate) struct ConvertArgs {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     #[command(flatten)]
+    progress: ProgressArgs,
+    /// Write out of order, as is done anyway
+    #[arg(short = 'W', hide = true)]
+    is_out_of_order: bool,
+    #[command(flatten)]
     pub(crate) copying: CopyArgs,
     #[command(flatten)]
     pub(crate) open: OpenArgs,
@@ -406,6 +435,10 @@ pub(crate) struct CommitArgs {
     /// Show no progress and say nothing
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
+    format: VdiArgs,
     #[command(flatten)]
     pub(crate) chain: ChainArgs,
 }
@@ -449,6 +482,13 @@ pub(crate) struct RebaseArgs {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
+    format: VdiArgs,
+    /// Format of the new parent
+    #[arg(short = 'F', value_name = "FORMAT", hide = true, value_parser = ["vdi"])]
+    parent_format: Option<String>,
+    #[command(flatten)]
     pub(crate) chain: ChainArgs,
 }
 
@@ -484,6 +524,8 @@ pub(crate) struct CompareArgs {
     /// Say nothing; the exit code tells
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     #[command(flatten)]
     pub(crate) threads: ThreadsArgs,
     #[command(flatten)]

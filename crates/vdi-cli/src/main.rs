@@ -20,8 +20,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Cli, Verb};
+use crate::args::{Cli, Verb, explain};
 use crate::commands::Failure;
+use crate::report::printable;
 
 /// What `check` exits with when the image is corrupt, as `qemu-img check` does.
 const EXIT_CORRUPT: u8 = 2;
@@ -44,8 +45,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             let is_error = error.use_stderr();
+            let verb = std::env::args_os().nth(1).unwrap_or_default();
+            let verb = verb.to_string_lossy();
             // Where there is no one to read it, there is nothing to do about it.
-            let _ = error.print();
+            let _ = explain(error, &verb).print();
             // Not clap's 2, which would be a corrupt image.
             return if is_error { failed } else { ExitCode::SUCCESS };
         }
@@ -56,7 +59,7 @@ fn main() -> ExitCode {
         // The reader has seen enough (`vdi map | head`).
         Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => failed,
         Err(failure) => {
-            eprintln!("vdi: error: {}", line_of_causes(&failure));
+            eprintln!("vdi: error: {}", printable(&line_of_causes(&failure)));
             match failure {
                 Failure::Daemon(error) if speaks && error.is_silence() => {
                     ExitCode::from(EXIT_NO_ANSWER)

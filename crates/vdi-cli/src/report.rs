@@ -24,7 +24,7 @@ pub(crate) use self::control::{Time, all_stats, disks, jobs, level, object, stat
 pub(crate) use self::dump::dump;
 pub(crate) use self::info::{Looked, info};
 pub(crate) use self::map::{map, map_json};
-pub(crate) use self::picture::Scene;
+pub(crate) use self::picture::{Scene, printable};
 pub(crate) use self::repair::repair;
 pub(crate) use self::strip::{Colours, Shades, Terminal, strip};
 pub(crate) use self::svg::svg;
@@ -95,11 +95,13 @@ impl Checked {
 
 /// Writes what `check` found for people: the findings of a kind together, the worst first.
 pub(crate) fn check(out: &mut impl Write, path: &Path, report: &Report) -> io::Result<()> {
+    let name = printable(&path.display().to_string());
     let mut findings: Vec<&Finding> = report.findings().iter().collect();
     findings.sort_by_key(|finding| (Reverse(finding.severity()), finding.kind()));
     for of_kind in findings.chunk_by(|a, b| a.kind() == b.kind()) {
         let [first, ..] = of_kind else { continue };
         for finding in of_kind {
+            let finding = printable(&finding.to_string());
             writeln!(out, "{}: {finding}", first.severity())?;
         }
         let more = report.count(first.kind()) - of_kind.len() as u64;
@@ -129,17 +131,12 @@ pub(crate) fn check(out: &mut impl Write, path: &Path, report: &Report) -> io::R
     let [corruptions, leaks, notes] = [Severity::Corruption, Severity::Leak, Severity::Note]
         .map(|severity| report.count_of(severity));
     match (corruptions, leaks, notes) {
-        (0, 0, 0) => writeln!(out, "{}: nothing is wrong", path.display()),
-        (0, 0, _) => writeln!(out, "{}: nothing is wrong; notes: {notes}", path.display()),
-        (0, ..) => writeln!(
-            out,
-            "{}: sound; leaks: {leaks}, notes: {notes}",
-            path.display()
-        ),
+        (0, 0, 0) => writeln!(out, "{name}: nothing is wrong"),
+        (0, 0, _) => writeln!(out, "{name}: nothing is wrong; notes: {notes}"),
+        (0, ..) => writeln!(out, "{name}: sound; leaks: {leaks}, notes: {notes}"),
         _ => writeln!(
             out,
-            "{}: corrupt; corruptions: {corruptions}, leaks: {leaks}, notes: {notes}",
-            path.display()
+            "{name}: corrupt; corruptions: {corruptions}, leaks: {leaks}, notes: {notes}"
         ),
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use uuid::Uuid;
 
-use super::{ChainArgs, block_size, uuid_not_null};
+use super::{ChainArgs, VdiArgs, block_size, uuid_not_null};
 use crate::size;
 
 /// Make a child of an image: an empty one through which all of it shows
@@ -94,6 +94,11 @@ pub(crate) struct ResizeArgs {
     /// Only say what would be done
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Say nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    #[command(flatten)]
+    format: VdiArgs,
     /// Have the daemon do it that serves the image, while its guest runs: the daemon's --control-socket. It can only grow
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["shrink", "force", "dry_run"])]
     pub(crate) online: Option<PathBuf>,

@@ -19,7 +19,10 @@ pub(super) fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
     check::check_parents(&args.file, &options, &mut found)
         .map_err(|error| no_chain(&args.file, error))?;
     let mut out = output();
-    if args.json {
+    if args.quiet && !args.output.is_json() {
+        return done(out, exit_code(&found));
+    }
+    if args.output.is_json() {
         report::json(&mut out, &report::Checked::new(&args.file, &found))?;
     } else {
         report::check(&mut out, &args.file, &found)?;

@@ -28,7 +28,7 @@ pub(super) fn run(args: &InfoArgs) -> Result<ExitCode, Failure> {
         vec![looked]
     };
     let mut out = output();
-    match (args.json, looked.as_slice()) {
+    match (args.output.is_json(), looked.as_slice()) {
         (true, [one]) if !args.backing_chain => report::json(&mut out, one)?,
         (true, chain) => report::json(&mut out, chain)?,
         (false, chain) => report::info(&mut out, chain)?,

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use anstream::{AutoStream, ColorChoice};
-use vdi_core::Access;
+use vdi_core::{Access, Capacity, SectorRange};
 
 use super::{
     Failure, chain_options, done, existing, find_files, locking, modified_parent, open_files,
@@ -34,13 +34,14 @@ pub(super) fn run(args: &MapArgs) -> Result<ExitCode, Failure> {
     }
     let visit = disk.lane().enter();
     let mut out = output();
-    let extents = || disk.map(disk.capacity().whole(), &visit);
-    if args.json {
-        report::map_json(&mut out, extents(), &paths)?;
+    let range = part(args, disk.capacity());
+    let (start, extents) = (range.start_bytes(), disk.map(range, &visit));
+    if args.output.is_json() {
+        report::map_json(&mut out, start, extents, &paths)?;
     } else if args.strip {
         report::strip(&mut out, &scene, terminal())?;
     } else {
-        report::map(&mut out, extents(), &paths)?;
+        report::map(&mut out, start, extents, &paths)?;
         // Behind the table, which may be long: this is what stays on the screen.
         if io::stdout().is_terminal() {
             writeln!(out)?;
@@ -48,6 +49,18 @@ pub(super) fn run(args: &MapArgs) -> Result<ExitCode, Failure> {
         }
     }
     done(out, ExitCode::SUCCESS)
+}
+
+/// The part of the disk that was asked for, in whole sectors.
+fn part(args: &MapArgs, capacity: Capacity) -> SectorRange {
+    let end = capacity.bytes();
+    let from = args.start_offset.min(end);
+    let to = args
+        .max_length
+        .map_or(end, |len| from.saturating_add(len).min(end));
+    capacity
+        .range_around_bytes(from..to)
+        .expect("both lie on the disk")
 }
 
 /// What standard output can show, by what its environment says.

@@ -58,8 +58,10 @@ pub(super) fn run(args: &ResizeArgs) -> Result<ExitCode, Failure> {
     }
     let plan = resize::plan(&disk, Capacity::from_bytes_rounded_down(to)).map_err(failed)?;
     let mut out = output();
-    print_plan(&mut out, args, &plan)?;
-    out.flush()?;
+    if !args.quiet {
+        print_plan(&mut out, args, &plan)?;
+        out.flush()?;
+    }
     if let ResizeStep::Shrink { lost_bytes, .. } = plan.step
         && lost_bytes > 0
         && !args.force
@@ -98,6 +100,9 @@ fn run_online(args: &ResizeArgs, socket: &Path) -> Result<ExitCode, Failure> {
     })?;
     let now = daemon::resize(socket, to)?.size_bytes;
     let mut out = output();
+    if args.quiet {
+        return done(out, ExitCode::SUCCESS);
+    }
     writeln!(
         out,
         "{}: grew from {from} to {now} bytes ({}); a front end that listens for changes was told",

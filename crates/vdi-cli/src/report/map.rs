@@ -25,18 +25,18 @@ struct MapEntry<'p> {
     filename: Option<&'p str>,
 }
 
-/// Writes the map as JSON, an extent on a line. Nothing is collected: a map may be long. `files` are
+/// Writes the map from `start` on as JSON, an extent on a line. Nothing is collected: a map may be long. `files` are
 /// the images of the disk, the top one first.
 pub(crate) fn map_json(
     out: &mut impl Write,
+    mut start: u64,
     extents: impl Iterator<Item = Extent>,
     files: &[PathBuf],
 ) -> io::Result<()> {
     let names: Vec<String> = names(files).collect();
     let mut row = vec![b'['];
-    let mut start = 0;
-    for extent in extents {
-        if start > 0 {
+    for (nth, extent) in extents.enumerate() {
+        if nth > 0 {
             row.extend_from_slice(b",\n");
         }
         let (present, depth, offset) = match extent.source {
@@ -70,9 +70,10 @@ fn names(files: &[PathBuf]) -> impl Iterator<Item = String> {
     files.iter().map(|path| path.display().to_string())
 }
 
-/// Writes the map for people: behind what comes from a chain of images, the file that it is in.
+/// Writes the map from `start` on for people: behind what comes from a chain of images, the file that it is in.
 pub(crate) fn map(
     out: &mut impl Write,
+    mut start: u64,
     extents: impl Iterator<Item = Extent>,
     files: &[PathBuf],
 ) -> io::Result<()> {
@@ -86,7 +87,6 @@ pub(crate) fn map(
         "start", "length", "state", "in the file at"
     );
     writeln!(out, "{}", head.trim_end())?;
-    let mut start = 0;
     let mut row = Vec::new();
     for extent in extents {
         let (state, depth, at) = match extent.source {
