@@ -11,11 +11,12 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use vdi_tests::driver::PATIENCE;
+use vdi_tests::mounted::{Mounted, free_bytes};
 use vdi_tests::random::Random;
 use vdi_tests::simulated::for_each_seed;
 use vdi_tests::tool::{program, spawn, vdi};
@@ -280,41 +281,6 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-/// A file system that is mounted as long as this lives.
-struct Mounted {
-    at: PathBuf,
-}
-
-impl Mounted {
-    /// Mounts with these words of `mount(8)`; the host's complaint if it cannot.
-    fn new(at: PathBuf, words: &[&std::ffi::OsStr]) -> Result<Self, String> {
-        fs::create_dir(&at).unwrap();
-        let mut mount = Command::new("mount");
-        succeed(mount.args(words).arg(&at))?;
-        Ok(Self { at })
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _gone = succeed(Command::new("umount").arg(&self.at));
-    }
-}
-
-/// Runs a program; its complaint if it is not there or fails.
-fn succeed(command: &mut Command) -> Result<(), String> {
-    command
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let name = command.get_program().display().to_string();
-    let output = command
-        .output()
-        .map_err(|error| format!("{name}: {error}"))?;
-    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
-    output.status.success().then_some(()).ok_or(complaint)
-}
-
 #[test]
 fn a_copy_that_finds_no_space_ends_with_the_error_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
@@ -376,13 +342,6 @@ fn a_source_that_cannot_be_read_ends_the_copy_and_nothing_is_left() {
         assert!(err.contains("source cannot be read at byte"), "{err}");
         assert_eq!(names(directory.path()), ["a.vdi", "raw"]);
     }
-}
-
-/// How much space the file system of `at` has left, all written.
-fn free_bytes(at: &Path) -> u64 {
-    succeed(Command::new("sync").arg("-f").arg(at)).unwrap();
-    let found = nix::sys::statvfs::statvfs(at).unwrap();
-    found.blocks_free() * found.fragment_size()
 }
 
 /// Removes a file that has at least so many bytes to itself: the file system may give them back a little later.
@@ -474,12 +433,7 @@ fn files_share_extents_where_the_file_system_can() {
     let directory = tempfile::tempdir().unwrap();
     let mut tested = 0;
     for kind in ["xfs", "btrfs"] {
-        let image = directory.path().join(format!("{kind}.img"));
-        File::create(&image).unwrap().set_len(512 * MIB).unwrap();
-        let made = succeed(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&image));
-        let at = directory.path().join(kind);
-        let mounted = made.and_then(|()| Mounted::new(at, &words!["-o", "loop", image]));
-        match mounted {
+        match Mounted::made(directory.path(), kind, 512 * MIB, &[]) {
             Ok(mounted) => {
                 shares_extents(&mounted);
                 tested += 1;

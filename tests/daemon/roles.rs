@@ -28,11 +28,12 @@ const CONTROL: &str = "vdi-vhost";
 const SESSION: &str = "session-disk";
 const WORKER: &str = "worker-0";
 const HOUSEKEEPER: &str = "housekeeper-0";
+const SHARER: &str = "sharer-0";
 const METRICS: &str = "metrics";
-const ALL: [&str; 5] = [CONTROL, SESSION, WORKER, HOUSEKEEPER, METRICS];
+const ALL: [&str; 6] = [CONTROL, SESSION, WORKER, HOUSEKEEPER, SHARER, METRICS];
 
 /// Calls that fail with EBADF where they may be made, and who may make them.
-const CALLS: [(i64, &[&str]); 8] = [
+const CALLS: [(i64, &[&str]); 9] = [
     (libc::SYS_close, &ALL),
     (libc::SYS_pwrite64, &[CONTROL, SESSION, WORKER, HOUSEKEEPER]),
     (
@@ -44,6 +45,7 @@ const CALLS: [(i64, &[&str]); 8] = [
     (libc::SYS_accept4, &[CONTROL, SESSION, METRICS]),
     (libc::SYS_recvmsg, &[CONTROL, SESSION]),
     (libc::SYS_getdents64, &[CONTROL, SESSION]),
+    (libc::SYS_ioctl, &[SHARER]),
 ];
 
 /// A daemon that has a thread of each kind, and a driver that has used it.
@@ -72,6 +74,7 @@ fn each_kind_of_thread_makes_its_own_calls_and_no_others() {
             let delete = libc::EPOLL_CTL_DEL.cast_unsigned().into();
             let arguments = match number {
                 libc::SYS_epoll_ctl => [NONE, delete, NONE, 0],
+                libc::SYS_ioctl => [NONE, libc::FICLONERANGE, 0, 0],
                 _ => [NONE, 0, 0, 0],
             };
             let expected = if who.contains(&name) {

@@ -107,8 +107,10 @@ fn every_thread_of_a_busy_daemon_is_confined() {
             statuses(&server)
         });
         let names: Vec<_> = statuses.keys().map(String::as_str).collect();
-        let [houses, workers] = [["housekeeper-0", "housekeeper-1"], ["worker-0", "worker-1"]];
-        let expected = [&houses[..], &["session-disk", "vdi-vhost"], &workers].concat();
+        let of = |kind: &str| [0, 1].map(|nth| format!("{kind}-{nth}"));
+        let others = ["session-disk", "vdi-vhost"].map(str::to_owned);
+        let mut expected = [others, of("housekeeper"), of("sharer"), of("worker")].concat();
+        expected.sort_unstable();
         assert_eq!(names, expected);
         for (name, status) in &statuses {
             assert_eq!(status["NoNewPrivs"], "1", "{name}");

@@ -8,6 +8,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod load;
+pub mod mounted;
 pub mod operator;
 pub mod page_cache;
 pub mod pages;

@@ -23,7 +23,6 @@ mod destination;
 mod end;
 mod new_image;
 mod raw;
-mod share;
 mod zeros;
 
 use std::fs::File;
@@ -34,6 +33,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::crew::{Stopped, Threads, share_out};
 use crate::disk::ReadError;
+use crate::share;
 use crate::units::FileOffset;
 use crate::writer::lock;
 

@@ -49,6 +49,7 @@ mod reservation;
 pub mod resize;
 mod room;
 pub mod set;
+pub mod share;
 pub mod storage;
 pub mod units;
 pub mod visit;

@@ -1,5 +1,6 @@
 //! What one write holds while it is under way, and gives back if it fails.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -147,6 +148,18 @@ pub struct Fill {
     pub to: FileOffset,
     /// How many.
     pub len_bytes: u64,
+}
+
+impl Fill {
+    /// A part of it, in bytes from its first one.
+    pub fn part(&self, bytes: &Range<u64>) -> Self {
+        Self {
+            from: self.from.plus(bytes.start),
+            to: self.to.plus(bytes.start),
+            len_bytes: bytes.end - bytes.start,
+            ..*self
+        }
+    }
 }
 
 /// What came of [`Disk::reserve`].

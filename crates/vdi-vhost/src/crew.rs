@@ -20,6 +20,7 @@ use crate::command::{Command, Doorbell, Order, SeatNumber};
 use crate::cpus::{CpuError, CpuList};
 use crate::engine::EngineChoice;
 use crate::sandbox::{Role, Sandbox};
+use crate::sharer::Sharer;
 use crate::worker::Worker;
 
 /// Most threads in the reserve: the control thread's filter names each of them.
@@ -264,10 +265,15 @@ impl Member {
         let (sandbox, its_doorbell) = (sandbox.clone(), Arc::clone(&doorbell));
         let (started, ready) = mpsc::channel();
         let bound = place.clone();
+        let beside = name
+            .replace("worker", "sharer")
+            .replace("own", "own-sharer");
         let begin = move || {
+            // Before this one is bound: it runs wherever the process may.
+            let sharer = Sharer::start(beside, Arc::clone(&its_doorbell), &sandbox)?;
             // First, so that what it allocates is near.
             bound.map_or(Ok(()), |cpus| cpus.bind(Pid::from_raw(0)))?;
-            let worker = Worker::new(engine, its_doorbell, inbox)?;
+            let worker = Worker::new(engine, its_doorbell, inbox, Some(sharer))?;
             sandbox.confine(Role::Worker).map(|()| worker)
         };
         let thread = thread::Builder::new()

@@ -162,7 +162,7 @@ impl Bench {
             throttle: Arc::default(),
         };
         let (orders, inbox) = mpsc::channel();
-        let worker = Worker::new(EngineChoice::Sync, Arc::clone(&doorbell), inbox);
+        let worker = Worker::new(EngineChoice::Sync, Arc::clone(&doorbell), inbox, None);
         let guest = map(guest);
         let shared = GuestMemoryAtomic::new(Memory::clone(&guest.memory));
         let [kick, call, error] = std::array::from_fn(|_| eventfd());

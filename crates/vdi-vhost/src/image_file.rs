@@ -14,14 +14,16 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use vdi_core::units::DataArea;
-use vdi_core::{Access, FileOffset, HostFile};
+use vdi_core::{Access, FileOffset, Fill, HostFile, share};
 
 use crate::ring::{
     DirectAlignment, GuestBuffer, can_read_cached, direct_alignment, read_now, write_now,
@@ -52,6 +54,17 @@ pub(crate) struct ImageFile {
     /// It lies in the host's memory and nowhere else.
     in_memory: bool,
     direct: Option<Direct>,
+    /// How the file that is written shares this one's extents.
+    lends: Option<Arc<Lends>>,
+}
+
+/// What a parent lends.
+#[derive(Debug)]
+struct Lends {
+    /// In what units.
+    unit: u64,
+    /// The host said no.
+    is_over: AtomicBool,
 }
 
 #[derive(Clone, Debug)]
@@ -110,6 +123,7 @@ impl ImageFile {
             in_memory: is_in_memory(&file),
             buffered: Arc::new(file),
             direct: None,
+            lends: None,
         }
     }
 
@@ -142,7 +156,36 @@ impl ImageFile {
             in_memory: is_in_memory(&file),
             buffered: Arc::new(file),
             direct: Some(direct),
+            lends: None,
         })
+    }
+
+    /// The same, as a parent whose extents the file of `top` may share.
+    pub(crate) fn lending_to(self, top: &Self) -> Self {
+        let unit = share::unit_of(&top.buffered);
+        let is_over = AtomicBool::new(false);
+        let lends = unit.map(|unit| Arc::new(Lends { unit, is_over }));
+        Self { lends, ..self }
+    }
+
+    /// The bytes of a fill from this parent that may be shared, counted from its first one.
+    pub(crate) fn shareable(&self, fill: &Fill) -> Option<Range<u64>> {
+        let lends = self.lends.as_ref()?;
+        let goes_on = !lends.is_over.load(Ordering::Relaxed);
+        share::shareable(fill, lends.unit).filter(|_| goes_on)
+    }
+
+    /// The host let the top image share nothing of this parent: it is not asked again, unless all it lacked was space or memory.
+    pub(crate) fn refused(&self, error: &io::Error) {
+        let lacking = [libc::ENOSPC, libc::EDQUOT, libc::ENOMEM, libc::EINTR];
+        let is_for_now = error
+            .raw_os_error()
+            .is_some_and(|errno| lacking.contains(&errno));
+        if let (Some(lends), false) = (&self.lends, is_for_now)
+            && !lends.is_over.swap(true, Ordering::Relaxed)
+        {
+            tracing::debug!("a parent's extents cannot be shared ({error}): they are copied");
+        }
     }
 
     /// How the first of `len_bytes` bytes at `at` are reached.
@@ -266,6 +309,7 @@ mod tests {
             reads: Reads::Queued,
             in_memory: false,
             direct: Some(direct),
+            lends: None,
         };
         let below = image.route(FileOffset(0x1200), 0x10000);
         assert_eq!((below.len_bytes, below.alignment), (0xe00, None));

@@ -37,6 +37,7 @@ use crate::memory;
 use crate::portion::{Portion, SMALL, TURN_BYTES, step_sectors};
 use crate::request::{Reply, Request, Segments, Status};
 use crate::ring::{GuestBuffer, WatchKey};
+use crate::sharer::{Share, Shared, Sharer};
 use crate::stats::{Tally, Ticket};
 use crate::transfer::{Operation, Transfer};
 use crate::worker::DOORBELL;
@@ -102,6 +103,8 @@ impl Key {
 pub(crate) struct Tools {
     /// Moves the data.
     pub(crate) engine: Engine,
+    /// Has files share extents; if there is nobody to do so, all is copied.
+    sharer: Option<Sharer>,
     /// Bytes that may still be moved at once in this turn.
     pub(crate) inline_left: u64,
     /// Bytes that may still be begun with in this turn.
@@ -120,9 +123,10 @@ pub(crate) struct Tools {
 
 impl Tools {
     /// Those of a worker that has no seats.
-    pub(crate) fn new(engine: Engine) -> Self {
+    pub(crate) fn new(engine: Engine, sharer: Option<Sharer>) -> Self {
         Self {
             engine,
+            sharer,
             inline_left: INLINE_BYTES,
             turn_left: TURN_BYTES,
             share: MAX_TRANSFERS,
@@ -174,7 +178,23 @@ impl Tools {
 
     /// Whether so much is in flight that no more chains are taken.
     pub(crate) fn is_full(&self) -> bool {
-        self.engine.in_flight() >= MAX_TRANSFERS
+        self.in_flight() >= MAX_TRANSFERS
+    }
+
+    /// What is under way somewhere else than on this thread.
+    pub(crate) fn in_flight(&self) -> usize {
+        let shares = self.sharer.as_ref().map_or(0, Sharer::in_flight);
+        self.engine.in_flight() + shares
+    }
+
+    /// Whether a turn would have something to report without waiting.
+    pub(crate) fn has_news(&mut self) -> bool {
+        self.engine.has_news() || self.sharer.as_ref().is_some_and(Sharer::has_news)
+    }
+
+    /// What became of the next extents that were to be shared.
+    pub(crate) fn next_shared(&mut self) -> Option<Shared> {
+        self.sharer.as_mut()?.next_shared()
     }
 
     /// Hears the kicks of a seat's queue.
@@ -508,6 +528,16 @@ impl Active {
             Work::Read { .. } => self.go_on(context),
             Work::Sync | Work::Nothing => Next::Wait,
         }
+    }
+
+    /// Files share what a fill is about, or it has to be copied.
+    pub(crate) fn shared(&mut self, shared: Shared, context: &mut Context<'_>) -> Next {
+        let Shared { fill, result, .. } = shared;
+        if let Err(error) = result {
+            context.desk.images[fill.depth].refused(&error);
+            self.outstanding += context.copy(self.key, fill);
+        }
+        self.transferred(Ok(()), context)
     }
 
     /// The commit of the window that was written is over.
@@ -943,8 +973,26 @@ impl Context<'_> {
         count
     }
 
-    /// Starts the transfers that copy from a parent; how many they are.
+    /// Starts what brings a parent's bytes into the top image: they are shared as far as that can be, and copied. How many transfers.
     fn fill(&mut self, key: Key, fill: Fill) -> u32 {
+        let shareable = self.desk.images[fill.depth].shareable(&fill);
+        let (Some(shared), Some(sharer)) = (shareable, &mut self.tools.sharer) else {
+            return self.copy(key, fill);
+        };
+        sharer.ask(Share {
+            key,
+            fill: fill.part(&shared),
+            from: self.desk.images[fill.depth].buffered_file(),
+            to: self.desk.images[0].buffered_file(),
+        });
+        self.desk.transfers += 1;
+        let around = [0..shared.start, shared.end..fill.len_bytes];
+        let copies = around.map(|part| self.copy(key, fill.part(&part)));
+        copies.iter().sum::<u32>() + 1
+    }
+
+    /// Starts the transfers that copy from a parent; how many they are.
+    fn copy(&mut self, key: Key, fill: Fill) -> u32 {
         let (mut done, mut count) = (0, 0);
         while done < fill.len_bytes {
             let (from, to) = (fill.from.plus(done), fill.to.plus(done));

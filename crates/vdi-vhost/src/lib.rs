@@ -63,6 +63,7 @@ mod sandbox;
 mod seat;
 mod service;
 mod session;
+mod sharer;
 mod socket;
 mod stats;
 mod tracking;

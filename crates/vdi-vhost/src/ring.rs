@@ -8,7 +8,7 @@
 //!   memory that its [`GuestBuffer`] keeps mapped. [`Ring`] owns a transfer from submission until its completion is
 //!   reaped; only the completion frees it; a ring is drained, then dropped.
 //!
-//! Sources: io_uring(7), preadv2(2), statx(2) (STATX_DIOALIGN), open(2) (O_DIRECT).
+//! Sources: io_uring(7), preadv2(2), ioctl_ficlonerange(2), statx(2) (STATX_DIOALIGN), open(2) (O_DIRECT).
 #![expect(
     unsafe_code,
     reason = "io_uring, vectored I/O on guest memory and adopting a descriptor have no safe interface"
@@ -26,6 +26,7 @@ use std::time::Duration;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use smallvec::SmallVec;
+use vdi_core::Fill;
 use vm_memory::bitmap::BS;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
@@ -270,6 +271,22 @@ pub(crate) fn run_round(transfer: &Transfer) -> i64 {
         )
     } else {
         result as i64
+    }
+}
+
+/// Has `to` share a part of `from`'s extents, or fails; then any part of it may be shared.
+pub(crate) fn share(from: &File, to: &File, fill: &Fill) -> io::Result<()> {
+    let range = libc::file_clone_range {
+        src_fd: i64::from(from.as_raw_fd()),
+        src_offset: fill.from.0,
+        src_length: fill.len_bytes,
+        dest_offset: fill.to.0,
+    };
+    // SAFETY: the call reads the one structure, and touches no other memory.
+    let result = unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONERANGE, &raw const range) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

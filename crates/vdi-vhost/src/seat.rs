@@ -42,6 +42,7 @@ use crate::promptness::Promptness;
 use crate::queue::{BURST, Broken, Mode, Queue};
 use crate::request::{self, Refused, Request, Status};
 use crate::ring::Fired;
+use crate::sharer::Shared;
 use crate::transfer::{Finished, Transfer};
 use crate::workers::Served;
 
@@ -364,6 +365,14 @@ impl Seat {
                 active.transferred(finished.result, context)
             });
         }
+    }
+
+    /// Takes the result of extents that were to be shared to its request.
+    pub(crate) fn shared(&mut self, shared: Shared, tools: &mut Tools) {
+        self.desk.transfers -= 1;
+        self.step(shared.key, tools, |active, context| {
+            active.shared(shared, context)
+        });
     }
 
     /// Goes on with large requests, and tries parked ones again if something changed for them.

@@ -274,7 +274,8 @@ impl Opening {
             Cache::Writeback => ImageFile::buffered(file),
             Cache::Direct => ImageFile::direct(file, access, disk.data_area())?,
         };
-        let parents = files.parents.iter().map(|parent| parent.data(cache));
+        let lend = |parent: &Arc<Parent>| parent.data(cache).lending_to(&top);
+        let parents: Vec<_> = files.parents.iter().map(lend).collect();
         Ok(Opened {
             images: std::iter::once(top).chain(parents).collect(),
             disk: Arc::new(disk),

@@ -28,6 +28,7 @@ use crate::inflight::{Key, MAX_TRANSFERS, Tools};
 use crate::patience::{LOOK, LOOK_FOR_TRANSFER, Offer, Patience, Waits, offer_processor};
 use crate::ring::WatchKey;
 use crate::seat::{Others, Seat};
+use crate::sharer::Sharer;
 
 /// A seat's share of the transfers, however many seats there are: what makes progress worth while.
 const LEAST_SHARE: usize = 64;
@@ -135,16 +136,17 @@ impl Seats {
 }
 
 impl Worker {
-    /// A worker of this thread, without seats.
+    /// A worker of this thread, without seats, and with somebody who has files share extents for it.
     pub(crate) fn new(
         engine: EngineChoice,
         doorbell: Arc<Doorbell>,
         orders: Receiver<Order>,
+        sharer: Option<Sharer>,
     ) -> io::Result<Self> {
         let mut engine = Engine::new(engine)?;
         engine.watch(DOORBELL, doorbell.watched()?)?;
         Ok(Self {
-            tools: Tools::new(engine),
+            tools: Tools::new(engine, sharer),
             doorbell,
             orders,
             seats: Seats::default(),
@@ -290,7 +292,7 @@ impl Worker {
     fn has_more(&mut self) -> bool {
         let tools = &self.tools;
         let has_chains = |seat: &Seat| seat.is_open(tools) && seat.has_chains();
-        self.seats.any_active(has_chains) || self.tools.engine.has_news()
+        self.seats.any_active(has_chains) || self.tools.has_news()
     }
 
     /// Hears kicks, commands, and whose parked requests should be tried again.
@@ -339,6 +341,11 @@ impl Worker {
             let seat = self.seats.activate(key.seat);
             let seat = seat.expect("R1: a seat stays until nothing of it is in flight");
             seat.finished(key, finished, &mut self.tools);
+        }
+        while let Some(shared) = self.tools.next_shared() {
+            let seat = self.seats.activate(shared.key.seat);
+            let seat = seat.expect("a seat stays until nothing of it is in flight");
+            seat.shared(shared, &mut self.tools);
         }
     }
 
@@ -433,7 +440,7 @@ impl Worker {
         self.seats
             .for_each_active(|seat| waits += seat.wants_waits());
         let wait = waits > 1
-            || self.tools.engine.in_flight() > 0
+            || self.tools.in_flight() > 0
             || self.seats.any_active(Seat::is_due)
             || self.has_more();
         if wait {

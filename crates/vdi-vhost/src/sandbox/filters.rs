@@ -36,6 +36,8 @@ pub(crate) enum Role {
     Worker,
     /// Does the image's chores.
     Housekeeper,
+    /// Has files share extents.
+    Sharer,
     /// Serves metrics.
     Metrics,
 }
@@ -234,6 +236,7 @@ pub(crate) struct Filters {
     deadly: BpfProgram,
     worker: BpfProgram,
     housekeeper: BpfProgram,
+    sharer: BpfProgram,
     metrics: BpfProgram,
 }
 
@@ -253,6 +256,7 @@ impl Filters {
             deadly,
             worker: listed(worker(engine)?)?,
             housekeeper: listed(housekeeper()?)?,
+            sharer: listed(sharer()?)?,
             metrics: listed(metrics()?)?,
         })
     }
@@ -270,6 +274,7 @@ impl Filters {
         apply_filter(match role {
             Role::Worker => &self.worker,
             Role::Housekeeper => &self.housekeeper,
+            Role::Sharer => &self.sharer,
             Role::Metrics => &self.metrics,
         })
     }
@@ -288,6 +293,14 @@ fn compile(
 fn housekeeper() -> Result<Rules, Error> {
     let mut rules = common()?;
     rules.append(&mut plain(&[IMAGES]));
+    Ok(rules)
+}
+
+/// Nothing else is done to files there.
+fn sharer() -> Result<Rules, Error> {
+    let mut rules = common()?;
+    let share = i32::try_from(libc::FICLONERANGE).unwrap_or_default();
+    rules.insert(libc::SYS_ioctl, one_of(1, &[share])?);
     Ok(rules)
 }
 
@@ -422,7 +435,11 @@ mod tests {
     #[test]
     fn a_call_is_listed_once_and_never_both_needed_and_deadly() {
         let auto = EngineChoice::Auto;
-        for needed in [control(false, &[]), worker(auto), housekeeper(), metrics()] {
+        let others = [housekeeper(), sharer(), metrics()];
+        for needed in [control(false, &[]), worker(auto)]
+            .into_iter()
+            .chain(others)
+        {
             let needed = needed.unwrap();
             assert!(DEADLY.iter().all(|call| !needed.contains_key(call)));
         }
@@ -449,7 +466,11 @@ mod tests {
     #[test]
     fn rings_are_made_by_nobody_and_used_by_workers_alone() {
         let (sync, auto) = (EngineChoice::Sync, EngineChoice::Auto);
-        for rules in [control(false, &[]), worker(sync), housekeeper(), metrics()] {
+        let others = [housekeeper(), sharer(), metrics()];
+        for rules in [control(false, &[]), worker(sync)]
+            .into_iter()
+            .chain(others)
+        {
             let rules = rules.unwrap();
             assert!(RING.iter().all(|call| !rules.contains_key(call)));
         }

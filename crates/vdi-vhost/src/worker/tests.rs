@@ -73,7 +73,7 @@ impl Scene {
     fn with(engine: EngineChoice) -> Self {
         let (orders, inbox) = mpsc::channel();
         let doorbell = Arc::new(Doorbell::new().unwrap());
-        let worker = Worker::new(engine, Arc::clone(&doorbell), inbox).unwrap();
+        let worker = Worker::new(engine, Arc::clone(&doorbell), inbox, None).unwrap();
         Self {
             worker,
             doorbell,
