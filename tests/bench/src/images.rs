@@ -18,6 +18,8 @@ use crate::workload::{Disk, Workload};
 const FRESH_BYTES: u64 = 64 << 30;
 /// The unit of allocation of all VDI images here, VirtualBox's own.
 pub(crate) const BLOCK: u64 = 1 << 20;
+/// The unit of allocation of the top image of [`Disk::FreshSmallChain`].
+const SMALL_BLOCK: &str = "128k";
 
 /// Why there is no image.
 #[derive(Debug, thiserror::Error)]
@@ -126,7 +128,7 @@ impl<'a> Images<'a> {
                 self.kept(workload.disk, kind)
             }
             Disk::Fresh => self.fresh(workload, server),
-            Disk::FreshChain => self.fresh_child(kind),
+            Disk::FreshChain | Disk::FreshSmallChain => self.fresh_child(workload.disk, kind),
         }
     }
 
@@ -137,16 +139,20 @@ impl<'a> Images<'a> {
         let path = self.path(disk, kind);
         let contents = match disk {
             Disk::Full | Disk::Chain => Contents::filled(self.bytes),
-            Disk::Empty | Disk::Fresh | Disk::Refilled | Disk::FreshChain => {
-                Contents::zeros(self.bytes)
-            }
+            Disk::Empty
+            | Disk::Fresh
+            | Disk::Refilled
+            | Disk::FreshChain
+            | Disk::FreshSmallChain => Contents::zeros(self.bytes),
         };
         match disk {
             Disk::Full => self.make_full(&path, kind)?,
-            Disk::Chain => self.make_child(&path, kind)?,
-            Disk::Empty | Disk::Fresh | Disk::Refilled | Disk::FreshChain => {
-                self.make_empty(&path, kind, self.bytes)?;
-            }
+            Disk::Chain => self.make_child(&path, disk, kind)?,
+            Disk::Empty
+            | Disk::Fresh
+            | Disk::Refilled
+            | Disk::FreshChain
+            | Disk::FreshSmallChain => self.make_empty(&path, kind, self.bytes)?,
         }
         self.settle(&path)?;
         let image = Image {
@@ -177,10 +183,10 @@ impl<'a> Images<'a> {
         })
     }
 
-    fn fresh_child(&mut self, kind: Kind) -> Result<Image, ImageError> {
-        let path = self.path(Disk::FreshChain, kind);
+    fn fresh_child(&mut self, disk: Disk, kind: Kind) -> Result<Image, ImageError> {
+        let path = self.path(disk, kind);
         remove(&path)?;
-        self.make_child(&path, kind)?;
+        self.make_child(&path, disk, kind)?;
         Ok(Image {
             path,
             contents: Arc::new(Contents::filled(self.bytes)),
@@ -237,26 +243,36 @@ impl<'a> Images<'a> {
     }
 
     /// Makes a child of a child of a full image.
-    fn make_child(&mut self, path: &Path, kind: Kind) -> Result<(), ImageError> {
+    fn make_child(&mut self, path: &Path, disk: Disk, kind: Kind) -> Result<(), ImageError> {
         let extension = if kind == Kind::Vdi { "vdi" } else { "qcow2" };
         let base = self.directory.path().join(format!("base.{extension}"));
         let middle = self.directory.path().join(format!("middle.{extension}"));
         if !base.exists() {
             self.make_full(&base, kind)?;
             self.settle(&base)?;
-            self.make_child_of(&base, &middle, kind)?;
+            self.make_child_of(&base, &middle, Disk::FreshChain, kind)?;
         }
-        self.make_child_of(&middle, path, kind)
+        self.make_child_of(&middle, path, disk, kind)
     }
 
-    fn make_child_of(&self, parent: &Path, child: &Path, kind: Kind) -> Result<(), ImageError> {
+    fn make_child_of(
+        &self,
+        parent: &Path,
+        child: &Path,
+        disk: Disk,
+        kind: Kind,
+    ) -> Result<(), ImageError> {
+        let small = (disk == Disk::FreshSmallChain).then_some(SMALL_BLOCK);
         if kind == Kind::Vdi {
-            return run(Command::new(&self.programs.vdi)
-                .arg("snapshot")
-                .args([parent, child]));
+            let mut vdi = Command::new(&self.programs.vdi);
+            let block = small.into_iter().flat_map(|size| ["--block-size", size]);
+            return run(vdi.arg("snapshot").args(block).args([parent, child]));
         }
         let mut qemu_img = Command::new("qemu-img");
-        qemu_img.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]);
+        let cluster = small.map(|size| ["-o".to_owned(), format!("cluster_size={size}")]);
+        qemu_img.args(["create", "-q", "-f", "qcow2"]);
+        qemu_img.args(cluster.into_iter().flatten());
+        qemu_img.args(["-F", "qcow2", "-b"]);
         run(qemu_img.args([parent, child]))
     }
 

@@ -43,6 +43,8 @@ pub(crate) enum Disk {
     Chain,
     /// The same, made anew for each round.
     FreshChain,
+    /// The same, but the blocks of the empty child on top are the smallest that VDI has, and QCOW2's clusters are as large.
+    FreshSmallChain,
 }
 
 /// How the client learns of answers, and who runs where.
@@ -80,11 +82,12 @@ impl Workload {
     pub(crate) fn suits(&self, server: Server) -> bool {
         match (self.disk, server) {
             (_, Server::VdiVhost | Server::Other) => true,
-            (Disk::Chain | Disk::FreshChain, Server::QsdQcow2) => true,
-            (Disk::Refilled | Disk::FreshChain, Server::Fio) | (_, Server::QsdQcow2) => false,
+            (Disk::Chain | Disk::FreshChain | Disk::FreshSmallChain, Server::QsdQcow2) => true,
+            (Disk::Refilled | Disk::FreshChain | Disk::FreshSmallChain, Server::Fio)
+            | (_, Server::QsdQcow2) => false,
             (_, Server::Fio) => self.waiting != Waiting::Calls,
             (disk, Server::QsdVdi | Server::QsdVdiUring | Server::QsdRaw) => {
-                !matches!(disk, Disk::Chain | Disk::FreshChain)
+                !matches!(disk, Disk::Chain | Disk::FreshChain | Disk::FreshSmallChain)
             }
         }
     }
@@ -174,6 +177,7 @@ pub(crate) const ALL: &[Workload] = &[
     load("discard-1m-qd4", Discard, OnceEachBlock, M1, 4).on(Disk::Refilled),
     load("chainread-4k-qd32", Read, Random, K4, 32).on(Disk::Chain),
     load("cow-4k-qd4", Write, OnceEachBlock, K4, 4).on(Disk::FreshChain),
+    load("cow-4k-qd4-128k", Write, OnceEachBlock, K4, 4).on(Disk::FreshSmallChain),
 ];
 
 #[cfg(test)]
