@@ -56,6 +56,53 @@ fn a_clone_reads_as_its_parent_and_keeps_its_writes_to_itself() {
     assert!(!names(place.path()).iter().any(hidden));
 }
 
+/// The size of an image's blocks, as its header says.
+fn block_size(image: &Path) -> u32 {
+    let header = fs::read(image).unwrap();
+    u32::from_le_bytes(header[0x178..0x17C].try_into().unwrap())
+}
+
+#[test]
+fn children_have_blocks_like_their_parents_or_as_it_is_said() {
+    let fleet = Fleet::start("");
+    let (of, socket) = (fleet.path("golden.vdi"), fleet.path("control"));
+    let golden = block_size(&of);
+    fleet.clone_of_golden("x", "x.vdi").unwrap();
+    assert_eq!(block_size(&fleet.path("x.vdi")), golden);
+    let ctl = |rest: &[&std::ffi::OsStr]| {
+        let mut all = words!["ctl", "--socket", socket].to_vec();
+        all.extend(rest);
+        tool::vdi(all)
+    };
+    let small = fleet.path("small.vdi");
+    ctl(&words!["clone", "s", of, small, "--block-size", "256k"]).expect_code(0);
+    assert_eq!(block_size(&small), 256 << 10);
+    let mut driver = fleet.driver("s");
+    driver.write(8, &[1; 512]);
+    let frozen = fleet.path("frozen.vdi");
+    ctl(&words!["snapshot", "s", frozen, "--block-size", "128k"]).expect_code(0);
+    assert_eq!(
+        (block_size(&small), block_size(&frozen)),
+        (128 << 10, 256 << 10)
+    );
+    driver.write(10, &[2; 512]);
+    let expected = [[5; 512], [1; 512], [5; 512], [2; 512], [5; 512]].concat();
+    assert_eq!(driver.read(7, 2560), expected);
+    // None that VirtualBox does not open.
+    let before = names(fleet.place.path());
+    let add = json!({"name": "t", "image": fleet.path("t.vdi")});
+    let command = json!({"of": of, "block_size_bytes": 64 << 10, "add": add});
+    assert_eq!(fleet.ask("clone", &command), Err("not-possible".to_owned()));
+    let to = fleet.path("t.vdi");
+    let command = json!({"disk": "s", "to": to, "block_size_bytes": 64 << 10});
+    assert_eq!(
+        fleet.ask("snapshot", &command),
+        Err("not-possible".to_owned())
+    );
+    assert_eq!(names(fleet.place.path()), before);
+    assert_eq!(driver.read(7, 2560), expected);
+}
+
 #[test]
 fn a_clone_is_as_the_defaults_say_and_a_clone_of_a_clone_finds_all_its_parents() {
     let fleet = Fleet::start(

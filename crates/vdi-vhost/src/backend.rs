@@ -208,12 +208,16 @@ impl Backend {
     }
 
     /// Freezes the disk as it is at this instant, under the name `to`, while its guest goes on in a child: requests wait
-    /// meanwhile, and all that were answered are in the frozen image, durably.
-    pub(crate) fn snapshot(&mut self, to: &Path) -> std::result::Result<(), ControlError> {
+    /// meanwhile, and all that were answered are in the frozen image, durably. The child has blocks like the image's unless it is said.
+    pub(crate) fn snapshot(
+        &mut self,
+        to: &Path,
+        block_size: Option<u32>,
+    ) -> std::result::Result<(), ControlError> {
         if self.merging.is_some() {
             return Err(SnapshotError::Merging.into());
         }
-        self.while_suspended(|turn| turn.snapshot(to, Purpose::Keep))??;
+        self.while_suspended(|turn| turn.snapshot(to, Purpose::Keep { block_size }))??;
         tracing::info!("the disk was frozen as {}", to.display());
         Ok(())
     }

@@ -27,25 +27,35 @@ pub(crate) struct Child {
 
 impl Child {
     /// A child that is to take the place of its parent, which is one daemon's alone.
-    pub(crate) fn in_place_of(image: &Path, parent: &Header) -> Result<Self, CreateError> {
+    pub(crate) fn in_place_of(
+        image: &Path,
+        parent: &Header,
+        block_size: Option<u32>,
+    ) -> Result<Self, CreateError> {
         let mut name = image.file_name().unwrap_or_default().to_owned();
         name.push(".new-child");
         let path = image.with_file_name(name);
         // One that is there is what a daemon that was killed left of such a step.
         let _ = std::fs::remove_file(&path);
-        Self::make(path, parent)
+        Self::make(path, parent, block_size)
     }
 
     /// A child that is to be called `image`, as others may want theirs to be at the same time.
-    pub(crate) fn to_be(image: &Path, parent: &Header) -> Result<Self, CreateError> {
+    pub(crate) fn to_be(
+        image: &Path,
+        parent: &Header,
+        block_size: Option<u32>,
+    ) -> Result<Self, CreateError> {
         let mut name = OsString::from(".");
         name.push(image.file_name().unwrap_or_default());
         name.push(format!(".{}.new", Uuid::new_v4().simple()));
-        Self::make(image.with_file_name(name), parent)
+        Self::make(image.with_file_name(name), parent, block_size)
     }
 
-    fn make(path: PathBuf, parent: &Header) -> Result<Self, CreateError> {
-        create_child(&path, parent, parent.block_size().bytes(), None)?;
+    /// With blocks like the parent's unless it is said.
+    fn make(path: PathBuf, parent: &Header, block_size: Option<u32>) -> Result<Self, CreateError> {
+        let block_size = block_size.unwrap_or(parent.block_size().bytes());
+        create_child(&path, parent, block_size, None)?;
         Ok(Self { path: Some(path) })
     }
 

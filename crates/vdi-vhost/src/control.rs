@@ -32,6 +32,7 @@
 //! ```
 //!
 //! `add` is told what `[[disk]]` has in the configuration; so is `clone`, which makes the image, as a child of the one that it names.
+//! With `block_size_bytes`, a power of two from 128 KiB to 128 MiB, `clone` and `snapshot` make children of other blocks than the parent's.
 //! `commit` is answered when it has begun, and `cancel` when it has ended (or after a minute, with the state `running`).
 //! `disk` may be left out where there is one. What an error leaves is what was there before.
 //!
@@ -113,6 +114,7 @@ enum Command {
     Add(Box<DiskTable>),
     Clone {
         of: PathBuf,
+        block_size_bytes: Option<u32>,
         add: Box<DiskTable>,
     },
     Remove {
@@ -125,6 +127,7 @@ enum Command {
     Snapshot {
         disk: Option<String>,
         to: PathBuf,
+        block_size_bytes: Option<u32>,
     },
     Commit(Option<Merged>),
     Jobs,
@@ -398,14 +401,22 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
         },
         Command::Info(which) => Returned::info(&*one(which, fleet)?),
         Command::Add(table) => Returned::info(&*fleet.add(*table)?),
-        Command::Clone { of, add } => Returned::info(&*fleet.add_clone(&of, *add)?),
+        Command::Clone {
+            of,
+            block_size_bytes,
+            add,
+        } => Returned::info(&*fleet.add_clone(&of, block_size_bytes, *add)?),
         Command::Remove { disk } => {
             fleet.remove(&disk)?;
             tracing::info!("{disk}: removed");
             Returned::Nothing {}
         }
         Command::Resize { disk, size_bytes } => resize(disk.as_deref(), size_bytes, fleet)?,
-        Command::Snapshot { disk, to } => snapshot(disk.as_deref(), &to, fleet)?,
+        Command::Snapshot {
+            disk,
+            to,
+            block_size_bytes,
+        } => snapshot(disk.as_deref(), &to, block_size_bytes, fleet)?,
         Command::Commit(what) => commit(what.unwrap_or_default(), fleet)?,
         Command::Jobs => Returned::Jobs {
             jobs: fleet.jobs().list(),
@@ -481,10 +492,15 @@ fn resize(disk: Option<&str>, size_bytes: u64, fleet: &Fleet) -> Result<Returned
     Ok(Returned::info(&berth))
 }
 
-fn snapshot(disk: Option<&str>, to: &Path, fleet: &Fleet) -> Result<Returned, Failed> {
+fn snapshot(
+    disk: Option<&str>,
+    to: &Path,
+    block_size: Option<u32>,
+    fleet: &Fleet,
+) -> Result<Returned, Failed> {
     let berth = fleet.find(disk)?;
     let _change = fleet.change_files()?;
-    berth.lock().snapshot(to)?;
+    berth.lock().snapshot(to, block_size)?;
     Ok(Returned::info(&berth))
 }
 

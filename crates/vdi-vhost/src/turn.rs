@@ -150,8 +150,8 @@ pub(crate) enum GrowError {
 /// What an image is frozen for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// To be kept as it is.
-    Keep,
+    /// To be kept as it is, under a child whose blocks are like its own or of this size.
+    Keep { block_size: Option<u32> },
     /// To be merged into its parent, which changes with that.
     Merge,
 }
@@ -454,12 +454,16 @@ impl Turn {
         } else {
             disk.close()?;
         }
-        if purpose == Purpose::Merge {
-            live::loosen(&*files.top)?;
-        }
+        let block_size = match purpose {
+            Purpose::Keep { block_size } => block_size,
+            Purpose::Merge => {
+                live::loosen(&*files.top)?;
+                None
+            }
+        };
         // As it is now, not as it was opened.
         let now = Image::examine(Arc::clone(&files.top) as Arc<dyn Storage>)?;
-        let child = Child::in_place_of(image, now.header())?;
+        let child = Child::in_place_of(image, now.header(), block_size)?;
         let failed = |step, source| SnapshotError::Name { step, source };
         child::name_too(image, to).map_err(|error| failed("give the image its new name", error))?;
         let placed = child.take_place(image, to);

@@ -6,6 +6,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
+use super::block_size;
 use super::edit::{NewSize, new_size};
 use crate::size;
 
@@ -87,6 +88,9 @@ pub(crate) enum CtlCommand {
         disk: String,
         /// The frozen image's new name, in the same directory
         to: PathBuf,
+        /// The size of the child's blocks, 128k to 128M, if not the image's
+        #[arg(long, value_name = "SIZE", value_parser = block_size)]
+        block_size: Option<u32>,
     },
     /// Merge what a disk's image holds into its parent while its guest goes on; done when it has begun
     Commit {
@@ -191,6 +195,9 @@ pub(crate) struct CloneArgs {
     pub(crate) of: PathBuf,
     /// The new image
     pub(crate) image: PathBuf,
+    /// The size of its blocks, 128k to 128M, if not the parent's: `vdi snapshot --help` tells what small ones cost
+    #[arg(long, value_name = "SIZE", value_parser = block_size)]
+    pub(crate) block_size: Option<u32>,
     #[command(flatten)]
     pub(crate) served: DiskArgs,
 }

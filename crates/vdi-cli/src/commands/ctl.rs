@@ -95,16 +95,22 @@ fn message(
         }
         CtlCommand::Clone(args) => {
             let disk = table(&args.name, &args.image, args.served)?;
-            let arguments = json!({"of": absolute(&args.of)?, "add": disk});
+            let (of, block) = (absolute(&args.of)?, args.block_size);
+            let arguments = json!({"of": of, "block_size_bytes": block, "add": disk});
             (Shown::Object, "clone", arguments)
         }
         CtlCommand::Remove { disk } => (Shown::Nothing, "remove", json!({"disk": disk})),
         CtlCommand::Resize { disk, size } => {
             (Shown::Object, "resize", resize(daemon, &disk, size)?)
         }
-        CtlCommand::Snapshot { disk, to } => {
+        CtlCommand::Snapshot {
+            disk,
+            to,
+            block_size,
+        } => {
             let to = absolute(&to)?;
-            (Shown::Object, "snapshot", json!({"disk": disk, "to": to}))
+            let arguments = json!({"disk": disk, "to": to, "block_size_bytes": block_size});
+            (Shown::Object, "snapshot", arguments)
         }
         CtlCommand::Commit { disk, keep } => {
             let arguments = json!({"disk": disk, "keep": keep});

@@ -45,10 +45,11 @@ pub(crate) enum CloneError {
 }
 
 impl Fleet {
-    /// Makes a child of the image `of`, and serves it as an operator describes it.
+    /// Makes a child of the image `of`, with blocks like its own unless it is said, and serves it as an operator describes it.
     pub(crate) fn add_clone(
         self: &Arc<Self>,
         of: &Path,
+        block_size: Option<u32>,
         table: DiskTable,
     ) -> Result<Arc<Berth>, FleetError> {
         let _change = self.change_files()?;
@@ -57,7 +58,7 @@ impl Fleet {
         // It is kept until the disk has it: nobody may write it in between.
         let parent = self.parent_of_clones(of)?;
         let image = options.image.clone();
-        make(&image, &parent)?;
+        make(&image, &parent, block_size)?;
         // So that it is not looked for.
         options.parents.insert(0, of.to_owned());
         let added = self.add_new(options);
@@ -74,12 +75,12 @@ impl Fleet {
     }
 }
 
-fn make(image: &Path, parent: &Parent) -> Result<(), CloneError> {
+fn make(image: &Path, parent: &Parent, block_size: Option<u32>) -> Result<(), CloneError> {
     let image = image.to_owned();
     if image.symlink_metadata().is_ok() {
         return Err(CloneError::Exists { image });
     }
-    let child = match Child::to_be(&image, parent.image.header()) {
+    let child = match Child::to_be(&image, parent.image.header(), block_size) {
         Ok(child) => child,
         Err(source) => return Err(CloneError::Create { image, source }),
     };
