@@ -83,6 +83,11 @@ impl Reservation {
         self.changes.iter().any(|(_, entry)| is_allocated(*entry))
     }
 
+    /// Whether its commit writes to the block map.
+    pub fn changes_entries(&self) -> bool {
+        !self.changes.is_empty()
+    }
+
     /// What is to be made zeros in the top image's file: punched out of it, or zeroed in place if
     /// [`Self::keeps_space`]. Empty for writes of data.
     pub fn zeros(&self) -> &[WriteExtent] {

@@ -52,6 +52,9 @@ const USED_ELEMENT_BYTES: u64 = 8;
 /// Chains taken in one go, so that answers to the first do not wait for the last.
 pub(crate) const BURST: u16 = 32;
 
+/// Answers that the guest sees before the turn is over.
+pub(crate) const SEVERAL: usize = 4;
+
 /// Bytes that the requests in flight of a queue are about, beyond which it takes no more chains: one of the largest discards that Linux sends, and
 /// more data than a ring of 1024 of its largest reads asks for. A few bytes in the ring can ask for terabytes (a segment of a discard; a table that
 /// names the same memory a thousand times), and whoever stops the queue waits for what it took.
@@ -84,8 +87,10 @@ pub(crate) struct Queue {
     in_flight: usize,
     /// Bytes that those in flight are about.
     bytes: u64,
-    /// Answered in this turn.
+    /// Answered in this turn, and not shown to the guest yet.
     used: Vec<Used>,
+    /// The used index before those that were shown in this turn.
+    shown_since: Option<u16>,
     size: u16,
     table: GuestAddress,
     tracker: Option<Tracker>,
@@ -174,6 +179,7 @@ impl Queue {
             in_flight: 0,
             bytes: 0,
             used: Vec::new(),
+            shown_since: None,
             size,
             table,
             tracker,
@@ -353,17 +359,38 @@ impl Queue {
     /// Gives no answer to what was answered since the last [`Queue::publish`].
     pub(crate) fn withhold(&mut self) {
         self.used.clear();
+        self.shown_since = None;
     }
 
-    /// Puts what was answered into the used ring and calls the guest, once and if it wants it.
+    /// Puts what was answered into the used ring and calls the guest, once for all of the turn and if it wants it.
     pub(crate) fn publish(&mut self, guest: &Guest) -> Result<(), Broken> {
+        self.show(guest)?;
+        let Some(before) = self.shown_since.take() else {
+            return Ok(());
+        };
+        let state = self.vring.get_ref();
+        if wants_call(state.get_queue(), &guest.memory, before)? {
+            call_guest(&state);
+        }
+        Ok(())
+    }
+
+    /// Puts answers into the used ring if there are several: a guest that looks for them goes on while others are dealt with.
+    pub(crate) fn show_several(&mut self, guest: &Guest) -> Result<(), Broken> {
+        if self.used.len() < SEVERAL {
+            return Ok(());
+        }
+        self.show(guest)
+    }
+
+    fn show(&mut self, guest: &Guest) -> Result<(), Broken> {
         if self.used.is_empty() {
             return Ok(());
         }
         let memory = &*guest.memory;
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
-        let before = queue.next_used();
+        self.shown_since.get_or_insert(queue.next_used());
         for used in self.used.drain(..) {
             let Some(tracker) = &mut self.tracker else {
                 add_used(queue, memory, used)?;
@@ -379,9 +406,6 @@ impl Queue {
         }
         if let Some(log) = &guest.log {
             mark_used_ring(log, queue);
-        }
-        if wants_call(queue, memory, before)? {
-            call_guest(&state);
         }
         Ok(())
     }

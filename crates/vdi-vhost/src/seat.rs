@@ -8,7 +8,8 @@
 //! ```
 //!
 //! - All written reservations of a turn go into one commit, and a queue's guest is called once per turn at most, or both twice if the seat is settled
-//!   before others move much (`worker`).
+//!   before others move much (`worker`). But several writes that change no entry are committed, and several answers shown, while the rest of the turn's
+//!   results is dealt with: a guest that looks for them has the next requests ready sooner.
 //! - Every command is acknowledged when it is done: queues stop and memory changes only with nothing in flight, so
 //!   that afterwards no transfer reaches the old memory (R1). Another queue's requests go on meanwhile, and other seats' in any case.
 //!   What an earlier daemon left in flight counts, whether it was started again or not: a front end that stops a queue may forget
@@ -39,7 +40,7 @@ use crate::lone::Lone;
 use crate::memory;
 use crate::portion::{Portion, REQUEST_BYTES};
 use crate::promptness::Promptness;
-use crate::queue::{BURST, Broken, Mode, Queue};
+use crate::queue::{BURST, Broken, Mode, Queue, SEVERAL};
 use crate::request::{self, Refused, Request, Status};
 use crate::ring::Fired;
 use crate::sharer::Shared;
@@ -364,6 +365,24 @@ impl Seat {
             self.step(key, tools, |active, context| {
                 active.transferred(finished.result, context)
             });
+            self.show_several(key.queue, tools);
+        }
+    }
+
+    /// Has the guest see what was answered, if that is several and costs no write to the image.
+    fn show_several(&mut self, index: u16, tools: &mut Tools) {
+        let changes =
+            |reservations: &[Reservation]| reservations.iter().any(Reservation::changes_entries);
+        if self.desk.written.len() >= SEVERAL && !changes(&self.desk.reservations) {
+            self.commit(tools);
+        }
+        if self.is_lost() {
+            return;
+        }
+        if let Some(queue) = self.queues.get_mut(&index)
+            && let Err(why) = queue.show_several(&self.guest)
+        {
+            break_ring(index, queue, &self.guest, &why, &self.desk.complaints);
         }
     }
 

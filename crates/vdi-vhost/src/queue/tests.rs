@@ -1,13 +1,38 @@
 //! What a queue says of its used ring to those who move the guest.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::fuzzing::{self, GuestMemory};
+use crate::ring::owned;
 
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const SIZE: u16 = 16;
+
+fn vring(guest: &Guest) -> Vring {
+    let shared = GuestMemoryAtomic::new(Memory::clone(&guest.memory));
+    let vring = Vring::new(shared, SIZE).unwrap();
+    vring.set_queue_size(SIZE);
+    vring.set_queue_info(0, AVAILABLE, USED).unwrap();
+    vring.set_queue_ready(true);
+    vring
+}
+
+fn started(vring: Vring) -> Queue {
+    let setup = Setup {
+        index: 0,
+        vring,
+        error_fd: ErrorFd::default(),
+        mode: Mode::Running,
+        tracker: None,
+        left_behind: Vec::new(),
+    };
+    Queue::new(setup, Some(WatchKey(7)))
+}
 
 #[test]
 fn whatever_is_written_of_the_used_ring_is_marked_at_once() {
@@ -19,20 +44,7 @@ fn whatever_is_written_of_the_used_ring_is_marked_at_once() {
         regions: &[[0, 0x8000, 0]],
         log: Some((log.try_clone().unwrap(), 8)),
     });
-    let shared = GuestMemoryAtomic::new(Memory::clone(&guest.memory));
-    let vring = Vring::new(shared, SIZE).unwrap();
-    vring.set_queue_size(SIZE);
-    vring.set_queue_info(0, AVAILABLE, USED).unwrap();
-    vring.set_queue_ready(true);
-    let setup = Setup {
-        index: 0,
-        vring,
-        error_fd: ErrorFd::default(),
-        mode: Mode::Running,
-        tracker: None,
-        left_behind: Vec::new(),
-    };
-    let mut queue = Queue::new(setup, Some(WatchKey(7)));
+    let mut queue = started(vring(&guest));
     let mut expect_mark = |step: &str, write: &dyn Fn(&mut Queue)| {
         log.write_all_at(&[0; 8], 0).unwrap();
         write(&mut queue);
@@ -49,6 +61,48 @@ fn whatever_is_written_of_the_used_ring_is_marked_at_once() {
         queue.give_back(Used { head: 0, len: 1 });
         queue.publish(&guest).unwrap();
     });
+}
+
+#[test]
+fn several_answers_are_seen_before_the_turn_is_over_and_called_for_once_at_its_end() {
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(0x8000).unwrap();
+    let guest = fuzzing::map(&GuestMemory {
+        file: &memory,
+        regions: &[[0, 0x8000, 0]],
+        log: None,
+    });
+    let call = EventFd::new(EFD_NONBLOCK).unwrap();
+    let vring = vring(&guest);
+    vring.set_queue_event_idx(true);
+    vring.set_call(Some(File::from(owned(call.try_clone().unwrap()))));
+    let mut queue = started(vring);
+    let seen = || {
+        let mut index = [0; 2];
+        memory.read_exact_at(&mut index, USED + 2).unwrap();
+        usize::from(u16::from_le_bytes(index))
+    };
+    let answer = |queue: &mut Queue| {
+        queue.give_back(Used { head: 0, len: 1 });
+        queue.show_several(&guest).unwrap();
+    };
+    (1..SEVERAL).for_each(|_| answer(&mut queue));
+    assert_eq!(seen(), 0);
+    answer(&mut queue);
+    assert_eq!(seen(), SEVERAL);
+    answer(&mut queue);
+    assert!(call.read().is_err(), "the turn is not over");
+    queue.publish(&guest).unwrap();
+    assert_eq!((seen(), call.read().unwrap()), (SEVERAL + 1, 1));
+    queue.publish(&guest).unwrap();
+    assert!(call.read().is_err(), "nothing is new");
+    // The guest has seen all, and wants to be called for the next one.
+    let wish = AVAILABLE + AVAILABLE_HEADER_BYTES + 2 * u64::from(SIZE);
+    let next = u16::try_from(seen()).unwrap();
+    memory.write_all_at(&next.to_le_bytes(), wish).unwrap();
+    (0..SEVERAL).for_each(|_| answer(&mut queue));
+    queue.publish(&guest).unwrap();
+    assert_eq!((seen(), call.read().unwrap()), (2 * SEVERAL + 1, 1));
 }
 
 #[test]
