@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vdi_tests::driver::PATIENCE;
 use vdi_tests::mounted::{Mounted, free_bytes};
 use vdi_tests::random::Random;
@@ -123,6 +124,57 @@ fn a_copy_is_the_same_whatever_the_threads_and_the_blocks() {
                 name("one.vdi")
             ])
             .expect_code(0);
+        }
+    });
+}
+
+/// Puts a file out of the page cache.
+fn evict(path: &Path) {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+}
+
+/// Where the map is in an image that was made here.
+const MAP_AT: u32 = 1 << 20;
+
+/// The same image with its blocks at `data_at`, behind a map that ends before.
+fn with_data_at(image: &[u8], data_at: u32) -> Vec<u8> {
+    let field = 0x158..0x15C;
+    let was = u32::from_le_bytes(image[field.clone()].try_into().unwrap());
+    let mut moved = image[..index(u64::from(data_at))].to_vec();
+    moved[field].copy_from_slice(&data_at.to_le_bytes());
+    moved.extend_from_slice(&image[index(u64::from(was))..]);
+    moved
+}
+
+#[test]
+fn what_is_not_in_the_page_cache_is_copied_and_compared_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let name = |name: &str| directory.path().join(name);
+    for_each_seed(6, |mut random| {
+        let len = random.within(4 * MIB..24 * MIB);
+        let mut expected = contents(&mut random, len);
+        write_sparse(&name("raw"), &expected, &mut random);
+        expected.resize(index(len.next_multiple_of(512)), 0);
+        let import = ["-f", "raw", "-O", "vdi", "--block-size", "1M"];
+        let warm = converted(&import, &name("raw"), &name("a.vdi"));
+        evict(&name("raw"));
+        let cold = converted(&import, &name("raw"), &name("cold.vdi"));
+        assert_same(&cold, &warm, "import");
+        let image = fs::read(name("a.vdi")).unwrap();
+        for data_at in [2 << 20, MAP_AT + 512, MAP_AT + 1024, MAP_AT + 4608] {
+            fs::write(name("a.vdi"), with_data_at(&image, data_at)).unwrap();
+            for threads in ["1", "3", "16"] {
+                evict(&name("a.vdi"));
+                let out = ["-O", "raw", "-m", threads];
+                let back = converted(&out, &name("a.vdi"), &name("back"));
+                assert_same(&back, &expected, &format!("data at {data_at}"));
+                evict(&name("a.vdi"));
+                evict(&name("raw"));
+                let [image, raw] = [name("a.vdi"), name("raw")];
+                vdi(words!["compare", "-m", threads, "-F", "raw", image, raw]).expect_code(0);
+            }
         }
     });
 }

@@ -8,11 +8,16 @@
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::convert::{CopyError, End, Reading, Run, Runs, Stored, fit, is_zero};
+use crate::convert::{
+    Buffer, CachedReads, CopyError, End, Reader, Run, Runs, Stored, Way, Ways, is_zero,
+};
 use crate::crew::{Stopped, Threads, share_out};
 
 /// How much is read of each disk and compared at a time; both fit in the CPU's cache.
 const PIECE_BYTES: u64 = 256 << 10;
+
+/// As [`PIECE_BYTES`], where a disk is read past the page cache.
+const DIRECT_PIECE_BYTES: u64 = 1 << 20;
 
 const SECTOR_BYTES: usize = 512;
 type Sector = [u8; SECTOR_BYTES];
@@ -62,22 +67,26 @@ pub fn compare(
     }
     let total_bytes = first.capacity().max(second.capacity()).bytes();
     let readings = [first.look(), second.look()];
+    let readers = readings
+        .each_ref()
+        .map(|reading| Reader::new(reading, CachedReads::AtOnce));
     let done = AtomicU64::new(0);
     let pairs = Pairs {
-        sides: readings.each_ref().map(Side::new),
+        sides: readers.each_ref().map(Side::new),
         at: 0,
         total_bytes,
         strictness,
         done: &done,
     };
-    let work = |bufs: &mut [Vec<u8>; 2], pair: Pair| {
+    let desk = || [(); 2].map(|()| Buffer::new(DIRECT_PIECE_BYTES));
+    let work = |bufs: &mut [Buffer; 2], pair: Pair| {
         let len_bytes = pair.disk.end - pair.disk.start;
-        pair.compare(&readings, bufs)?;
+        pair.compare(&readers, bufs)?;
         done.fetch_add(len_bytes, Ordering::Relaxed);
         Ok(())
     };
     let mut tell = || go_on(done.load(Ordering::Relaxed));
-    match share_out(threads, pairs, Default::default, work, &mut tell) {
+    match share_out(threads, pairs, desk, work, &mut tell) {
         Ok(()) => Ok(Comparison::Same),
         Err(Stopped::Ended(Found::Difference(comparison))) => Ok(comparison),
         Err(Stopped::Ended(Found::Failure(error))) => Err(error),
@@ -112,22 +121,20 @@ impl Which {
 /// A part of both disks that at least one of them stores.
 struct Pair {
     disk: Range<u64>,
-    /// Where; zeros if nowhere.
-    stored: [Option<Stored>; 2],
+    /// Where, and the way there; zeros if nowhere.
+    stored: [Option<(Stored, Way)>; 2],
 }
 
 impl Pair {
-    fn compare(&self, readings: &[Reading<'_>; 2], bufs: &mut [Vec<u8>; 2]) -> Result<(), Found> {
+    fn compare(&self, readers: &[Reader<'_>; 2], bufs: &mut [Buffer; 2]) -> Result<(), Found> {
         let at = self.disk.start;
         let [one, other] = bufs;
         let mut read: [&[u8]; 2] = [&[], &[]];
         for (which, buf) in Which::BOTH.into_iter().zip([one, other]) {
             if let Some(stored) = self.stored[which as usize] {
-                let data = fit(buf, self.disk.end - at);
-                readings[which as usize]
-                    .read(stored, at, data)
+                read[which as usize] = readers[which as usize]
+                    .read(stored, at, self.disk.end - at, buf)
                     .map_err(|error| which.failed(error))?;
-                read[which as usize] = data;
             }
         }
         match first_difference(read[0], read[1]) {
@@ -202,10 +209,6 @@ impl Pairs<'_> {
             stored[which as usize] = run.stored;
             end = end.min(run.disk.end);
         }
-        let nothing = |end| Pair {
-            disk: start..end,
-            stored: [None; 2],
-        };
         let [one, other] = stored;
         if self.strictness == Strictness::SizesAndStorage && one.is_some() != other.is_some() {
             let storage = Comparison::Storage { at_bytes: start };
@@ -214,13 +217,16 @@ impl Pairs<'_> {
         if let (Some(one), Some(other)) = (one, other)
             && self.is_one_place(one, other)
         {
-            return Ok(nothing(end));
+            return Ok(Pair {
+                disk: start..end,
+                stored: [None; 2],
+            });
         }
         for which in Which::BOTH {
             let Some(place) = stored[which as usize] else {
                 continue;
             };
-            let reading = self.sides[which as usize].reading;
+            let reading = self.sides[which as usize].reader.reading();
             let hole_bytes = reading
                 .hole_bytes(place, end - start)
                 .map_err(|error| which.failed(error))?;
@@ -229,13 +235,29 @@ impl Pairs<'_> {
                 end = start + hole_bytes;
             }
         }
-        if stored != [None, None] {
-            end = end.min(start - start % PIECE_BYTES + PIECE_BYTES);
+        Ok(self.piece(start..end, stored))
+    }
+
+    /// The beginning of a part, to be read at once.
+    fn piece(&mut self, disk: Range<u64>, stored: [Option<Stored>; 2]) -> Pair {
+        let Range { start, mut end } = disk;
+        let ways = Which::BOTH.map(|which| {
+            let stored = stored[which as usize]?;
+            let way = self.sides[which as usize].ways.way(stored, end - start);
+            Some((stored, way))
+        });
+        let piece_bytes = if ways.iter().flatten().any(|(_, way)| *way == Way::Direct) {
+            DIRECT_PIECE_BYTES
+        } else {
+            PIECE_BYTES
+        };
+        if ways != [None, None] {
+            end = end.min(start - start % piece_bytes + piece_bytes);
         }
-        Ok(Pair {
+        Pair {
             disk: start..end,
-            stored,
-        })
+            stored: ways,
+        }
     }
 
     fn is_one_place(&self, one: Stored, other: Stored) -> bool {
@@ -247,7 +269,8 @@ impl Pairs<'_> {
 
 /// One of the two disks.
 struct Side<'r> {
-    reading: &'r Reading<'r>,
+    reader: &'r Reader<'r>,
+    ways: Ways<'r>,
     runs: Runs<'r>,
     run: Run,
     /// Which files those of [`Stored::depth`] are.
@@ -255,9 +278,11 @@ struct Side<'r> {
 }
 
 impl<'r> Side<'r> {
-    fn new(reading: &'r Reading<'r>) -> Self {
+    fn new(reader: &'r Reader<'r>) -> Self {
+        let reading = reader.reading();
         Self {
-            reading,
+            reader,
+            ways: reader.ways(),
             runs: reading.runs(),
             run: Run {
                 disk: 0..0,
