@@ -425,15 +425,14 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             let disk = which.and_then(|which| which.disk);
             Returned::Job(jobs::cancel(fleet, disk.as_deref())?)
         }
-        Command::Stats(which) => {
-            let stats = NamedStats::of(&*one(which, fleet)?);
-            Returned::Stats(Box::new(stats))
-        }
-        Command::StatsOfAll => {
-            let all = fleet.list();
-            let disks = all.iter().map(|berth| NamedStats::of(berth)).collect();
-            Returned::StatsOfAll { disks }
-        }
+        Command::Stats(which) => Returned::Stats(Box::new(NamedStats::of(&*one(which, fleet)?))),
+        Command::StatsOfAll => Returned::StatsOfAll {
+            disks: fleet
+                .list()
+                .iter()
+                .map(|berth| NamedStats::of(berth))
+                .collect(),
+        },
         Command::SetLimits {
             disk,
             group,

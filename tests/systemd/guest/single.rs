@@ -177,7 +177,7 @@ fn one_that_cannot_serve_is_never_active_and_says_why() {
     // On an emulated processor five starts take longer than the ten seconds in which there may be no more.
     edit(
         "vdi-vhost@missing.service",
-        "[Unit]\nStartLimitIntervalSec=5min\n",
+        "[Unit]\nStartLimitIntervalSec=5min\nStartLimitBurst=5\n",
     );
     let unit = listen("missing");
     assert_ne!(code(&format!("systemctl start {unit}")), 0);
