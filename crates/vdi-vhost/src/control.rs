@@ -124,11 +124,7 @@ enum Command {
         disk: Option<String>,
         size_bytes: u64,
     },
-    Snapshot {
-        disk: Option<String>,
-        to: PathBuf,
-        block_size_bytes: Option<u32>,
-    },
+    Snapshot(Frozen),
     Commit(Option<Merged>),
     Jobs,
     Cancel(Option<Which>),
@@ -160,6 +156,15 @@ enum Command {
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 struct Which {
     disk: Option<String>,
+}
+
+/// What a snapshot is to be.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+struct Frozen {
+    disk: Option<String>,
+    to: PathBuf,
+    /// Of the child.
+    block_size_bytes: Option<u32>,
 }
 
 /// What is to be merged; without a word about it the image goes then.
@@ -412,11 +417,7 @@ fn execute(command: Command, fleet: &Arc<Fleet>) -> Result<Outcome, Failed> {
             Returned::Nothing {}
         }
         Command::Resize { disk, size_bytes } => resize(disk.as_deref(), size_bytes, fleet)?,
-        Command::Snapshot {
-            disk,
-            to,
-            block_size_bytes,
-        } => snapshot(disk.as_deref(), &to, block_size_bytes, fleet)?,
+        Command::Snapshot(frozen) => snapshot(&frozen, fleet)?,
         Command::Commit(what) => commit(what.unwrap_or_default(), fleet)?,
         Command::Jobs => Returned::Jobs {
             jobs: fleet.jobs().list(),
@@ -491,15 +492,10 @@ fn resize(disk: Option<&str>, size_bytes: u64, fleet: &Fleet) -> Result<Returned
     Ok(Returned::info(&berth))
 }
 
-fn snapshot(
-    disk: Option<&str>,
-    to: &Path,
-    block_size: Option<u32>,
-    fleet: &Fleet,
-) -> Result<Returned, Failed> {
-    let berth = fleet.find(disk)?;
+fn snapshot(frozen: &Frozen, fleet: &Fleet) -> Result<Returned, Failed> {
+    let berth = fleet.find(frozen.disk.as_deref())?;
     let _change = fleet.change_files()?;
-    berth.lock().snapshot(to, block_size)?;
+    berth.lock().snapshot(&frozen.to, frozen.block_size_bytes)?;
     Ok(Returned::info(&berth))
 }
 
