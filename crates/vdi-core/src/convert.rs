@@ -493,7 +493,7 @@ mod tests {
         let path = directory.join("from");
         let mut bytes = vec![0; (9 << 20) + 1000];
         for (at, byte) in bytes.iter_mut().enumerate().skip(1 << 20) {
-            *byte = (at / 512 + at % 251) as u8;
+            *byte = u8::try_from((at / 512 + at) % 251).expect("less than 251");
         }
         bytes[(5 << 20) + 4096..6 << 20].fill(0);
         let mut options = File::options();

@@ -143,7 +143,9 @@ pub(super) mod tests {
     use crate::convert::buffer::Buffer;
 
     fn contents(len: usize) -> Vec<u8> {
-        (0..len).map(|at| (at / 512 + at % 251) as u8).collect()
+        (0..len)
+            .map(|at| u8::try_from((at / 512 + at) % 251).expect("less than 251"))
+            .collect()
     }
 
     /// A file with `bytes`, on stable storage and out of the page cache, and its second door if this file system has some.
