@@ -267,7 +267,7 @@ impl Member {
         let bound = place.clone();
         let beside = name
             .replace("worker", "sharer")
-            .replace("own", "own-sharer");
+            .replace("own", "sharer-own");
         let begin = move || {
             // Before this one is bound: it runs wherever the process may.
             let sharer = Sharer::start(beside, Arc::clone(&its_doorbell), &sandbox)?;
