@@ -2,6 +2,10 @@
 //! disk's chores, so what waits for it can be seen to wait.
 
 mod floods;
+mod left_behind;
+mod limits;
+mod marks;
+mod waits;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -372,44 +376,11 @@ fn idle_seats_are_not_looked_at() {
     assert_eq!(scene.worker.seats.active, [6]);
 }
 
-#[test]
-fn a_sync_that_anybody_at_any_disk_would_wait_for_is_not_done_on_the_threads_time() {
-    let mut scene = Scene::new();
-    let (mut disk, mut other) = (scene.seat(0), scene.seat(1));
-    disk.offer(0, FLUSH, 0);
-    other.offer(0, IN, 0);
-    scene.turn_until_syncs();
-    assert!(other.is_answered(0) && !disk.is_answered(0));
-    assert_eq!(scene.worker.others(), Others::NoneKnown);
-    // Chains that came meanwhile.
-    other.offer(0, IN, 0);
-    assert_eq!(scene.worker.others(), Others::Wait);
-    scene.worker.sync();
-    scene.turn();
-    assert!(disk.is_answered(0) && other.is_answered(0));
-    // Both want one, and what else was asked for is answered before.
-    disk.offer(0, OUT, 0);
-    other.offer(0, OUT, 0);
-    for one in [&disk, &other] {
-        scene.do_chores(one);
-    }
-    disk.offer(0, FLUSH, 0);
-    other.offer(0, FLUSH, 0);
-    other.offer(1, IN, 0);
-    scene.turn_until_syncs();
-    assert_eq!(scene.worker.others(), Others::Wait);
-    assert!(other.is_answered(1) && !other.is_answered(0) && !disk.is_answered(0));
-    scene.worker.sync();
-    scene.turn();
-    assert!(other.is_answered(0) && disk.is_answered(0));
-}
-
-/// Limits by QEMU's names.
+/// A second that a test chose.
 fn limits(json: &str) -> Limits {
     serde_json::from_str(json).unwrap()
 }
 
-/// A second that a test chose.
 fn second(seconds: u64) -> Moment {
     Moment(seconds * 1_000_000_000)
 }
@@ -420,122 +391,6 @@ impl Scene {
         self.worker.tools.is_stopped = true;
         self.worker.tools.now = now;
     }
-}
-
-#[test]
-fn a_disk_that_is_held_delays_no_other_disk_at_its_worker_and_goes_on_when_it_is_time() {
-    let mut scene = Scene::new();
-    let (mut flooded, mut other) = (scene.seat(0), scene.seat(1));
-    scene.set_clock(second(10));
-    flooded
-        .throttle
-        .set_limits(&limits(r#"{"iops_total": 10}"#));
-    // The bucket holds one; the next goes over its brim.
-    for _ in 0..2 {
-        flooded.offer(0, IN, 0);
-        scene.turn();
-        assert!(flooded.is_answered(0));
-    }
-    flooded.offer(0, IN, 0);
-    flooded.offer(1, IN, 0);
-    for _ in 0..100 {
-        other.offer(0, IN, 0);
-        scene.turn();
-        assert!(other.is_answered(0));
-        assert!(!flooded.is_answered(0) && !flooded.is_answered(1));
-    }
-    // It waits for the time, and for nothing else.
-    assert!(
-        matches!(scene.worker.may_wait(), Wait::AtMost(time) if time == Duration::from_millis(100))
-    );
-    scene.set_clock(second(10).plus(99_999_999));
-    scene.turn();
-    assert!(!flooded.is_answered(0) && !flooded.is_answered(1));
-    scene.set_clock(second(10).plus(100_000_000));
-    scene.turn();
-    assert!(flooded.is_answered(0) != flooded.is_answered(1));
-    // The queue that had to wait comes first.
-    let (first, last) = if flooded.is_answered(0) {
-        (0, 1)
-    } else {
-        (1, 0)
-    };
-    flooded.offer(first, IN, 0);
-    scene.set_clock(second(10).plus(200_000_000));
-    scene.turn();
-    assert!(flooded.is_answered(last) && !flooded.is_answered(first));
-    scene.set_clock(second(11));
-    scene.turn();
-    assert!(flooded.is_answered(0) && flooded.is_answered(1));
-    assert_eq!(scene.worker.may_wait(), Wait::Forever);
-    let stats = flooded.stats.snapshot();
-    assert_eq!((stats.read.requests, stats.throttled_requests), (5, 3));
-    assert_eq!(stats.throttled_us, 1_000_000);
-    assert_eq!(other.stats.snapshot().throttled_requests, 0);
-}
-
-#[test]
-fn a_disk_that_is_held_obeys_at_once() {
-    let mut scene = Scene::new();
-    let mut disk = scene.seat(0);
-    scene.set_clock(second(10));
-    let slow = limits(r#"{"iops_total": 1}"#);
-    disk.throttle.set_limits(&slow);
-    for queue in [0, 1] {
-        disk.offer(queue, IN, 0);
-        scene.turn();
-    }
-    assert!(disk.is_answered(0) && !disk.is_answered(1));
-    let done = |acknowledged: Receiver<io::Result<()>>| {
-        let done = acknowledged.try_recv();
-        assert!(done.unwrap().is_ok());
-    };
-    done(scene.tell(0, Command::Pause(1)));
-    scene.turn();
-    // Nothing is held that may not go on anyway.
-    assert_eq!(scene.worker.may_wait(), Wait::Forever);
-    done(scene.tell(0, Command::Resume(1)));
-    let same = Command::Guest(disk.guest.clone(), Takeover::WhenIdle);
-    done(scene.tell(0, same));
-    scene.turn();
-    assert!(!disk.is_answered(1));
-    assert!(matches!(scene.worker.may_wait(), Wait::AtMost(_)));
-    // New limits are heeded as soon as it looks, a tenth of a second later at most.
-    disk.throttle.set_limits(&Limits::default());
-    scene.set_clock(second(10).plus(100_000_000));
-    scene.turn();
-    assert!(disk.is_answered(1));
-    disk.throttle.set_limits(&slow);
-    for queue in [0, 0, 1] {
-        disk.offer(queue, IN, 0);
-        scene.turn();
-    }
-    assert!(!disk.is_answered(1));
-    done(scene.tell(0, Command::Stop(1)));
-    done(scene.tell(0, Command::Leave));
-    assert_eq!(Arc::strong_count(&disk.disk), 1);
-    assert_eq!(disk.stats.snapshot().read.requests, 3);
-}
-
-#[test]
-fn what_a_dead_daemon_left_in_flight_is_not_held() {
-    let mut scene = Scene::new();
-    let mut disk = scene.seat(0);
-    scene.set_clock(second(10));
-    disk.offer(1, IN, 0);
-    scene.turn();
-    let slow = limits(r#"{"iops_total": 1}"#);
-    disk.throttle.set_limits(&slow);
-    disk.offer(0, IN, 0);
-    disk.offer(0, IN, 0);
-    scene.turn();
-    assert!(!disk.is_answered(0));
-    assert!(scene.tell(0, Command::Stop(1)).try_recv().is_ok());
-    scene.start(&mut disk, 1, vec![0]);
-    scene.turn();
-    assert!(!disk.is_answered(0));
-    let stats = disk.stats.snapshot();
-    assert_eq!((stats.restarted_requests, stats.read.requests), (1, 3));
 }
 
 impl Scene {
@@ -565,57 +420,6 @@ impl Scene {
 
 /// Two bursts and a part of one.
 const REST: u16 = 2 * BURST + 6;
-
-#[test]
-fn what_a_dead_daemon_left_is_answered_before_its_queue_ends_or_its_memory_changes() {
-    type Ending = fn(&TestDisk) -> Command;
-    let endings: [(Ending, u16); 3] = [
-        (|_| Command::Pause(1), 0),
-        (|_| Command::Stop(1), 0),
-        // Goes on with what is new.
-        (
-            |disk| Command::Guest(disk.guest.clone(), Takeover::WhenIdle),
-            1,
-        ),
-    ];
-    for (ending, new) in endings {
-        for limited in [false, true] {
-            let mut scene = Scene::new();
-            let disk = scene.seat_with_rest(limited);
-            let ended = scene.tell(0, ending(&disk));
-            assert_eq!(disk.used(1), 1 + 2 * BURST);
-            assert!(ended.try_recv().is_err());
-            assert_eq!(scene.worker.may_wait(), Wait::No);
-            scene.turn();
-            assert_eq!(disk.used(1), 1 + REST);
-            assert!(ended.try_recv().unwrap().is_ok());
-            scene.turn();
-            let new = if limited { 0 } else { new };
-            assert_eq!(disk.used(1), 1 + REST + new);
-        }
-    }
-}
-
-#[test]
-fn a_queue_that_was_never_enabled_ends_without_what_a_dead_daemon_left() {
-    let mut scene = Scene::new();
-    let mut disk = scene.seat(0);
-    assert!(scene.tell(0, Command::Stop(1)).try_recv().unwrap().is_ok());
-    scene.start_as(&mut disk, 1, vec![0; usize::from(REST)], Mode::Paused);
-    assert_eq!(scene.worker.may_wait(), Wait::Forever);
-    assert!(scene.tell(0, Command::Stop(1)).try_recv().unwrap().is_ok());
-    assert_eq!(disk.used(1), 0);
-}
-
-#[test]
-fn what_a_dead_daemon_left_in_memory_that_is_gone_does_not_hold_its_queue_up() {
-    crate::fault::catch().unwrap();
-    let mut scene = Scene::new();
-    let disk = scene.seat_with_rest(false);
-    disk.memory.set_len(0).unwrap();
-    let ended = scene.tell(0, Command::Stop(1));
-    assert!(ended.try_recv().unwrap().is_ok());
-}
 
 /// Where large reads go in the guest's memory.
 const LARGE: u64 = 1 << 20;
@@ -662,98 +466,6 @@ impl TestDisk {
         self.put(16, &LARGE.to_le_bytes());
         self.put(24, &u32::try_from(len).unwrap().to_le_bytes());
     }
-}
-
-#[test]
-fn what_a_large_read_wrote_is_marked_window_by_window() {
-    let mut scene = Scene::new();
-    let mut disk = scene.seat(0);
-    let len = 2 * WINDOW + 8192;
-    let marked = scene.log_large(&mut disk, len);
-    disk.offer_large(0, len);
-    let mut so_far = Vec::new();
-    for _ in 0..3 {
-        assert!(!disk.is_answered(0));
-        scene.turn();
-        so_far.push(marked());
-    }
-    assert!(disk.is_answered(0));
-    let windows = [0, WINDOW, len].map(|bytes| (0..bytes / 4096).collect::<Vec<_>>());
-    assert!(so_far == windows, "{:?}", so_far.iter().map(Vec::len));
-}
-
-#[test]
-fn a_read_that_fails_is_marked_as_far_as_it_may_have_come() {
-    let mut scene = Scene::new();
-    let mut disk = scene.seat(0);
-    disk.offer(0, OUT, 1);
-    scene.turn();
-    scene.do_chores(&disk);
-    assert!(disk.is_answered(0));
-    let marked = scene.log_large(&mut disk, 3 * WINDOW);
-    disk.image.set_len(4096).unwrap();
-    disk.offer_large(0, 3 * WINDOW);
-    for _ in 0..4 {
-        scene.turn();
-    }
-    assert_eq!(disk.used(0), disk.taken[0]);
-    let mut status = [0];
-    disk.memory.read_exact_at(&mut status, STATUS).unwrap();
-    assert_eq!(status, [1]);
-    // The block is the second MiB, and the second window; the third was not begun.
-    assert!(marked().into_iter().eq(0..2 * WINDOW / 4096));
-}
-
-#[test]
-fn a_sync_that_a_transfer_or_the_rest_of_a_read_would_wait_for_is_not_done_on_the_threads_time() {
-    let mut scene = Scene::with(EngineChoice::IoUring);
-    let (mut disk, mut other) = (scene.seat(0), scene.seat(1));
-    other.offer(0, OUT, 3);
-    while !other.is_answered(0) {
-        scene.turn();
-        scene.do_chores(&other);
-    }
-    let _marked = scene.log_large(&mut other, 2 * WINDOW);
-    disk.offer(0, FLUSH, 0);
-    // Not a small one, which would be done at once all the same.
-    other.offer_large(3, 64 << 10);
-    scene.worker.tools.inline_left = 0;
-    scene.turn_until_syncs();
-    assert_eq!(scene.worker.tools.engine.in_flight(), 1);
-    assert_eq!(scene.worker.others(), Others::Wait);
-    while !(disk.is_answered(0) && other.is_answered(0)) {
-        scene.turn();
-    }
-    disk.offer(0, FLUSH, 0);
-    // Zeros, which need no transfers.
-    other.offer_large(8, 2 * WINDOW);
-    scene.turn_until_syncs();
-    assert_eq!(scene.worker.tools.engine.in_flight(), 0);
-    assert_eq!(scene.worker.others(), Others::Wait);
-}
-
-#[test]
-fn disks_of_a_group_share_its_limit_at_one_worker() {
-    let mut scene = Scene::new();
-    let mut disks = [scene.seat(0), scene.seat(1)];
-    scene.set_clock(second(10));
-    let limits = limits(r#"{"iops_total": 10}"#);
-    let group = Arc::new(Group::new("tenants".to_owned(), &limits));
-    for disk in &disks {
-        disk.throttle.set_group(Some(Arc::clone(&group)));
-    }
-    for step in 0..40 {
-        scene.set_clock(second(10).plus(step * 100_000_000));
-        for disk in &mut disks {
-            if disk.is_answered(0) {
-                disk.offer(0, IN, 0);
-            }
-        }
-        scene.turn();
-    }
-    let reads = disks.map(|disk| disk.stats.snapshot().read.requests);
-    assert_eq!(reads.iter().sum::<u64>(), 41);
-    assert!(reads[0].abs_diff(reads[1]) <= 1, "{reads:?}");
 }
 
 #[test]
@@ -816,122 +528,6 @@ impl TestDisk {
 }
 
 #[test]
-fn disks_that_move_much_share_what_a_turn_moves_and_delay_no_other() {
-    let mut scene = Scene::new();
-    let (mut one, mut two, mut other) = (scene.seat(0), scene.seat(1), scene.seat(2));
-    for disk in [&mut one, &mut two] {
-        let _marked = scene.log_large(disk, 1 << 20);
-        // How large they are is not known before.
-        disk.offer_many_large(1 << 20, 1);
-    }
-    scene.turn();
-    for disk in [&mut one, &mut two] {
-        disk.offer_many_large(1 << 20, 40);
-    }
-    let reads = |disk: &TestDisk| disk.stats.snapshot().read.requests - 1;
-    let per_turn = portion::TURN_BYTES >> 20;
-    // Whoever has little to do in between takes nobody's place.
-    for turn in 1..=12 {
-        other.offer(0, IN, 0);
-        scene.turn();
-        assert!(other.is_answered(0));
-        let (one, two) = (reads(&one), reads(&two));
-        assert_eq!(one + two, turn * per_turn);
-        assert!(one.abs_diff(two) <= per_turn, "{one}, {two}");
-    }
-    // Alone it has all of a turn, and all is answered in the end.
-    for _ in 0..80 {
-        scene.turn();
-    }
-    assert!(one.is_answered(0) && two.is_answered(0));
-}
-
-#[test]
-fn of_the_first_large_requests_after_small_ones_a_turn_moves_no_more_than_of_others() {
-    let mut scene = Scene::new();
-    let (mut disk, mut other) = (scene.seat(0), scene.seat(1));
-    let _marked = scene.log_large(&mut disk, 1 << 20);
-    disk.offer(0, IN, 0);
-    scene.turn();
-    disk.offer_many_large(1 << 20, BURST);
-    for turn in 1..=u64::from(BURST) {
-        other.offer(0, IN, 0);
-        scene.turn();
-        assert!(other.is_answered(0));
-        let answered = disk.stats.snapshot().read.requests - 1;
-        assert_eq!(answered, turn * (portion::TURN_BYTES >> 20));
-    }
-    assert!(disk.is_answered(0));
-}
-
-#[test]
-fn a_request_that_is_larger_than_a_turn_moves_turn_by_turn() {
-    let mut scene = Scene::new();
-    let (mut disk, mut other) = (scene.seat(0), scene.seat(1));
-    let turns = 4;
-    let len = turns * portion::TURN_BYTES;
-    let _marked = scene.log_large(&mut disk, len);
-    // Blocks are given to it first.
-    disk.offer_large_one(OUT, 0, len);
-    while !disk.is_answered(0) {
-        scene.turn();
-        scene.do_chores(&disk);
-    }
-    for kind in [IN, OUT] {
-        disk.offer_large_one(kind, 0, len);
-        for _ in 0..turns {
-            assert!(!disk.is_answered(0));
-            other.offer(0, IN, 0);
-            scene.turn();
-            assert!(other.is_answered(0));
-        }
-        assert!(disk.is_answered(0));
-    }
-}
-
-#[test]
-fn a_disk_that_asks_for_little_is_answered_before_others_move_theirs() {
-    let mut scene = Scene::new();
-    let (mut large, mut small) = (scene.seat(0), scene.seat(1));
-    let _marked = scene.log_large(&mut large, 1 << 20);
-    large.offer_many_large(1 << 20, 1);
-    scene.turn();
-    for _ in 0..2 {
-        large.offer_many_large(1 << 20, 1);
-        small.offer(0, IN, 0);
-        let worker = &mut scene.worker;
-        worker.tools.engine.turn(Wait::No);
-        worker.tools.begin_turn();
-        worker.hear();
-        worker.begin();
-        assert!(!large.is_answered(0) && small.is_answered(0));
-        worker.settle();
-        assert!(large.is_answered(0));
-    }
-}
-
-#[test]
-fn a_small_request_is_done_at_once_whatever_others_moved() {
-    let mut scene = Scene::with(EngineChoice::IoUring);
-    let mut disk = scene.seat(0);
-    disk.offer(0, OUT, 3);
-    while !disk.is_answered(0) {
-        scene.turn();
-        scene.do_chores(&disk);
-    }
-    for kind in [IN, OUT] {
-        disk.offer(0, kind, 3);
-        let worker = &mut scene.worker;
-        worker.tools.engine.turn(Wait::No);
-        (worker.tools.inline_left, worker.tools.turn_left) = (0, 0);
-        worker.hear();
-        worker.begin();
-        worker.settle();
-        assert!(disk.is_answered(0));
-    }
-}
-
-#[test]
 fn a_disk_that_waits_can_be_asked_how_it_is() {
     let mut scene = Scene::new();
     let mut disk = scene.seat(3);
@@ -968,84 +564,4 @@ fn a_disk_that_waits_can_be_asked_how_it_is() {
     let dump = ask(&mut scene, 4).unwrap();
     assert_eq!((dump.parked, dump.oldest.len()), (41, crate::dump::OLDEST));
     assert!(dump.oldest.iter().all(|request| request.queue == 0));
-}
-
-#[test]
-fn a_write_into_fresh_room_is_kept_until_the_end_of_the_turn_if_it_is_alone() {
-    let mut scene = Scene::with(EngineChoice::IoUring);
-    let (mut disk, mut other) = (scene.direct_seat(0), scene.direct_seat(1));
-    // The first ones have room made.
-    for one in [&mut disk, &mut other] {
-        one.offer(0, OUT, 0);
-        while !one.is_answered(0) {
-            scene.turn();
-            scene.do_chores(one);
-        }
-    }
-    let kept = |scene: &Scene| {
-        scene
-            .worker
-            .seats
-            .any_active(|seat| seat.wants_waits() == 1)
-    };
-    disk.offer(0, OUT, 1);
-    scene.turn_until_syncs();
-    assert!(kept(&scene));
-    assert_eq!(scene.worker.tools.engine.in_flight(), 0);
-    assert_eq!(scene.worker.others(), Others::NoneKnown);
-    // Another disk's is a reason to hold nobody up.
-    other.offer(0, OUT, 1);
-    scene.turn_until_syncs();
-    assert_eq!(scene.worker.tools.engine.in_flight(), 0);
-    assert_eq!(scene.worker.others(), Others::Wait);
-    scene.worker.sync();
-    assert!(!kept(&scene));
-    assert_eq!(scene.worker.tools.engine.in_flight(), 2);
-    while !(disk.is_answered(0) && other.is_answered(0)) {
-        scene.turn();
-    }
-    // Two of one disk, and one over what is there.
-    disk.offer(0, OUT, 2);
-    disk.offer(1, OUT, 3);
-    scene.turn_until_syncs();
-    assert_eq!(scene.worker.tools.engine.in_flight(), 2);
-    while !(disk.is_answered(0) && disk.is_answered(1)) {
-        scene.turn();
-    }
-    disk.offer(0, OUT, 2);
-    scene.turn_until_syncs();
-    assert_eq!(scene.worker.tools.engine.in_flight(), 1);
-    while !disk.is_answered(0) {
-        scene.turn();
-    }
-}
-
-#[test]
-fn a_worker_looks_for_the_end_of_a_transfer_unless_it_is_in_the_way() {
-    let mut scene = Scene::with(EngineChoice::IoUring);
-    let mut disk = scene.seat(0);
-    disk.offer(0, OUT, 1);
-    while !disk.is_answered(0) {
-        scene.turn();
-        scene.do_chores(&disk);
-    }
-    let _marked = scene.log_large(&mut disk, 32 << 10);
-    for is_in_the_way in [true, false] {
-        // Small enough to be looked for, too large to be done at once whatever else moved.
-        disk.offer_large(1, 32 << 10);
-        scene.worker.tools.inline_left = 0;
-        scene.turn_until_syncs();
-        assert!(scene.worker.tools.engine.has_unsubmitted());
-        scene.worker.patience_with_transfer = Patience::new(Waits::ForTransfer);
-        if is_in_the_way {
-            scene.worker.patience_with_transfer.is_in_the_way();
-        }
-        let found = scene.worker.finds_more();
-        // What is looked for must have been handed over; the wait does it else.
-        assert_eq!(scene.worker.tools.engine.has_unsubmitted(), is_in_the_way);
-        assert!(!(found && is_in_the_way));
-        while !disk.is_answered(0) {
-            scene.turn();
-        }
-    }
 }
