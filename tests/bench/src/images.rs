@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
@@ -20,6 +20,9 @@ const FRESH_BYTES: u64 = 64 << 30;
 pub(crate) const BLOCK: u64 = 1 << 20;
 /// The unit of allocation of the top image of [`Disk::FreshSmallChain`].
 const SMALL_BLOCK: &str = "128k";
+
+/// In what pieces the data of full images come into the page cache.
+const PIECE_BYTES: usize = 128 << 10;
 
 /// Why there is no image.
 #[derive(Debug, thiserror::Error)]
@@ -223,6 +226,17 @@ impl<'a> Images<'a> {
     }
 
     fn make_full(&self, path: &Path, kind: Kind) -> Result<(), ImageError> {
+        self.make_with_any_tool(path, kind)?;
+        if self.medium != Medium::Buffered {
+            return Ok(());
+        }
+        write_anew(path).map_err(|source| ImageError::File {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    fn make_with_any_tool(&self, path: &Path, kind: Kind) -> Result<(), ImageError> {
         if let Kind::Raw | Kind::Fio = kind {
             return fill(path, self.bytes);
         }
@@ -297,6 +311,23 @@ fn fill(path: &Path, bytes: u64) -> Result<(), ImageError> {
         path: path.to_owned(),
         source,
     })
+}
+
+/// Has a file be in the page cache, and as if it had been written in pieces of [`PIECE_BYTES`], whoever made it: some tools write past the
+/// page cache, and how fast its pages are read and written depends on how large they were when they came.
+fn write_anew(path: &Path) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let (mut from, mut to) = (File::open(path)?, File::create(&new)?);
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        let len = from.read(&mut piece)?;
+        if len == 0 {
+            break;
+        }
+        to.write_all(&piece[..len])?;
+    }
+    to.sync_all()?;
+    fs::rename(new, path)
 }
 
 /// Removes a file that may be there.
