@@ -88,7 +88,7 @@ pub(crate) fn draw(results: &Results) -> String {
 fn is_shown(workload: &Workload) -> bool {
     !matches!(
         workload.disk,
-        Disk::Refilled | Disk::Chain | Disk::FreshChain
+        Disk::Refilled | Disk::Chain | Disk::FreshChain | Disk::FreshSmallChain
     )
 }
 
