@@ -11,7 +11,6 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
@@ -52,8 +51,6 @@ pub(crate) struct Sharer {
     /// Until it is to end.
     asked: Option<Sender<Share>>,
     told: Receiver<Shared>,
-    /// Whether something was told that was not heard.
-    has_news: Arc<AtomicBool>,
     in_flight: usize,
     thread: Option<JoinHandle<()>>,
 }
@@ -67,8 +64,7 @@ impl Sharer {
     ) -> io::Result<Self> {
         let ((asked, to_do), (tell, told)) = (mpsc::channel::<Share>(), mpsc::channel());
         let (started, ready) = mpsc::channel();
-        let has_news = Arc::<AtomicBool>::default();
-        let (sandbox, news) = (sandbox.clone(), Arc::clone(&has_news));
+        let sandbox = sandbox.clone();
         let thread = thread::Builder::new().name(name).spawn(move || {
             let confined = sandbox.confine(Role::Sharer);
             let serves = confined.is_ok();
@@ -84,16 +80,13 @@ impl Sharer {
                 let result = share(&from, &to, &fill);
                 // If the worker is gone, nobody waits for it.
                 let _ = tell.send(Shared { key, fill, result });
-                if !news.swap(true, Ordering::AcqRel) {
-                    doorbell.ring();
-                }
+                doorbell.ring();
             }
         })?;
         ready.recv().map_err(io::Error::other)??;
         Ok(Self {
             asked: Some(asked),
             told,
-            has_news,
             in_flight: 0,
             thread: Some(thread),
         })
@@ -107,21 +100,14 @@ impl Sharer {
         }
     }
 
-    /// What became of the next one.
+    /// What became of the next one. Its worker's bell rings for each, after it was told.
     pub(crate) fn next_shared(&mut self) -> Option<Shared> {
         if self.in_flight == 0 {
             return None;
         }
-        // First, so that what is told from now on rings again.
-        self.has_news.store(false, Ordering::Release);
         let shared = self.told.try_recv().ok()?;
         self.in_flight -= 1;
         Some(shared)
-    }
-
-    /// Whether there is something to hear.
-    pub(crate) fn has_news(&self) -> bool {
-        self.has_news.load(Ordering::Acquire)
     }
 
     /// How many are asked for and not heard of.

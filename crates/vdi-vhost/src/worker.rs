@@ -292,7 +292,7 @@ impl Worker {
     fn has_more(&mut self) -> bool {
         let tools = &self.tools;
         let has_chains = |seat: &Seat| seat.is_open(tools) && seat.has_chains();
-        self.seats.any_active(has_chains) || self.tools.has_news()
+        self.seats.any_active(has_chains) || self.tools.engine.has_news()
     }
 
     /// Hears kicks, commands, and whose parked requests should be tried again.

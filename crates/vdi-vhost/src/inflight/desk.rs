@@ -156,11 +156,6 @@ impl Tools {
         self.engine.in_flight() + shares
     }
 
-    /// Whether a turn would have something to report without waiting.
-    pub(crate) fn has_news(&mut self) -> bool {
-        self.engine.has_news() || self.sharer.as_ref().is_some_and(Sharer::has_news)
-    }
-
     /// What became of the next extents that were to be shared.
     pub(crate) fn next_shared(&mut self) -> Option<Shared> {
         self.sharer.as_mut()?.next_shared()

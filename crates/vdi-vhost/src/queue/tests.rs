@@ -13,6 +13,18 @@ const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const SIZE: u16 = 16;
 
+/// A guest that does not move, and its memory.
+fn guest() -> (File, Guest) {
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(0x8000).unwrap();
+    let guest = fuzzing::map(&GuestMemory {
+        file: &memory,
+        regions: &[[0, 0x8000, 0]],
+        log: None,
+    });
+    (memory, guest)
+}
+
 fn vring(guest: &Guest) -> Vring {
     let shared = GuestMemoryAtomic::new(Memory::clone(&guest.memory));
     let vring = Vring::new(shared, SIZE).unwrap();
@@ -65,13 +77,7 @@ fn whatever_is_written_of_the_used_ring_is_marked_at_once() {
 
 #[test]
 fn several_answers_are_seen_before_the_turn_is_over_and_called_for_once_at_its_end() {
-    let memory = tempfile::tempfile().unwrap();
-    memory.set_len(0x8000).unwrap();
-    let guest = fuzzing::map(&GuestMemory {
-        file: &memory,
-        regions: &[[0, 0x8000, 0]],
-        log: None,
-    });
+    let (memory, guest) = guest();
     let call = EventFd::new(EFD_NONBLOCK).unwrap();
     let vring = vring(&guest);
     vring.set_queue_event_idx(true);
@@ -107,13 +113,7 @@ fn several_answers_are_seen_before_the_turn_is_over_and_called_for_once_at_its_e
 
 #[test]
 fn no_more_chains_are_offered_than_the_ring_holds() {
-    let memory = tempfile::tempfile().unwrap();
-    memory.set_len(0x8000).unwrap();
-    let guest = fuzzing::map(&GuestMemory {
-        file: &memory,
-        regions: &[[0, 0x8000, 0]],
-        log: None,
-    });
+    let (memory, guest) = guest();
     let mut ring = virtio_queue::Queue::new(SIZE).unwrap();
     ring.set_size(SIZE);
     ring.set_desc_table_address(Some(0), Some(0));
