@@ -5,11 +5,16 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::sys::stat::{Mode, umask};
 use std::os::fd::AsRawFd;
+
+/// Held while a file is judged, made or removed. A socket that is bound and does not listen yet looks like a dead daemon's; what was judged to be
+/// one's own may be another's when it is removed; and the process has one umask.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// A listening socket whose file goes away with it.
 #[derive(Debug)]
@@ -46,6 +51,7 @@ impl SocketFile {
             path: path.to_owned(),
             source,
         };
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         remove_stale(path)?;
         let before = umask(Mode::from_bits_truncate(0o177));
         let listener = UnixListener::bind(path);
@@ -84,6 +90,7 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let is_ours = !self.is_others.load(Ordering::Acquire);
         if is_ours && identity(&self.path).is_ok_and(|found| found == self.identity) {
             let _ = std::fs::remove_file(&self.path);
@@ -134,6 +141,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::Barrier;
 
     use super::*;
 
@@ -153,6 +161,27 @@ mod tests {
         drop(listener);
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn of_those_who_want_one_path_at_once_one_has_it_and_for_its_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..1000 {
+            let path = dir.path().join(round.to_string());
+            let at_once = Barrier::new(4);
+            let listen = || {
+                at_once.wait();
+                SocketFile::listen(&path).ok()
+            };
+            let made = std::thread::scope(|scope| {
+                let all = [(); 4].map(|()| scope.spawn(listen));
+                all.map(|thread| thread.join().unwrap())
+            });
+            assert_eq!(made.iter().flatten().count(), 1, "round {round}");
+            assert!(is_alive(&path).unwrap(), "round {round}");
+            let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "round {round}");
+        }
     }
 
     #[test]
